@@ -1,0 +1,159 @@
+"""Profiles: every setting of the study, as frozen dataclasses, and where files are found."""
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+class StudyError(Exception):
+    """A fault that the user can mend; its message is one line that says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained: AdamW, linear warm-up, cosine to zero."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 64
+    weight_decay: float = 0.05
+    warmup_epochs: float = 0.5
+    label_smoothing: float = 0.1
+    clip_norm: float = 1.0
+    precision: str = "float32"  # or "bfloat16": autocast, where the device computes it natively
+
+
+@dataclass(frozen=True)
+class Halting:
+    """How tokens halt and what the halting is trained for (defaults: the paper's)."""
+
+    gamma: float = 5.0
+    beta: float = -10.0
+    eps: float = 0.01
+    alpha_ponder: float = 5e-4  # alpha_p
+    alpha_distr: float = 0.1  # alpha_d
+    target_depth: float = 8.0  # mu, in layers
+    target_std: float = 1.0
+    kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
+
+    @property
+    def model_arguments(self) -> dict[str, float]:
+        """What the model itself needs, as arguments of ``timm.create_model``."""
+        return {"gamma": self.gamma, "beta": self.beta, "eps": self.eps}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained model: what it is, where it starts, how it is trained."""
+
+    name: str  # folder of its checkpoints
+    label: str  # what tables and figures call it
+    model: str  # timm name
+    init: str  # "random", "pretrained", or the name of the run whose weights it starts from
+    training: Training
+    halting: Halting | None = None  # None: a plain transformer
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One study from data to results; profiles never share a results folder."""
+
+    name: str
+    purpose: str
+    dataset: str
+    image_size: int
+    validation_per_class: int
+    runs: tuple[Run, ...]
+    train_per_class: int | None = None  # None: all
+    test_per_class: int | None = None
+    smoke: bool = False
+    notes: tuple[str, ...] = field(default=())  # where the numbers come from
+
+    def run(self, name: str) -> Run:
+        """The run called ``name``; raises StudyError when there is none."""
+        for run in self.runs:
+            if run.name == name:
+                return run
+        raise StudyError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
+
+    def settings(self) -> dict:
+        """The whole profile as plain dictionaries, ready for JSON."""
+        return asdict(self)
+
+
+def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Training, halting: Halting) -> tuple:
+    return (
+        Run("deit", "DeiT", f"deit_{size}", "random", deit),
+        Run("avit", "A-ViT", f"avit_{size}", "random", avit, halting),
+        Run("avit_finetuned", "A-ViT fine-tuned", f"avit_{size}", "deit", avit_finetuned, halting),
+    )
+
+
+PROFILES = {
+    profile.name: profile
+    for profile in (
+        Profile(
+            name="smoke",
+            purpose="a check that everything runs: a few hundred images and a tiny backbone; its numbers mean nothing",
+            dataset="FashionMNIST",
+            image_size=28,
+            validation_per_class=10,
+            train_per_class=20,
+            test_per_class=20,
+            smoke=True,
+            runs=_three_runs(
+                "nano_patch7_28",
+                deit=Training(epochs=2, learning_rate=2e-3, batch_size=32),
+                avit=Training(epochs=2, learning_rate=2e-3, batch_size=32),
+                avit_finetuned=Training(epochs=2, learning_rate=2e-3, batch_size=32),
+                halting=Halting(beta=-3.0, target_depth=2.0),
+            ),
+            notes=("beta -3 so that tokens of a barely trained four-layer backbone halt at all.",),
+        ),
+        Profile(
+            name="fashion",
+            purpose="the default: Fashion-MNIST from the repository, on any machine, without a network",
+            dataset="FashionMNIST",
+            image_size=28,
+            validation_per_class=500,
+            runs=_three_runs(
+                "micro_patch4_28",
+                deit=Training(epochs=4, learning_rate=2e-3),
+                avit=Training(epochs=4, learning_rate=2e-3),
+                avit_finetuned=Training(epochs=3, learning_rate=1e-3),
+                halting=Halting(gamma=5.0, beta=-5.0, alpha_ponder=5e-3, target_depth=6.0),
+            ),
+        ),
+    )
+}
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called ``name``; raises StudyError when there is none."""
+    if name not in PROFILES:
+        raise StudyError(f"unknown profile {name!r}; choose from {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def project_root() -> Path:
+    """The checkout in which we are (the nearest folder upward with avit_lib beside pyproject.toml), else here."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "pyproject.toml").is_file() and (folder / "avit_lib").is_dir():
+            return folder
+    return here
+
+
+def data_dir() -> Path:
+    """Where data sets lie: $AVIT_DATA, or data/ in the checkout."""
+    return Path(os.environ.get("AVIT_DATA") or project_root() / "data")
+
+
+def weights_dir() -> Path:
+    """Where pretrained weights lie: $AVIT_WEIGHTS, or data/weights/ in the checkout."""
+    return Path(os.environ.get("AVIT_WEIGHTS") or data_dir() / "weights")
+
+
+def results_dir(profile: str) -> Path:
+    """Where the results of a profile lie: results/<profile>/ under $AVIT_RESULTS or in the checkout."""
+    return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / profile

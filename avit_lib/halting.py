@@ -1,0 +1,90 @@
+"""Adaptive token halting (A-ViT, Algorithm 1) as pure functions on tensors.
+
+Every function is elementwise over tokens, so the same code serves the masked [B, N] layout and the packed [T] one.
+Symbols of the paper stand beside the lines that compute them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class HaltingState:
+    """What is known of every token between two layers; all fields share one shape, [B, N] or [T]."""
+
+    active: Tensor  # m: True while the token still computes
+    cumulative: Tensor  # cumul: sum of its halting scores so far
+    remainder: Tensor  # R: 1 - sum of its scores before the layer in which it halts
+    ponder: Tensor  # rho: layers executed + remainder
+    depth: Tensor  # N_k: layers executed
+
+
+@dataclass(frozen=True)
+class HaltingTrace:
+    """How deep each token of a batch went: every token followed to its own halting.
+
+    Shapes: depth [B, N] integer, 1..L; ponder [B, N]; halting_scores [B, L, N], 0 once a token has halted;
+    output_weights [B, L], the weight of the class token of each layer in the image's representation.
+    """
+
+    depth: Tensor
+    ponder: Tensor
+    halting_scores: Tensor
+    output_weights: Tensor
+
+    @property
+    def executed_depth(self) -> Tensor:
+        """Layers [B, N] that plain inference computes: none after the class token (token 0) has halted."""
+        return executed_depth(self.depth)
+
+
+def executed_depth(depth: Tensor) -> Tensor:
+    """Layers [B, N] that plain inference computes, min(depth, depth of the class token), from ``depth`` [B, N]."""
+    return torch.minimum(depth, depth[:, :1])
+
+
+def halting_score(tokens: Tensor, gamma: float, beta: float) -> Tensor:
+    """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3).
+
+    Channel 0 of the embedding carries the score; gamma and beta are fixed scalars, so no parameter is added.
+    """
+    channel = tokens[..., 0]
+    channel = channel.to(torch.promote_types(channel.dtype, torch.float32))
+    return torch.sigmoid(gamma * channel + beta)  # h = sigmoid(gamma * t_0 + beta)
+
+
+def initial_state(like: Tensor) -> HaltingState:
+    """The state before layer 1: every token active; shape, dtype and device as ``like``, one value a token."""
+    zeros = torch.zeros_like(like)
+    return HaltingState(
+        active=torch.ones_like(like, dtype=torch.bool),  # m = 1
+        cumulative=zeros,  # cumul = 0
+        remainder=torch.ones_like(like),  # R = 1
+        ponder=zeros,  # rho = 0
+        depth=torch.zeros_like(like, dtype=torch.long),
+    )
+
+
+def halting_step(state: HaltingState, score: Tensor, eps: float) -> tuple[HaltingState, Tensor]:
+    """Take the scores of one layer into account: returns the next state and the output weight w of each token.
+
+    ``score`` has the shape of the state and must be 1 in the last layer. A token halts once, in the first layer in
+    which cumul >= 1 - eps; it then weighs R, before that h, afterwards 0 (Algorithm 1; the printed pseudo-code would
+    add R again in later layers, the published code does not).
+    """
+    active = state.active
+    score = torch.where(active, score, 0.0)  # h * m
+    cumulative = state.cumulative + score  # cumul += h
+    halts = active & (cumulative >= 1 - eps)
+    continues = active & ~halts
+    weight = torch.where(halts, state.remainder, score)  # w
+    next_state = HaltingState(
+        active=continues,  # m
+        cumulative=cumulative,
+        remainder=torch.where(continues, state.remainder - score, state.remainder),  # R -= h
+        ponder=state.ponder + active + torch.where(halts, state.remainder, 0.0),  # rho += m, + R on halting
+        depth=state.depth + active,  # N_k
+    )
+    return next_state, weight

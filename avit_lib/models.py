@@ -1,0 +1,156 @@
+"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``.
+
+``AViT`` adds no parameter: it accepts the state dict of a DeiT or ViT of the same shape unchanged.
+"""
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor
+
+from avit_lib.halting import HaltingTrace, halting_score, halting_step, initial_state
+
+
+class AViT(VisionTransformer):
+    """VisionTransformer whose tokens halt by themselves (A-ViT, section 3).
+
+    Modifications: ``forward_features`` runs the blocks with halting and returns the representation [B, 1, D], the
+    output-weighted sum of the class token over the layers; ``forward_with_trace`` returns the trace as well.
+    """
+
+    def __init__(self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01, **kwargs):
+        """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps."""
+        super().__init__(*args, **kwargs)
+        self.gamma, self.beta, self.eps = gamma, beta, eps
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+        """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
+        representation, trace = self._run(images)
+        return self.forward_head(representation), trace
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised representation [B, 1, D] of images [B, C, H, W]."""
+        return self._run(images)[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.forward_head(self.forward_features(images))
+
+    def _run(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+        tokens = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        representation, trace = run_masked(self.blocks, tokens, self.gamma, self.beta, self.eps)
+        return self.norm(representation), trace
+
+
+def run_masked(
+    blocks: torch.nn.Sequential, tokens: Tensor, gamma: float, beta: float, eps: float
+) -> tuple[Tensor, HaltingTrace]:
+    """Algorithm 1 with masks, as published: halted tokens are computed on and ignored.
+
+    From the embedded tokens [B, N, D] to the representation [B, 1, D] before the final norm, and the trace.
+    """
+    state = initial_state(halting_score(tokens, gamma, beta))
+    representation = 0.0
+    scores, weights = [], []
+    for layer, block in enumerate(blocks, start=1):
+        active = state.active
+        # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
+        keys = active | ~active.any(dim=1, keepdim=True)
+        tokens = block(tokens * active[..., None], attn_mask=keys[:, None, None, :])  # t = F(t * m)
+        score = halting_score(tokens, gamma, beta)  # h
+        if layer == len(blocks):
+            score = torch.ones_like(score)  # whoever comes this far halts here
+        state, weight = halting_step(state, score, eps)
+        class_weight = weight[:, :1]  # w of the class token
+        representation = representation + class_weight[..., None] * tokens[:, :1]
+        scores.append(torch.where(active, score, 0.0))
+        weights.append(class_weight)
+    trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
+    return representation, trace
+
+
+def _cfg(**overrides) -> dict:
+    imagenet = dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        crop_pct=0.9,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="patch_embed.proj",
+        classifier="head",
+        license="apache-2.0",
+    )
+    return imagenet | overrides
+
+
+_FASHION = dict(num_classes=10, input_size=(1, 28, 28), crop_pct=1.0, mean=(0.286,), std=(0.353,))
+
+default_cfgs = generate_default_cfgs(
+    {
+        "avit_tiny_patch16_224.fb_in1k": _cfg(hf_hub_id="timm/deit_tiny_patch16_224.fb_in1k"),
+        "avit_small_patch16_224.fb_in1k": _cfg(hf_hub_id="timm/deit_small_patch16_224.fb_in1k"),
+        "avit_base_patch16_224.fb_in1k": _cfg(hf_hub_id="timm/deit_base_patch16_224.fb_in1k"),
+        **{f"{kind}_{size}.untrained": _cfg(**_FASHION)
+           for kind in ("deit", "avit") for size in ("micro_patch4_28", "nano_patch7_28")},
+    }
+)  # fmt: skip
+
+
+def _create(name: str, model_class: type, pretrained: bool, **kwargs) -> VisionTransformer:
+    return build_model_with_cfg(model_class, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+_TINY = dict(patch_size=16, embed_dim=192, depth=12, num_heads=3)
+_SMALL = dict(patch_size=16, embed_dim=384, depth=12, num_heads=6)
+_BASE = dict(patch_size=16, embed_dim=768, depth=12, num_heads=12)
+# Narrow backbones for 28 x 28 grey images. timm's 0.02 initialisation is meant for widths of hundreds; at these
+# widths the fan-based one learns several times faster.
+_MICRO = dict(
+    img_size=28, in_chans=1, num_classes=10, patch_size=4, embed_dim=64, depth=12, num_heads=2, mlp_ratio=2.0,
+    weight_init="jax",
+)  # fmt: skip
+_NANO = _MICRO | dict(patch_size=7, embed_dim=16, depth=4)
+
+
+@register_model
+def avit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> AViT:
+    """A-ViT-T: the shape, and the pretrained weights, of DeiT-T."""
+    return _create("avit_tiny_patch16_224", AViT, pretrained, **(_TINY | kwargs))
+
+
+@register_model
+def avit_small_patch16_224(pretrained: bool = False, **kwargs) -> AViT:
+    """A-ViT-S: the shape, and the pretrained weights, of DeiT-S."""
+    return _create("avit_small_patch16_224", AViT, pretrained, **(_SMALL | kwargs))
+
+
+@register_model
+def avit_base_patch16_224(pretrained: bool = False, **kwargs) -> AViT:
+    """A-ViT-B: the shape, and the pretrained weights, of DeiT-B."""
+    return _create("avit_base_patch16_224", AViT, pretrained, **(_BASE | kwargs))
+
+
+@register_model
+def avit_micro_patch4_28(pretrained: bool = False, **kwargs) -> AViT:
+    """A-ViT for 28 x 28 grey images: 49 patches, 64 channels, 12 layers."""
+    return _create("avit_micro_patch4_28", AViT, pretrained, **(_MICRO | kwargs))
+
+
+@register_model
+def deit_micro_patch4_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The plain transformer of ``avit_micro_patch4_28``."""
+    return _create("deit_micro_patch4_28", VisionTransformer, pretrained, **(_MICRO | kwargs))
+
+
+@register_model
+def avit_nano_patch7_28(pretrained: bool = False, **kwargs) -> AViT:
+    """A-ViT for tests: 16 patches, 16 channels, 4 layers."""
+    return _create("avit_nano_patch7_28", AViT, pretrained, **(_NANO | kwargs))
+
+
+@register_model
+def deit_nano_patch7_28(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The plain transformer of ``avit_nano_patch7_28``."""
+    return _create("deit_nano_patch7_28", VisionTransformer, pretrained, **(_NANO | kwargs))
