@@ -87,7 +87,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
             weights = timm.create_model(timm_name, pretrained=True).state_dict()
         except (OSError, RuntimeError) as error:
             raise StudyError(
-                f"no weights of {timm_name}: {path} is missing and timm's hub is out of reach ({type(error).__name__}); "
+                f"no weights of {timm_name}: {path} is missing and timm's hub is out of reach; "
                 f"put the file there, or name its folder in AVIT_WEIGHTS"
             ) from error
     own = model.state_dict()

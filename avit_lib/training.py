@@ -152,9 +152,7 @@ def _save_epoch(output, model, optimizer, records, description, seed, config) ->
     _save_resume(output, state)
     write_atomically(output / "history.csv", pd.DataFrame(records).to_csv(index=False).encode())
     for name in sorted(names):
-        save_checkpoint(
-            output / f"{name}.safetensors", model, description["model"], description["arguments"], **facts
-        )
+        save_checkpoint(output / f"{name}.safetensors", model, description["model"], description["arguments"], **facts)
 
 
 def _save_resume(output: Path, state: dict) -> None:

@@ -1,0 +1,154 @@
+"""The study as the notebooks see it: one profile and seed, its data, its runs, its results."""
+
+import ast
+import hashlib
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+from torch import nn
+
+from avit_lib import evaluation
+from avit_lib.checkpoints import create_model, load_checkpoint, load_pretrained, load_weights, read_json
+from avit_lib.config import Run, StudyError, get_profile
+from avit_lib.data import ImageTensors, TrainingData, test_data, training_data
+from avit_lib.losses import AdaptiveLoss, TaskLoss
+from avit_lib.reporting import Results
+from avit_lib.training import fit, pick_device, seed_everything
+
+TRAINING_MODULES = ("data", "losses", "models", "training")  # a change in these, or below them, means training again
+
+
+class Study:
+    """One profile and seed: ``train`` its runs, ``load`` their models, write ``results``."""
+
+    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto"):
+        """Raises StudyError for a profile that does not exist or a device that is not there."""
+        self.profile = get_profile(profile)
+        self.seed = seed
+        self.device = pick_device(device)
+        self.results = Results(self.profile, seed, source)
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """Training and validation images."""
+        return training_data(self.profile, self.seed)
+
+    @cached_property
+    def test(self) -> ImageTensors:
+        """Test images; for the final evaluation only."""
+        return test_data(self.profile)
+
+    def folder(self, run: str) -> Path:
+        """Where the checkpoints of a run lie."""
+        return self.results.folder / "checkpoints" / self.profile.run(run).name
+
+    def train(self, name: str) -> pd.DataFrame:
+        """Train the run called ``name``, or go on with it, or return the history of the finished one.
+
+        What was trained by other settings, or by other code, is trained again from scratch.
+        """
+        run, folder = self.profile.run(name), self.folder(name)
+        description = self._describe(run)
+        found = folder / "last.json"
+        if found.is_file() and read_json(found).get("run") != description | {"seed": self.seed}:
+            print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
+            shutil.rmtree(folder)
+        seed_everything(self.seed)
+        model = self.initial_model(run)
+        label_smoothing = run.training.label_smoothing
+        loss = AdaptiveLoss(run.halting, label_smoothing) if run.halting else TaskLoss(label_smoothing)
+        return fit(
+            model, self.data.train, loss, run.training, folder, self._validate,
+            description=description, seed=self.seed, device=self.device,
+        )  # fmt: skip
+
+    def initial_model(self, run: Run) -> nn.Module:
+        """The model of a run as its training starts."""
+        model = create_model(run.model, self._arguments(run))
+        if run.init == "pretrained":
+            load_pretrained(model, run.pretrained)
+        elif run.init != "random":
+            load_weights(model, self._checkpoint(run.init))
+        return model
+
+    def load(self, name: str) -> nn.Module:
+        """The trained model of a run, after its last epoch; raises StudyError naming the command when it is missing."""
+        return load_checkpoint(self._checkpoint(name), self.device)[0]
+
+    def history(self, name: str) -> pd.DataFrame:
+        """The training history of a run, one row an epoch."""
+        return pd.read_csv(self._checkpoint(name).with_name("history.csv"))
+
+    def predict(self, model: nn.Module, data: ImageTensors) -> evaluation.Predictions:
+        """What ``model`` says of ``data``."""
+        return evaluation.predict(model, data, device=self.device)
+
+    def _validate(self, model: nn.Module) -> dict[str, float]:
+        return evaluation.metrics(model, self.predict(model, self.data.validation))
+
+    def _arguments(self, run: Run) -> dict:
+        return run.halting.model_arguments if run.halting else {}
+
+    def _checkpoint(self, name: str) -> Path:
+        path = self.folder(name) / "last.safetensors"
+        if not path.is_file():
+            raise StudyError(
+                f"{self.profile.run(name).label} has not been trained in profile {self.profile.name}: "
+                f"run `make notebooks PROFILE={self.profile.name}`"
+            )
+        return path
+
+    def _describe(self, run: Run) -> dict:
+        """What a run's checkpoints depend on; runs that differ in it are different runs."""
+        start = self.profile.run(run.init) if run.init not in ("random", "pretrained") else None
+        return {
+            "model": run.model,
+            "arguments": self._arguments(run),
+            "profile": self.profile.name,
+            "settings": asdict(run),
+            "images": [len(self.data.train), self.data.split["validation_sha256"]],
+            "code": fingerprint(sources(TRAINING_MODULES)),
+            **({"start": read_json(self._checkpoint(start.name).with_suffix(".json"))["sha256"]} if start else {}),
+        }
+
+
+def sources(modules: Iterable[str]) -> list[Path]:
+    """The files of avit_lib that ``modules`` consist of and import, directly or not.
+
+    The profiles (config) are left out: their values count, not their text.
+    """
+    package = Path(__file__).parent
+    found, waiting = {}, list(modules)
+    while waiting:
+        module = waiting.pop()
+        path = package / f"{module}.py"
+        if module in found or module == "config" or not path.is_file():
+            continue
+        found[module] = path
+        waiting += imported_modules(path.read_text())
+    return [found[module] for module in sorted(found)]
+
+
+def imported_modules(code: str) -> set[str]:
+    """The modules of avit_lib that Python ``code`` imports, by their names inside the package."""
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "avit_lib":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("avit_lib."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("avit_lib.")}
+    return names
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """A short hash of the contents of ``files``."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
