@@ -1,0 +1,55 @@
+"""What several tests share: small data, a small model whose tokens halt at many depths, and a blocked network."""
+
+import pytest
+import timm
+import torch
+from torchvision.transforms import v2
+
+from avit_lib.data import ImageTensors
+from avit_lib.models import AViT
+
+torch.set_num_threads(1)
+
+
+def random_images(count: int, classes: int = 10, seed: int = 0) -> ImageTensors:
+    """``count`` grey 28 x 28 images of noise, the brighter the higher their label; the labels take turns."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 100, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[:, None, None, None]
+    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
+    return ImageTensors(images, torch.arange(count) % classes, tuple(map(str, range(classes))), transform)
+
+
+def varied_model(class_channel: float = 0.0, name: str = "avit_nano_patch7_28", **kwargs) -> AViT:
+    """A float64 model in evaluation mode in which the brightness of a patch decides how deep it goes.
+
+    Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel`` for the class token.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model(name, **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
+    with torch.no_grad():
+        weight = model.patch_embed.proj.weight
+        weight[0] = 1 / weight[0].numel()
+        model.patch_embed.proj.bias[0] = 0.0
+        model.pos_embed[..., 0] = 0.0
+        model.cls_token[..., 0] = class_channel
+    return model
+
+
+def bright_and_dark(patch: int = 7) -> torch.Tensor:
+    """Images [4, 1, 28, 28]: patches of random brightness (two images), all very bright, all very dark."""
+    generator = torch.Generator().manual_seed(1)
+    side = 28 // patch
+    brightness = torch.randn(4, 1, side, side, generator=generator, dtype=torch.float64) * 2
+    brightness[2], brightness[3] = 20.0, -20.0
+    pixels = brightness.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    return pixels + 0.1 * torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every download fails at once, wherever the tests run."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)

@@ -1,0 +1,125 @@
+"""The three terms of the objective against hand computations."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import bright_and_dark, varied_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avit_lib.config import Halting
+from avit_lib.losses import (
+    AdaptiveLoss,
+    TaskLoss,
+    distribution_loss,
+    halting_distribution,
+    ponder_loss,
+    target_distribution,
+)
+
+LABELS = torch.tensor([3, 1, 4, 1])
+
+
+def test_ponder_loss_is_the_mean_over_images_and_tokens():
+    ponder = torch.tensor([[2.5, 3.0], [4.25, 2.25]])
+    assert ponder_loss(ponder).item() == 3.0
+
+
+def test_halting_distribution_by_hand():
+    # Two images, two layers, a class token and two patches; the class token (9.0) must not count.
+    scores = torch.tensor([[[9.0, 0.1, 0.3], [9.0, 1.0, 0.0]], [[9.0, 0.2, 0.2], [9.0, 1.0, 1.0]]])
+    expected = torch.tensor([0.8 / 4, 3.0 / 4]) / (3.8 / 4)
+    torch.testing.assert_close(halting_distribution(scores), expected)
+
+
+def test_halting_distribution_of_a_model_sums_to_one():
+    _, trace = varied_model(0.5).forward_with_trace(bright_and_dark())
+    distribution = halting_distribution(trace.halting_scores)
+    assert distribution.shape == (6,) and (distribution >= 0).all()
+    assert distribution.sum().item() == pytest.approx(1.0)
+
+
+def test_target_by_hand():
+    density = [math.exp(-((layer - 2.5) ** 2) / (2 * 0.5**2)) for layer in (1, 2, 3, 4)]
+    expected = torch.tensor([value / sum(density) for value in density])
+    torch.testing.assert_close(target_distribution(2.5, 0.5, layers=4), expected)
+    assert target_distribution(8.0, 1.0, layers=12).argmax().item() == 7  # layers count from 1
+
+
+def test_divergence_by_hand_in_both_directions():
+    found, target = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
+    forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    backward = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
+    assert distribution_loss(found, target).item() == pytest.approx(forward, rel=1e-5)
+    assert distribution_loss(found, target, "paper").item() == pytest.approx(forward, rel=1e-5)
+    assert distribution_loss(found, target, "code").item() == pytest.approx(backward, rel=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0.01, 1), min_size=4, max_size=4), st.lists(st.floats(0.01, 1), min_size=4, max_size=4))
+def test_divergence_is_zero_only_for_equal_distributions(first, second):
+    first, second = (torch.tensor(values, dtype=torch.float64) for values in (first, second))
+    first, second = first / first.sum(), second / second.sum()
+    distance = (first - second).abs().sum()
+    for direction in ("paper", "code"):
+        assert distribution_loss(first, first, direction).abs() < 1e-12
+        assert distribution_loss(first, second, direction) >= distance**2 / 2 - 1e-12  # Pinsker
+
+
+def test_an_unknown_direction_is_refused():
+    with pytest.raises(ValueError, match="paper"):
+        distribution_loss(torch.ones(2) / 2, torch.ones(2) / 2, "sideways")
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_task_loss_by_hand(label_smoothing):
+    model, images = varied_model(0.5), bright_and_dark()
+    log_probability = model(images).log_softmax(dim=1)
+    right = log_probability[torch.arange(4), LABELS]
+    expected = -((1 - label_smoothing) * right + label_smoothing * log_probability.mean(dim=1)).mean()
+    losses = TaskLoss(label_smoothing)(model, images, LABELS)
+    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert losses.parts.keys() == {"task"} and losses.parts["task"] is losses.total
+
+
+@pytest.mark.parametrize("direction", ["paper", "code"])
+def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
+    model, images = varied_model(0.5), bright_and_dark()
+    halting = Halting(alpha_ponder=0.25, alpha_distr=0.5, target_depth=3.0, kl_direction=direction)
+    losses = AdaptiveLoss(halting, label_smoothing=0.1)(model, images, LABELS)
+    parts = losses.parts
+    expected = parts["task"] + 0.25 * parts["ponder"] + 0.5 * parts["distr"]
+    torch.testing.assert_close(losses.total, expected)
+    _, trace = model.forward_with_trace(images)
+    target = target_distribution(3.0, 1.0, layers=6)
+    divergence = distribution_loss(halting_distribution(trace.halting_scores), target, direction)
+    assert parts["task"].item() == pytest.approx(TaskLoss(0.1)(model, images, LABELS).total.item(), rel=1e-5)
+    assert parts["ponder"].item() == pytest.approx(trace.ponder.mean().item())
+    assert parts["distr"].item() == pytest.approx(divergence.item())
+    assert parts["depth"].item() == pytest.approx(trace.depth.double().mean().item())
+    assert min(parts["distr"], parts["ponder"], parts["task"]) > 0.01
+
+
+@pytest.mark.parametrize("direction", ["paper", "code"])
+@pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1), (-30.0, None)])
+def test_gradients_are_finite_at_the_extremes(direction, beta, depth):
+    model = varied_model(0.5, beta=beta).float()
+    halting = replace(Halting(), kl_direction=direction, target_depth=3.0)
+    losses = AdaptiveLoss(halting)(model, bright_and_dark().float(), LABELS)
+    losses.total.backward()
+    assert depth is None or losses.parts["depth"].item() == depth
+    assert losses.total.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_the_ponder_term_alone_makes_tokens_halt_sooner():
+    model, images = varied_model(0.5), bright_and_dark()
+    bias = model.patch_embed.proj.bias
+    _, trace = model.forward_with_trace(images)
+    ponder_loss(trace.ponder).backward()
+    with torch.no_grad():
+        bias -= 0.1 * bias.grad.sign() * (torch.arange(len(bias)) == 0)  # channel 0 only
+        _, after = model.forward_with_trace(images)
+    assert after.ponder.mean() < trace.ponder.mean()

@@ -1,0 +1,163 @@
+"""The training loop: resuming is exact, faults keep what was reached."""
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import random_images
+
+from avit_lib.checkpoints import load_checkpoint, read_json
+from avit_lib.config import Halting, StudyError, Training
+from avit_lib.evaluation import metrics, predict
+from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
+from avit_lib.training import fit, pick_device, seed_everything
+
+CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)
+PLAIN, ADAPTIVE = "deit_nano_patch7_28", "avit_nano_patch7_28"
+LOSSES = {PLAIN: TaskLoss(0.1), ADAPTIVE: AdaptiveLoss(Halting(), 0.1)}
+TRAIN, VALIDATION = random_images(64), random_images(40, seed=1)
+
+
+class PowerCut(Exception):
+    """What stops a run from outside."""
+
+
+def stopping(loss, after, stop):
+    """``loss``, whose call number ``after`` + 1 is answered by ``stop(losses)`` instead."""
+    calls = 0
+
+    def stopped(model, images, labels):
+        nonlocal calls
+        calls += 1
+        losses = loss(model, images, labels)
+        return stop(losses) if calls > after else losses
+
+    return stopped
+
+
+def power_cut(losses):
+    raise PowerCut
+
+
+def not_a_number(losses):
+    return Losses(losses.total * float("nan"), losses.parts)
+
+
+def validate(model):
+    return metrics(model, predict(model, VALIDATION))
+
+
+def train(folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validate, **changes):
+    """Train a fresh small model in ``folder``."""
+    seed_everything(seed)
+    model = timm.create_model(name, drop_rate=0.1, **({"beta": -3.0} if name == ADAPTIVE else {}))
+    description = {"model": name, "arguments": {}} | changes
+    return fit(model, TRAIN, loss or LOSSES[name], config, folder, validate, description=description, seed=seed)
+
+
+@pytest.mark.parametrize("name", [PLAIN, ADAPTIVE])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    expected = train(whole, name)
+    with pytest.raises(PowerCut):  # four updates an epoch: in the middle of epoch 2
+        train(pieces, name, loss=stopping(LOSSES[name], 6, power_cut))
+    assert read_json(pieces / "last.json")["epoch"] == 1
+    with pytest.raises(PowerCut):  # and again, in epoch 3
+        train(pieces, name, loss=stopping(LOSSES[name], 5, power_cut))
+    found = train(pieces, name)
+    for file in ("last.safetensors", "best.safetensors"):
+        assert (pieces / file).read_bytes() == (whole / file).read_bytes()
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
+    assert found["epoch"].tolist() == [1, 2, 3]
+    assert sorted(p.name for p in pieces.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_the_same_seed_gives_the_same_weights_another_seed_others(tmp_path):
+    config = Training(epochs=1, learning_rate=2e-3, batch_size=16)
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tmp_path / name, config=config, seed=seed)
+    a, b, c = ((tmp_path / name / "last.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_history_and_checkpoints(tmp_path):
+    history = train(tmp_path, ADAPTIVE)
+    assert {"train_loss", "train_task", "train_ponder", "train_distr", "val_accuracy", "val_mean_depth"} <= set(history)
+    assert history["learning_rate"].iloc[-1] < history["learning_rate"].iloc[0]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
+    model, facts = load_checkpoint(tmp_path / "last.safetensors")
+    assert facts["epoch"] == 3 and facts["run"]["seed"] == 0
+    assert validate(model)["accuracy"] == pytest.approx(history["val_accuracy"].iloc[-1])
+    best = read_json(tmp_path / "best.json")
+    assert best["validation"]["val_accuracy"] == history["val_accuracy"].max()
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_training_lowers_the_loss(tmp_path):
+    history = train(tmp_path, config=Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0))
+    assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] - 0.1
+    assert history["val_accuracy"].iloc[-1] > 0.2  # chance is 0.1
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_finished_epoch(tmp_path):
+    reference = tmp_path / "reference"
+    with pytest.raises(PowerCut):
+        train(reference, loss=stopping(LOSSES[PLAIN], 4, power_cut))
+    folder = tmp_path / "folder"
+    with pytest.raises(StudyError, match="nan in epoch 2, batch 2") as error:
+        train(folder, loss=stopping(LOSSES[PLAIN], 5, not_a_number))
+    assert "\n" not in str(error.value)
+    assert (folder / "last.safetensors").read_bytes() == (reference / "last.safetensors").read_bytes()
+    assert load_checkpoint(folder / "last.safetensors")[1]["epoch"] == 1
+
+
+def test_a_finished_run_returns_its_history_without_training(tmp_path):
+    history = train(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    again = train(tmp_path, loss=stopping(LOSSES[PLAIN], 0, power_cut))
+    pd.testing.assert_frame_equal(again, history)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"settings": "others"}])
+def test_the_folder_of_another_run_is_refused(tmp_path, finished, changes):
+    if finished:
+        train(tmp_path, config=Training(epochs=1, learning_rate=2e-3, batch_size=16))
+    else:
+        with pytest.raises(PowerCut):
+            train(tmp_path, loss=stopping(LOSSES[PLAIN], 4, power_cut))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(StudyError, match="another run") as error:
+        train(tmp_path, **changes)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpoints of the last epoch are not written again")
+@pytest.mark.parametrize("blocked", ["history.csv", "last.safetensors", "last.json"])
+def test_a_stop_while_the_last_epoch_is_being_saved(tmp_path, blocked):
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    expected = train(whole)
+    obstacle = pieces / f"{blocked}.tmp"
+
+    def blocking(model):
+        if (pieces / "last.json").is_file() and read_json(pieces / "last.json")["epoch"] == 2:
+            obstacle.mkdir()  # the file cannot be written in epoch 3
+        return validate(model)
+
+    with pytest.raises(OSError):
+        train(pieces, validate=blocking)
+    obstacle.rmdir()
+    found = train(pieces)
+    for file in ("last.safetensors", "best.safetensors"):
+        assert (pieces / file).read_bytes() == (whole / file).read_bytes()
+    assert load_checkpoint(pieces / "last.safetensors")[1]["epoch"] == 3
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(pd.read_csv(pieces / "history.csv"), found)
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(StudyError, match="tpu"):
+        pick_device("tpu")
