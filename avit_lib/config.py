@@ -21,6 +21,8 @@ class Training:
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
     precision: str = "float32"  # or "bfloat16": autocast, where the device computes it natively
+    optimizer: str = "adamw"  # a name of timm's
+    execution: str = "auto"  # of a model that halts, in training: "auto" is masked, "packed" may be faster
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Run:
     init: str  # "random", "pretrained", or the name of the run whose weights it starts from
     training: Training
     halting: Halting | None = None  # None: a plain transformer
+    pretrained: str = ""  # timm name of the weights that init "pretrained" means
 
 
 @dataclass(frozen=True)

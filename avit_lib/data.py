@@ -2,13 +2,17 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.error import URLError
 
 import torch
 import torchvision
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
 from avit_lib.config import Profile, StudyError, data_dir
 
@@ -45,7 +49,7 @@ class TrainingData:
 
     train: ImageTensors
     validation: ImageTensors
-    split: dict  # seed, sizes, the indices of the validation images in the official training set, a checksum
+    split: dict  # data set, seed, sizes, indices of the validation images, their checksum
 
 
 def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -62,21 +66,11 @@ def training_data(profile: Profile, seed: int) -> TrainingData:
     official = _official(profile, train=True)
     generator = torch.Generator().manual_seed(seed)
     held_out = pick_per_class(official.labels, profile.validation_per_class, generator)
-    rest = torch.ones(len(official), dtype=torch.bool)
-    rest[held_out] = False
-    kept = rest.nonzero()[:, 0]
+    kept = _others(len(official), held_out)
     if profile.train_per_class is not None:
         kept = kept[pick_per_class(official.labels[kept], profile.train_per_class, generator)]
-    indices = held_out.tolist()
-    split = {
-        "dataset": profile.dataset,
-        "seed": seed,
-        "train_images": len(kept),
-        "validation_images": len(indices),
-        "validation_sha256": hashlib.sha256(str(indices).encode()).hexdigest(),
-        "validation_indices": indices,
-    }
-    return TrainingData(official.select(kept), official.select(held_out), split)
+    train, validation = official.select(kept), official.select(held_out)
+    return TrainingData(train, validation, _describe_split(profile.dataset, seed, train, validation, held_out))
 
 
 def test_data(profile: Profile) -> ImageTensors:
@@ -85,6 +79,44 @@ def test_data(profile: Profile) -> ImageTensors:
     if profile.test_per_class is None:
         return official
     return official.select(pick_per_class(official.labels, profile.test_per_class, torch.Generator().manual_seed(0)))
+
+
+def folder_data(folder: Path, split: str, image_size: int, channels: int) -> ImageTensors:
+    """The images under ``folder``/``split``, one folder a class, scaled and cropped to a square of ``image_size``.
+
+    Every image is decoded once, here; grey for one channel, else RGB. Raises StudyError when there are none, or names
+    the first that cannot be read.
+    """
+    source = Path(folder) / split
+    try:
+        files = torchvision.datasets.ImageFolder(source)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StudyError(
+            f"{source} holds no images in one folder a class; see `python -m avit_lib fit --help`"
+        ) from None
+    square = v2.Compose([v2.PILToTensor(), v2.Resize(image_size), v2.CenterCrop(image_size)])
+    images = torch.stack(
+        [square(_open_image(path, channels)) for path, _ in tqdm(files.samples, desc=f"decoding {split}", disable=None)]
+    )
+    return ImageTensors(images, torch.tensor(files.targets), tuple(files.classes), _normalise(channels))
+
+
+def read_image(path: Path, image_size: int, channels: int) -> Tensor:
+    """One image file as a normalised tensor [C, H, W], scaled and cropped like ``folder_data`` does."""
+    return _normalise(channels)(_decode(path, image_size, channels))
+
+
+def folder_training_data(folder: Path, image_size: int, channels: int, seed: int) -> TrainingData:
+    """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/."""
+    train = folder_data(folder, "train", image_size, channels)
+    if (Path(folder) / "val").is_dir():
+        validation, held_out = folder_data(folder, "val", image_size, channels), None
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        per_class = max(1, int(train.labels.bincount().min()) // 10)
+        held_out = pick_per_class(train.labels, per_class, generator)
+        validation, train = train.select(held_out), train.select(_others(len(train), held_out))
+    return TrainingData(train, validation, _describe_split(str(folder), seed, train, validation, held_out))
 
 
 def loader(data: ImageTensors, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
@@ -96,8 +128,9 @@ def loader(data: ImageTensors, batch_size: int, shuffle_seed: int | None = None)
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Undo the normalisation of Fashion-MNIST images, for display: values 0..1."""
-    return (images * FASHION_STD + FASHION_MEAN).clamp(0, 1)
+    """Undo the normalisation of images [..., C, H, W], for display: values 0..1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in _statistics(images.shape[-3]))
+    return (images * std + mean).clamp(0, 1)
 
 
 def _official(profile: Profile, train: bool) -> ImageTensors:
@@ -111,7 +144,44 @@ def _official(profile: Profile, train: bool) -> ImageTensors:
             f"Fashion-MNIST under {raw} is missing or damaged and could not be downloaded ({reason}); "
             f"remove that folder and bring it back with `git checkout -- data`, or set AVIT_DATA"
         ) from error
-    transform = v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Normalize([FASHION_MEAN], [FASHION_STD])]
-    )  # fmt: skip
-    return ImageTensors(source.data[:, None], source.targets, FASHION_CLASSES, transform)
+    return ImageTensors(source.data[:, None], source.targets, FASHION_CLASSES, _normalise(channels=1))
+
+
+def _others(total: int, held_out: Tensor) -> Tensor:
+    """The indices below ``total`` that are not ``held_out``."""
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[held_out] = False
+    return rest.nonzero()[:, 0]
+
+
+def _describe_split(dataset: str, seed: int, train: ImageTensors, validation: ImageTensors, held_out: Tensor | None):
+    """The split as it is written down; ``held_out`` are the validation images' indices in the whole training set."""
+    indices = held_out.tolist() if held_out is not None else []
+    return {
+        "dataset": dataset,
+        "seed": seed,
+        "train_images": len(train),
+        "validation_images": len(validation),
+        "validation_sha256": hashlib.sha256(str(indices).encode()).hexdigest(),
+        "validation_indices": indices,
+    }
+
+
+def _statistics(channels: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel: ImageNet's for colour, Fashion-MNIST's for grey."""
+    if channels == 1:
+        return [FASHION_MEAN], [FASHION_STD]
+    return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+
+
+def _normalise(channels: int) -> v2.Transform:
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*_statistics(channels))])
+
+
+def _decode(path: Path | str, image_size: int, channels: int) -> Tensor:
+    """The bytes [C, image_size, image_size] of an image file: shorter side scaled to fit, centre cropped."""
+    try:
+        image = Image.open(path).convert("L" if channels == 1 else "RGB")
+    except OSError as error:  # also PIL's UnidentifiedImageError, and truncated files
+        raise StudyError(f"{path} cannot be read as an image ({error}); mend or remove it") from None
+    return v2.CenterCrop(image_size)(v2.Resize(image_size)(v2.functional.pil_to_tensor(image)))

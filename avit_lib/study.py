@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
 from avit_lib import evaluation
@@ -52,28 +54,21 @@ class Study:
         What was trained by other settings, or by other code, is trained again from scratch.
         """
         run, folder = self.profile.run(name), self.folder(name)
-        description = self._describe(run)
+        start = None if run.init in ("random", "pretrained") else self._checkpoint(run.init)
+        description = describe(run, self.data, start) | {
+            "profile": self.profile.name,
+            "code": fingerprint(sources(TRAINING_MODULES)),
+        }
         found = folder / "last.json"
         if found.is_file() and read_json(found).get("run") != description | {"seed": self.seed}:
             print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
             shutil.rmtree(folder)
-        seed_everything(self.seed)
-        model = self.initial_model(run)
-        label_smoothing = run.training.label_smoothing
-        loss = AdaptiveLoss(run.halting, label_smoothing) if run.halting else TaskLoss(label_smoothing)
-        return fit(
-            model, self.data.train, loss, run.training, folder, self._validate,
-            description=description, seed=self.seed, device=self.device,
-        )  # fmt: skip
+        return train_run(run, self.data, folder, start, description, self.seed, self.device)
 
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
-        model = create_model(run.model, self._arguments(run))
-        if run.init == "pretrained":
-            load_pretrained(model, run.pretrained)
-        elif run.init != "random":
-            load_weights(model, self._checkpoint(run.init))
-        return model
+        start = None if run.init in ("random", "pretrained") else self._checkpoint(run.init)
+        return initial_model(run, len(self.data.train.classes), start, self.seed)
 
     def load(self, name: str) -> nn.Module:
         """The trained model of a run, after its last epoch; raises StudyError naming the command when it is missing."""
@@ -87,12 +82,6 @@ class Study:
         """What ``model`` says of ``data``."""
         return evaluation.predict(model, data, device=self.device)
 
-    def _validate(self, model: nn.Module) -> dict[str, float]:
-        return evaluation.metrics(model, self.predict(model, self.data.validation))
-
-    def _arguments(self, run: Run) -> dict:
-        return run.halting.model_arguments if run.halting else {}
-
     def _checkpoint(self, name: str) -> Path:
         path = self.folder(name) / "last.safetensors"
         if not path.is_file():
@@ -102,18 +91,58 @@ class Study:
             )
         return path
 
-    def _describe(self, run: Run) -> dict:
-        """What a run's checkpoints depend on; runs that differ in it are different runs."""
-        start = self.profile.run(run.init) if run.init not in ("random", "pretrained") else None
-        return {
-            "model": run.model,
-            "arguments": self._arguments(run),
-            "profile": self.profile.name,
-            "settings": asdict(run),
-            "images": [len(self.data.train), self.data.split["validation_sha256"]],
-            "code": fingerprint(sources(TRAINING_MODULES)),
-            **({"start": read_json(self._checkpoint(start.name).with_suffix(".json"))["sha256"]} if start else {}),
-        }
+
+def model_arguments(run: Run, classes: int) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` for a run and a number of classes."""
+    return {"num_classes": classes} | (run.halting.model_arguments if run.halting else {})
+
+
+def describe(run: Run, data: TrainingData, start: Path | None) -> dict[str, Any]:
+    """What the checkpoints of a run depend on; runs that differ in it are different runs."""
+    return {
+        "model": run.model,
+        "arguments": model_arguments(run, len(data.train.classes)),
+        "classes": list(data.train.classes),
+        "settings": asdict(run),
+        "images": [len(data.train), data.split["validation_sha256"]],
+        "start": read_json(start.with_suffix(".json"))["sha256"] if start else run.init,
+    }
+
+
+def initial_model(run: Run, classes: int, start: Path | None, seed: int) -> nn.Module:
+    """The model of a run as its training starts: from the checkpoint ``start``, or as ``run.init`` says."""
+    seed_everything(seed)
+    model = create_model(run.model, model_arguments(run, classes))
+    if start is not None:
+        load_weights(model, start)
+    elif run.init == "pretrained":
+        load_pretrained(model, run.pretrained)
+    return model
+
+
+def train_run(
+    run: Run,
+    data: TrainingData,
+    folder: Path,
+    start: Path | None,
+    description: dict[str, Any],
+    seed: int,
+    device: torch.device,
+) -> pd.DataFrame:
+    """Train a run into ``folder`` by its settings (see ``training.fit``); returns the history, one row an epoch."""
+    model = initial_model(run, len(data.train.classes), start, seed)
+    if run.halting:
+        model.execution = run.training.execution
+        loss = AdaptiveLoss(run.halting, run.training.label_smoothing)
+    else:
+        loss = TaskLoss(run.training.label_smoothing)
+
+    def validate(trained: nn.Module) -> dict[str, float]:
+        return evaluation.metrics(trained, evaluation.predict(trained, data.validation, device=device))
+
+    return fit(
+        model, data.train, loss, run.training, folder, validate, description=description, seed=seed, device=device
+    )
 
 
 def sources(modules: Iterable[str]) -> list[Path]:

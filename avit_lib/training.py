@@ -78,7 +78,9 @@ def fit(
     output.mkdir(parents=True, exist_ok=True)
     model.to(device)
     updates_per_epoch = len(loader(train, config.batch_size, shuffle_seed=0))
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = create_optimizer_v2(
+        model, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=config.epochs * updates_per_epoch,
