@@ -94,10 +94,8 @@ def folder_data(folder: Path, split: str, image_size: int, channels: int) -> Ima
         raise StudyError(
             f"{source} holds no images in one folder a class; see `python -m avit_lib fit --help`"
         ) from None
-    square = v2.Compose([v2.PILToTensor(), v2.Resize(image_size), v2.CenterCrop(image_size)])
-    images = torch.stack(
-        [square(_open_image(path, channels)) for path, _ in tqdm(files.samples, desc=f"decoding {split}", disable=None)]
-    )
+    paths = tqdm([path for path, _ in files.samples], desc=f"decoding {split}", unit="image", disable=None)
+    images = torch.stack([_decode(path, image_size, channels) for path in paths])
     return ImageTensors(images, torch.tensor(files.targets), tuple(files.classes), _normalise(channels))
 
 
