@@ -1,0 +1,82 @@
+# The whole study from a shell; `make` alone lists what there is.
+
+PROFILE  ?= fashion
+SEED     ?= 0
+VENV     ?= .venv
+PYTHON   ?= python3
+PIP_ARGS ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.avit-setup
+RUNNER := $(BIN)/python -m avit_lib.notebooks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lab reproduce notebooks test lint readme badges lock clean clean-results
+
+help:  ## List the targets and variables
+	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo; echo "variables (with their present values):"
+	@echo "  PROFILE=$(PROFILE)  which study: smoke, fashion, ... (see avit_lib/config.py)"
+	@echo "  SEED=$(SEED)  seed of everything random"
+	@echo "  PYTHON=$(PYTHON)  the Python that .venv is made from, 3.10 or newer"
+	@echo "  VENV=$(VENV)  where it lies; in a conda environment: VENV=\$$CONDA_PREFIX"
+	@echo "  PIP_ARGS=$(PIP_ARGS)  more arguments of pip install; without a GPU, for a download of 1 GB in place of 5:"
+	@echo "    PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+
+setup: $(STAMP)  ## Make .venv with everything the study needs (does nothing when up to date)
+
+# The stamp is written last: a set-up that was cut short does not count as done. The locked versions need
+# Python 3.11; on 3.10 pip chooses within the ranges of pyproject.toml.
+$(STAMP): pyproject.toml requirements.lock
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(check_python) && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[notebooks,dev]" \
+		$$($(BIN)/python -c 'import sys; print("-c requirements.lock" if sys.version_info >= (3, 11) else "")')
+	@touch $@
+
+define check_python
+{ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+	|| { echo "error: $(PYTHON) is not Python 3.10 or newer; name one that is: make setup PYTHON=python3.12" >&2; exit 1; }; } \
+&& { $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	|| { echo "error: $(PYTHON) cannot make environments; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }; }
+endef
+
+lab: setup  ## Open the notebooks in JupyterLab
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
+
+reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on after an interruption)
+	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --fresh
+
+notebooks: setup  ## Run those notebooks of PROFILE whose results are out of date
+	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --stale
+
+test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
+	$(BIN)/python -m pytest
+	rm -rf results/smoke
+	$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+lint: setup  ## Check the style of code and notebooks
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
+	@$(RUNNER) summary --profile "$(PROFILE)"
+
+badges: setup  ## Stamp the repository's address (from pyproject.toml) into the notebooks
+	@$(RUNNER) stamp
+
+lock:  ## Write requirements.lock from what is installed in .venv
+	@{ echo "# The exact versions the study was tested with, as constraints for pip. Written by \`make lock\`:"; \
+	   echo "# pip freeze --exclude-editable, without local version labels; $$($(BIN)/python --version)."; \
+	   $(BIN)/python -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[^+ ]*\).*/\1/p'; } > requirements.lock.tmp
+	@mv requirements.lock.tmp requirements.lock
+
+clean:  ## Remove caches, failed notebooks and smoke results
+	rm -rf results/smoke results/*/notebooks/*.failed.ipynb results/*/notebooks/*.running.ipynb
+	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find avit_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+clean-results:  ## Remove all results of PROFILE (asks for CONFIRM=yes)
+	@case "$(PROFILE)" in ""|*[!a-z0-9_]*) echo "error: no such profile" >&2; exit 1;; esac
+	@test "$(CONFIRM)" = yes || { echo "this removes results/$(PROFILE), checkpoints too: add CONFIRM=yes" >&2; exit 1; }
+	rm -rf "results/$(PROFILE)"
