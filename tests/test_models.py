@@ -136,11 +136,16 @@ def test_trace_shapes():
     torch.testing.assert_close(trace.output_weights.sum(1), torch.ones(4, dtype=torch.float64))
 
 
-def test_everything_halts_in_layer_one():
+@pytest.mark.parametrize("fused", [True, False])  # attention over nothing is NaN in the one, 0 in the other
+def test_everything_halts_in_layer_one(fused):
     model, images = varied_model(0.0, beta=1e4), bright_and_dark()
+    model.execution = "masked"
+    for block in model.blocks:
+        block.attn.fused_attn = fused
     logits, trace = model.forward_with_trace(images)
     assert (trace.depth == 1).all() and (trace.ponder == 2).all()
-    assert logits.isfinite().all()
+    logits.sum().backward()
+    assert logits.isfinite().all() and model.cls_token.grad.isfinite().all()
 
 
 def test_timm_finds_and_configures_it():

@@ -93,6 +93,19 @@ def test_history_and_checkpoints(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_every_epoch_sees_all_images_in_an_order_of_its_own(tmp_path):
+    seen = []
+
+    def watching(model, images, labels):
+        seen.append(images.mean(dim=(1, 2, 3)))  # tells the images apart
+        return LOSSES[PLAIN](model, images, labels)
+
+    train(tmp_path, loss=watching)
+    epochs = torch.cat(seen).reshape(3, len(TRAIN))
+    assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
+    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
 def test_training_lowers_the_loss(tmp_path):
     history = train(tmp_path, config=Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0))
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] - 0.1
