@@ -142,9 +142,11 @@ class Runner:
                 running,
                 parameters={"PROFILE": self.profile.name, "SEED": self.seed},
                 kernel_name=KERNEL,
+                language="python",
                 cwd=self.folder,
                 progress_bar={"desc": name, "leave": False, "disable": None},
                 stdout_file=_Echo(),
+                extra_arguments=["--log-level=ERROR"],  # of the kernel, which else warns that it listens locally
             )
         except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
             if running.is_file():

@@ -1,0 +1,380 @@
+"""The notebook runner, on small notebooks in a project of their own; the bootstrap cell, where nothing is installed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import venv
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from avit_lib import notebooks
+
+ROOT = Path(__file__).parents[1]
+ADDRESS = "https://github.com/someone/avit"
+SMOKE = ("--profile", "smoke")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project without notebooks, as the current folder."""
+    (tmp_path / "avit_lib").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text(f'[project]\n[project.urls]\nRepository = "{ADDRESS}"\n')
+    monkeypatch.delenv("AVIT_RESULTS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(project: Path, name: str, *code: str) -> Path:
+    """A notebook of a title, a bootstrap cell, the parameters and ``code``."""
+    cells = [
+        new_markdown_cell(f"# {name}"),
+        new_code_cell("# bootstrap", metadata={"tags": ["bootstrap"]}),
+        new_code_cell('PROFILE = "fashion"\nSEED = 0', metadata={"tags": ["parameters"]}),
+        *[new_code_cell(textwrap.dedent(text)) for text in code],
+    ]
+    path = project / "notebooks" / f"{name}.ipynb"
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def run(*options: str) -> int:
+    return notebooks.main(["run", *SMOKE, *options])
+
+
+def executed(project: Path, name: str) -> Path:
+    return project / "results" / "smoke" / "notebooks" / f"{name}.ipynb"
+
+
+def ran(capsys) -> list[str]:
+    """The notebooks that ran since the output was last read."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if ": done in" in line]
+    return [line.split()[1].rstrip(":") for line in lines]
+
+
+FAKE_TRAINING = """
+    import json
+    from pathlib import Path
+    class Fake:
+        def train(self, run):
+            folder = Path("../results/smoke/checkpoints") / run
+            folder.mkdir(parents=True, exist_ok=True)
+            trained = folder.exists() and (folder / "last.json").exists()
+            (folder / "last.safetensors").touch()
+            if not trained:
+                (folder / "last.json").write_text(json.dumps({"sha256": "one"}))
+            print("found" if trained else "trained", run)
+    study = Fake()
+"""
+
+
+def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environment(project, monkeypatch, capsys):
+    kernels = project / "user" / "kernels" / "python3"  # of a user who has another kernel of that name
+    kernels.mkdir(parents=True)
+    kernels.joinpath("kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "x"}))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(project / "user"))
+    write(project, "01_one", "import os, sys\nprint(sys.executable, PROFILE, SEED)", "print('in', os.getcwd())")
+    assert run("--seed", "3") == 0
+    output = capsys.readouterr().out
+    assert f"{sys.executable} smoke 3" in output
+    assert f"in {project / 'notebooks'}" in output
+    assert "[1/1] 01_one" in output
+    copy = executed(project, "01_one").read_text()
+    assert "in notebooks" in copy
+    assert str(project) not in copy
+    assert "papermill" not in json.loads(copy)["metadata"]
+
+
+def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
+    write(project, "01_one", "print('good')")
+    write(project, "02_two", "print('never reached')")
+    assert run() == 0
+    good = executed(project, "01_one").read_text()
+    write(project, "01_one", "from avit_lib import StudyError\nraise StudyError('the remedy')")
+    capsys.readouterr()
+    assert run() == 1
+    captured = capsys.readouterr()
+    failed = executed(project, "01_one").with_suffix(".failed.ipynb")
+    assert executed(project, "01_one").read_text() == good
+    assert "the remedy" in failed.read_text()
+    assert captured.err.splitlines() == [
+        "error: 01_one failed in cell [4]:",
+        "  the remedy",
+        f"  the failed copy: {os.path.relpath(failed)}",
+    ]
+    assert "02_two" not in captured.out.replace("more to come", "")
+    assert not list(failed.parent.glob("*.running.ipynb"))
+    write(project, "01_one", "print('mended')")
+    assert run() == 0
+    assert not failed.exists()
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [("1 / 0", "ZeroDivisionError: division by zero"), ("import os\nos._exit(1)", "Kernel died")],
+)
+def test_the_error_is_in_sight(project, capsys, cell, message):
+    write(project, "01_one", cell)
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_profile_touches_nothing(project, capsys):
+    write(project, "01_one", "print(1)")
+    assert notebooks.main(["run", "--profile", "nonsense", "--fresh"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown profile 'nonsense'; choose from ")
+    assert not (project / "results").exists()
+
+
+def test_a_project_without_notebooks_is_refused(project, capsys):
+    assert run() == 2
+    assert "error: no notebooks in" in capsys.readouterr().err
+
+
+def test_only_what_changed_runs_again(project, capsys):
+    paths = [write(project, name, "print(1)") for name in ("01_one", "02_two")]
+    assert run("--stale") == 0
+    assert ran(capsys) == ["01_one", "02_two"]
+    for path in (*paths, executed(project, "01_one")):
+        os.utime(path, (1, 1))
+    assert run("--stale") == 0
+    assert ran(capsys) == []
+    write(project, "02_two", "print(2)")
+    assert run("--stale") == 0
+    assert ran(capsys) == ["02_two"]
+    notebooks.main(["stamp"])
+    assert run("--stale") == 0
+    assert ran(capsys) == []
+    executed(project, "01_one").unlink()
+    assert run("--stale") == 0
+    assert ran(capsys) == ["01_one"]
+    assert run("--stale", "--seed", "1") == 0
+    assert ran(capsys) == ["01_one", "02_two"]
+
+
+def test_a_changed_checkpoint_makes_the_notebooks_from_its_training_on_stale(project, capsys):
+    write(project, "01_one", "print(1)")
+    write(project, "02_train", FAKE_TRAINING, "study.train('deit')")
+    write(project, "03_use", "print(3)")
+    write(project, "04_train", FAKE_TRAINING, "study.train('avit')")
+    assert run("--stale") == 0
+    ran(capsys)
+    assert run("--stale") == 0
+    assert ran(capsys) == []
+    checkpoints = project / "results" / "smoke" / "checkpoints"
+    (checkpoints / "avit" / "last.json").write_text('{"sha256": "two"}')
+    assert run("--stale") == 0
+    assert ran(capsys) == ["04_train"]
+    (checkpoints / "deit" / "last.safetensors").unlink()
+    assert run("--stale") == 0
+    assert ran(capsys) == ["02_train"]  # it trains the same weights again: those after it stand
+
+
+def test_what_a_notebook_imports_counts_and_what_it_does_not_import_does_not(project):
+    runner = notebooks.Runner(notebooks.get_profile("smoke"), 0, project / "notebooks", project / "results")
+    states = []
+    for code in ("print(1)", "from avit_lib import halting", "from avit_lib.plots import anything"):
+        write(project, "01_one", code)
+        states.append(runner._code_state("01_one")["library"])
+    assert states[0] == states[1]  # every notebook rests on the models, and these on halting
+    assert states[0] != states[2]
+
+
+def test_a_fresh_run_goes_on_after_an_interruption_and_else_begins_anew(project, capsys):
+    write(project, "01_train", FAKE_TRAINING, "study.train('deit')")
+    write(project, "02_two", "from pathlib import Path\nassert Path('../flag').exists(), 'no flag'")
+    assert run("--fresh") == 1
+    assert "trained deit" in capsys.readouterr().out
+    (project / "flag").touch()
+    assert run("--fresh") == 0
+    output = capsys.readouterr().out
+    assert "going on with the run that was interrupted: 1 of 2 done" in output
+    assert "[1/2] 01_train: up to date" in output
+    assert not (project / "results" / "smoke" / ".reproduce.json").exists()
+    assert run("--fresh") == 0
+    assert "trained deit" in capsys.readouterr().out
+
+
+def test_an_interrupted_fresh_run_of_other_code_is_not_gone_on_with(project, capsys):
+    write(project, "01_train", FAKE_TRAINING, "study.train('deit')")
+    write(project, "02_two", "1 / 0")
+    assert run("--fresh") == 1
+    write(project, "02_two", "1 / 1")
+    capsys.readouterr()
+    assert run("--fresh") == 0
+    assert "trained deit" in capsys.readouterr().out
+
+
+def test_a_complete_fresh_run_leaves_no_results_of_earlier_notebooks(project):
+    results = project / "results" / "smoke"
+
+    def figure(name: str, source: str) -> Path:
+        path = results / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        facts = dict.fromkeys(("seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"), "x")
+        facts |= {"source": source, "packages": {}}
+        path.with_suffix(".json").write_text(json.dumps({"caption": "", "provenance": facts}))
+        os.utime(path.with_suffix(".json"), (1, 1))
+        return path
+
+    kept, old, renamed = figure("kept", "01_one"), figure("old", "01_one"), figure("renamed", "01_before")
+    foreign = figure("foreign", "benchmark")
+    gone = executed(project, "00_gone")
+    gone.parent.mkdir()
+    gone.write_text("{}")
+    touch = "from pathlib import Path\nPath('../results/smoke/figures/kept.json').touch()"
+    write(project, "01_one", touch, "assert Path('../results/smoke/figures/old.png').exists()")
+    assert run("--fresh") == 0
+    assert kept.exists() and foreign.exists()
+    assert not any(path.exists() for path in (old, renamed, old.with_suffix(".json"), gone))
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
+    write(project, "01_one", "import os\nprint('kernel', os.getpid(), flush=True)", "import time\ntime.sleep(60)")
+    command = [sys.executable, "-m", "avit_lib.notebooks", "run", *SMOKE]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("kernel"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error.strip().splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in error
+    assert not list(executed(project, "x").parent.glob("*"))
+    deadline = time.monotonic() + 20
+    while is_alive(int(line.split()[1])) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(int(line.split()[1]))
+
+
+def test_stamping_is_idempotent_and_can_be_undone(project, capsys):
+    path = write(project, "01_one")
+    assert notebooks.main(["stamp", "--check"]) == 1
+    assert notebooks.main(["stamp"]) == 0
+    stamped = path.read_text()
+    title, code = nbformat.read(path, as_version=4).cells[:2]
+    assert title.source.splitlines()[0].endswith(
+        "(https://colab.research.google.com/github/someone/avit/blob/main/notebooks/01_one.ipynb)"
+    )
+    assert title.source.splitlines()[1:] == ["", "# 01_one"]
+    assert f'"git+{ADDRESS}"' in code.source
+    assert notebooks.main(["stamp", "--check"]) == 0
+    assert notebooks.main(["stamp"]) == 0
+    assert path.read_text() == stamped
+    (project / "pyproject.toml").write_text("[project]\n")
+    assert notebooks.main(["stamp"]) == 0
+    title, code = nbformat.read(path, as_version=4).cells[:2]
+    assert title.source == "# 01_one"
+    assert "git+" not in code.source
+
+
+def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsys):
+    readme = project / "README.md"
+    notebooks.stamp_readme(readme)
+    assert not readme.exists()
+    readme.write_text("before\n<!-- begin results-fashion -->\nold\n<!-- end results-fashion -->\nafter\n")
+    notebooks.stamp_readme(readme)
+    assert "old" in readme.read_text()
+    table = project / "results" / "fashion" / "tables" / f"{notebooks.README_TABLE}.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("| a |\n| ---: |\n| 1 |\n")
+    facts = {"seed": 0, "commit": "0123456789abcdef", "date": "today", "hardware": "a computer"}
+    table.with_suffix(".json").write_text(json.dumps({"provenance": facts}))
+    notebooks.stamp_readme(readme)
+    text = readme.read_text()
+    assert "old" not in text
+    assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
+
+
+# ---- the bootstrap cell ----
+
+EXECUTE = """
+import sys, nbclient, nbformat
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
+print(notebook.cells[-1].outputs[0].text)
+"""
+
+
+@pytest.fixture
+def fresh_python(tmp_path, monkeypatch):
+    """An environment with all packages of this one but the study's own library, and a stand-in for Colab's."""
+    folder = tmp_path / "environment"
+    venv.create(folder, symlinks=True)
+    site = next(folder.glob("lib/python*/site-packages"))
+    (site / "colab.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    (site / "google" / "colab").mkdir(parents=True)
+    (site / "google" / "colab" / "__init__.py").touch()
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "no-user-kernels"))
+    python = folder / "bin" / "python"
+    missing = subprocess.run([python, "-c", "import avit_lib"], cwd=tmp_path, capture_output=True, text=True)
+    assert "No module named 'avit_lib'" in missing.stderr
+    return python
+
+
+def first_cells(folder: Path) -> Path:
+    """The cells of a real notebook up to its imports, and one that says what they imported."""
+    notebook = nbformat.read(sorted((ROOT / "notebooks").glob("*.ipynb"))[0], as_version=4)
+    notebooks.stamp_notebook(notebook, "")
+    last = next(i for i, cell in enumerate(notebook.cells) if "from avit_lib" in cell.source)
+    says = new_code_cell("import avit_lib, torch\nprint(avit_lib.__file__, torch.__version__)")
+    notebook.cells = [*notebook.cells[: last + 1], says]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "first_cells.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+def execute(python: Path, notebook: Path) -> subprocess.CompletedProcess:
+    command = [python, "-c", EXECUTE, notebook.name]
+    return subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, timeout=300)
+
+
+def test_on_colab_the_bootstrap_cell_installs_the_checkout_and_leaves_torch_alone(tmp_path, fresh_python):
+    checkout = tmp_path / "checkout"
+    skipped = shutil.ignore_patterns(".*", "results", "data", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=skipped)
+    done = execute(fresh_python, first_cells(checkout / "notebooks"))
+    if "No matching distribution found for setuptools" in done.stderr:
+        pytest.skip("pip cannot reach a package index")
+    assert done.returncode == 0, done.stderr
+    library, version = done.stdout.split()
+    assert Path(library).is_relative_to(fresh_python.parents[1])
+    assert version == torch.__version__
+    assert not list(fresh_python.parents[1].glob("lib/python*/site-packages/torch"))
+
+
+def test_on_colab_without_a_checkout_the_bootstrap_cell_says_how_to_bring_one(tmp_path, fresh_python):
+    done = execute(fresh_python, first_cells(tmp_path / "elsewhere"))
+    assert done.returncode != 0
+    assert "no checkout here: upload or clone the repository" in done.stderr
+
+
+def test_elsewhere_without_the_library_the_bootstrap_cell_names_make_setup(tmp_path, fresh_python):
+    shutil.rmtree(next(fresh_python.parents[1].glob("lib/python*/site-packages/google")))
+    done = execute(fresh_python, first_cells(tmp_path / "elsewhere"))
+    assert done.returncode != 0
+    assert "the library of the study is not installed: run `make setup`" in done.stderr

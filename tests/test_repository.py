@@ -1,0 +1,137 @@
+"""What the files of the repository promise: tidy notebooks, the data as published, no heavy or private files."""
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from torchvision.datasets import FashionMNIST
+
+from avit_lib import notebooks
+from avit_lib.config import PROFILES
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
+RAW = Path("data/FashionMNIST/raw")
+MEGABYTE = 2**20
+
+each_notebook = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path: Path) -> list[str]:
+    return [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def tagged(path: Path, tag: str) -> list[str]:
+    return [cell.source for cell in read(path).cells if tag in cell.metadata.get("tags", [])]
+
+
+def tracked() -> list[Path]:
+    """The files under version control, relative to the root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listing.split("\0") if name]
+
+
+@each_notebook
+def test_a_notebook_is_valid_and_carries_no_outputs(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@each_notebook
+def test_code_cells_are_short_plain_python(path):
+    for code in code_cells(path):
+        assert len(code.splitlines()) <= 15, code
+        ast.parse(code)
+
+
+@each_notebook
+def test_a_notebook_neither_patches_paths_nor_names_absolute_ones(path):
+    for code in code_cells(path):
+        assert "sys.path" not in code
+        strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert not [text for text in strings if isinstance(text, str) and re.match(r"(/|~/|[A-Za-z]:\\)\w", text)]
+
+
+@each_notebook
+def test_classes_belong_to_the_library(path):
+    if not path.stem.startswith("01"):
+        nodes = [node for code in code_cells(path) for node in ast.walk(ast.parse(code))]
+        assert not [node.name for node in nodes if isinstance(node, ast.ClassDef)]
+
+
+@each_notebook
+def test_the_parameters_are_what_the_runner_passes(path):
+    (code,) = tagged(path, "parameters")
+    assert code == 'PROFILE = "fashion"\nSEED = 0'
+    assert "fashion" in PROFILES
+
+
+@each_notebook
+def test_the_bootstrap_cell_and_badge_are_up_to_date(path):
+    assert len(tagged(path, "bootstrap")) == 1
+    assert path.stem not in notebooks.stamp(path.parent, notebooks.repository_address(ROOT), check=True), "make badges"
+
+
+@pytest.mark.parametrize("address", ["", "https://github.com/OWNER/NAME"])
+def test_the_bootstrap_cell_is_short(address):
+    code = notebooks.bootstrap(address)
+    ast.parse(code)
+    assert len(code.splitlines()) <= 15
+
+
+@pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
+def test_an_executed_notebook_names_no_home(path):
+    assert not re.search(r"/(home|Users|root)/", path.read_text())
+    assert str(ROOT) not in path.read_text()
+
+
+def test_no_tracked_file_is_heavy():
+    files = [path for path in tracked() if (ROOT / path).is_file() and path.parent != RAW]
+    assert not [path for path in files if (ROOT / path).stat().st_size > 3 * MEGABYTE]
+
+
+def test_of_the_data_only_the_published_archives_are_tracked():
+    archives = {RAW / name for name, _ in FashionMNIST.resources}
+    assert {path for path in tracked() if path.parts[0] == "data"} == archives | {Path("data/README.md")}
+
+
+@pytest.mark.parametrize(("name", "md5"), FashionMNIST.resources)
+def test_the_archives_are_those_published(name, md5):
+    content = (ROOT / RAW / name).read_bytes()
+    assert hashlib.md5(content).hexdigest() == md5
+    readme = (ROOT / "data/README.md").read_text()
+    assert f"| `{name}` | {len(content)} | `{md5}` |" in readme
+    assert hashlib.sha256(content).hexdigest() in readme
+
+
+def test_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  ([a-z-]+) {2,}\S", listed, re.MULTILINE) == phony
+
+
+def test_every_target_is_phony():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    assert re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE) == phony
+
+
+def test_result_files_that_need_a_caption_have_one():
+    for kind, suffix in (("tables", ".csv"), ("figures", ".png")):
+        for path in (ROOT / "results").glob(f"*/{kind}/*{suffix}"):
+            assert json.loads(path.with_suffix(".json").read_text())["caption"], path
