@@ -22,8 +22,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then move it: a reader sees the old content or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,7 +35,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises StudyError when it is missing or not JSON."""
+    """Read a JSON file; raises StudyError when it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -42,7 +45,9 @@ def read_json(path: Path) -> Any:
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model called ``name``, untrained."""
+    """The timm model called ``name``, untrained; raises StudyError when timm knows none of that name."""
+    if not timm.is_model(name):
+        raise StudyError(f"there is no model {name!r}; timm.list_models() names them all")
     return timm.create_model(name, **arguments)
 
 
@@ -62,9 +67,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
     path = Path(path)
     description = read_json(path.with_suffix(".json"))
     weights = _read_weights(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != description.get("sha256"):
+    if not isinstance(description, dict) or "sha256" not in description:
+        raise StudyError(f"{path.with_suffix('.json')} does not describe a checkpoint; train it again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != description["sha256"]:
         raise StudyError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
-    model = create_model(description["model"], description["arguments"])
+    try:
+        model = create_model(description["model"], description["arguments"])
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
 
@@ -92,7 +102,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
             ) from error
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
-        if weights[key].shape != own[key].shape:
+        if key in weights and weights[key].shape != own[key].shape:
             weights[key] = own[key]
     _load_strictly(model, weights, path)
 

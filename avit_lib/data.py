@@ -1,6 +1,7 @@
 """Data sets, splits and transforms; images are decoded once and kept as bytes."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -81,11 +82,13 @@ def test_data(profile: Profile) -> ImageTensors:
     return official.select(pick_per_class(official.labels, profile.test_per_class, torch.Generator().manual_seed(0)))
 
 
-def folder_data(folder: Path, split: str, image_size: int, channels: int) -> ImageTensors:
+def folder_data(
+    folder: Path, split: str, image_size: int, channels: int, classes: Sequence[str] | None = None
+) -> ImageTensors:
     """The images under ``folder``/``split``, one folder a class, scaled and cropped to a square of ``image_size``.
 
-    Every image is decoded once, here; grey for one channel, else RGB. Raises StudyError when there are none, or names
-    the first that cannot be read.
+    Every image is decoded once, here; grey for one channel, else RGB. Raises StudyError when there are none, when their
+    classes are not ``classes``, or names the first image that cannot be read.
     """
     source = Path(folder) / split
     try:
@@ -94,6 +97,9 @@ def folder_data(folder: Path, split: str, image_size: int, channels: int) -> Ima
         raise StudyError(
             f"{source} holds no images in one folder a class; see `python -m avit_lib fit --help`"
         ) from None
+    if classes is not None and list(classes) != files.classes:
+        differing = sorted(set(classes) ^ set(files.classes))
+        raise StudyError(f"{source} has other classes than the model or the training images: {', '.join(differing)}")
     paths = tqdm([path for path, _ in files.samples], desc=f"decoding {split}", unit="image", disable=None)
     images = torch.stack([_decode(path, image_size, channels) for path in paths])
     return ImageTensors(images, torch.tensor(files.targets), tuple(files.classes), _normalise(channels))
@@ -108,10 +114,15 @@ def folder_training_data(folder: Path, image_size: int, channels: int, seed: int
     """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/."""
     train = folder_data(folder, "train", image_size, channels)
     if (Path(folder) / "val").is_dir():
-        validation, held_out = folder_data(folder, "val", image_size, channels), None
+        validation, held_out = folder_data(folder, "val", image_size, channels, train.classes), None
     else:
         generator = torch.Generator().manual_seed(seed)
-        per_class = max(1, int(train.labels.bincount().min()) // 10)
+        smallest = int(train.labels.bincount().min())
+        if smallest < 2:
+            raise StudyError(
+                f"a class in {Path(folder) / 'train'} has a single image, so none can be held out; add images"
+            )
+        per_class = max(1, smallest // 10)
         held_out = pick_per_class(train.labels, per_class, generator)
         validation, train = train.select(held_out), train.select(_others(len(train), held_out))
     return TrainingData(train, validation, _describe_split(str(folder), seed, train, validation, held_out))
@@ -160,7 +171,7 @@ def _describe_split(dataset: str, seed: int, train: ImageTensors, validation: Im
         "seed": seed,
         "train_images": len(train),
         "validation_images": len(validation),
-        "validation_sha256": hashlib.sha256(str(indices).encode()).hexdigest(),
+        "validation_sha256": hashlib.sha256(str(indices).encode() + validation.labels.numpy().tobytes()).hexdigest(),
         "validation_indices": indices,
     }
 

@@ -18,14 +18,14 @@ from avit_lib.models import AViT
 class Predictions:
     """What a model said of a data set of n images, on the CPU.
 
-    Shapes: logits [n, K], labels [n]; of a model that halts also depth [n, N], every token to its own halting, and
-    halting_scores [L], the mean over images and tokens still active. A plain transformer has depth L everywhere.
+    Shapes: logits [n, K], labels [n], depth [n, N], every token to its own halting, halting_scores [n, L, N]. A plain
+    transformer has depth L and score 0 everywhere.
     """
 
     logits: Tensor
     labels: Tensor
     depth: Tensor
-    halting_scores: Tensor  # [n, L, N]
+    halting_scores: Tensor
     layers: int
 
     @property
@@ -40,7 +40,9 @@ class Predictions:
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, data: ImageTensors, batch_size: int = 250, device: str | torch.device = "cpu"):
+def predict(
+    model: nn.Module, data: ImageTensors, batch_size: int = 250, device: str | torch.device = "cpu"
+) -> Predictions:
     """Run ``model`` in evaluation mode over ``data``; returns Predictions."""
     device = torch.device(device)
     was_training = model.training
@@ -125,11 +127,11 @@ def bootstrap_intervals(
 
 def _from_confusion(confusion: np.ndarray) -> dict[str, float]:
     hits, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    seen, named = true > 0, true + predicted > 0
+    met = true + predicted > 0  # as torchmetrics: a class neither there nor predicted does not count
     return {
         "accuracy": hits.sum() / confusion.sum(),
-        "accuracy_macro": (hits[seen] / true[seen]).mean(),
-        "f1_macro": (2 * hits[named] / (true + predicted)[named]).mean(),
+        "accuracy_macro": (hits[met] / true[met].clip(min=1)).mean(),
+        "f1_macro": (2 * hits[met] / (true + predicted)[met]).mean(),
     }
 
 

@@ -26,6 +26,10 @@ class AViT(VisionTransformer):
 
     def __init__(self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01, **kwargs):
         """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps."""
+        refused = [name for name in ("class_token", "global_pool") if kwargs.get(name, "token") not in (True, "token")]
+        refused += [name for name in ("reg_tokens", "patch_drop_rate") if kwargs.get(name)]
+        if refused:
+            raise StudyError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
         super().__init__(*args, **kwargs)
         self.gamma, self.beta, self.eps = gamma, beta, eps
         self.execution = "auto"
@@ -80,7 +84,7 @@ def run_masked(
         scores.append(torch.where(active, score, 0.0))
         weights.append(class_weight)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
-    return representation, trace
+    return representation.to(tokens.dtype), trace
 
 
 def _cfg(**overrides) -> dict:

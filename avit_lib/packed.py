@@ -177,7 +177,7 @@ def run_packed(
         halting_scores=torch.stack(scores + blank).view(len(blocks), images, per_image).transpose(0, 1),
         output_weights=torch.stack(weights + [torch.zeros_like(weights[0])] * len(blank), dim=1),
     )
-    return representation[:, None], trace
+    return representation[:, None].to(tokens.dtype), trace
 
 
 def predict_packed(
@@ -199,7 +199,7 @@ def predict_packed(
             break
         if stay is not None:
             buffer, state = buffer.index_select(0, stay), _select(state, stay)
-    return representation[:, None]
+    return representation[:, None].to(tokens.dtype)
 
 
 def _start(tokens: Tensor, gamma: float, beta: float) -> tuple[Tensor, Layout, HaltingState, Tensor]:

@@ -1,6 +1,8 @@
 """One training loop for every model; it knows of halting only what its loss function returns."""
 
+import io
 import math
+import pickle
 import random
 import time
 from collections import defaultdict
@@ -89,6 +91,8 @@ def fit(
         t_in_epochs=False,
     )
     records = _resume(output, model, optimizer, description, seed, device)
+    if records:  # the machine may have stopped between the resume state and these
+        _save_checkpoints(output, model, records, description, seed)
     for epoch in range(len(records) + 1, config.epochs + 1):
         started = time.perf_counter()
         seed_everything(epoch_seed(seed, epoch))
@@ -100,7 +104,8 @@ def fit(
         record |= {f"val_{name}": value for name, value in validate(model).items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
         records.append(record)
-        _save_epoch(output, model, optimizer, records, description, seed, config)
+        _save_resume_state(output, model, optimizer, records, description, seed)
+        _save_checkpoints(output, model, records, description, seed)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
         print(f"epoch {epoch}/{config.epochs}: {values}", flush=True)
     (output / RESUME).unlink(missing_ok=True)
@@ -141,26 +146,26 @@ def _finished_history(output: Path, description: dict, config: Training, seed: i
     found = read_json(output / "last.json")
     if found.get("run") != description | {"seed": seed}:
         raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
-    return pd.read_csv(output / "history.csv") if found["epoch"] == config.epochs else None
+    return (
+        pd.read_csv(output / "history.csv") if found["epoch"] == config.epochs else None
+    )
 
 
-def _save_epoch(output, model, optimizer, records, description, seed, config) -> None:
+def _save_resume_state(output, model, optimizer, records, description, seed) -> None:
+    run = description | {"seed": seed}
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "records": records, "run": run}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(output / RESUME, buffer.getvalue())
+
+
+def _save_checkpoints(output, model, records, description, seed) -> None:
+    """Write what follows from the last finished epoch: history, last and, if it is the best so far, best."""
     facts = {"run": description | {"seed": seed}, "epoch": records[-1]["epoch"], "validation": records[-1]}
-    names = {"last"}
-    if records[-1]["val_accuracy"] >= max(record["val_accuracy"] for record in records):
-        names.add("best")
-    # The resume state first: should the machine stop in between, the next run repeats these quick writes only.
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "records": records, "run": facts["run"]}
-    _save_resume(output, state)
+    best = records[-1]["val_accuracy"] >= max(record["val_accuracy"] for record in records)
     write_atomically(output / "history.csv", pd.DataFrame(records).to_csv(index=False).encode())
-    for name in sorted(names):
+    for name in ("best", "last") if best else ("last",):
         save_checkpoint(output / f"{name}.safetensors", model, description["model"], description["arguments"], **facts)
-
-
-def _save_resume(output: Path, state: dict) -> None:
-    temporary = output / (RESUME + ".tmp")
-    torch.save(state, temporary)
-    temporary.replace(output / RESUME)
 
 
 def _resume(output, model, optimizer, description, seed, device) -> list[dict]:
@@ -168,7 +173,11 @@ def _resume(output, model, optimizer, description, seed, device) -> list[dict]:
     path = output / RESUME
     if not path.is_file():
         return []
-    state = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise StudyError(f"{path} is damaged ({reason}); delete it to start this run again") from None
     if state["run"] != description | {"seed": seed}:
         raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
     model.load_state_dict(state["model"])

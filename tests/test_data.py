@@ -184,7 +184,6 @@ def test_a_folder_with_validation_images_keeps_them_apart(tmp_path):
     assert (len(data.train), data.validation.labels.tolist()) == (6, [0, 1, 1])
 
 
-@pytest.mark.xfail(strict=True, reason="classes of val/ are numbered on their own: bees, alone, become ants")
 def test_validation_classes_are_those_of_training(tmp_path):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"bees": 2})

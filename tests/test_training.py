@@ -147,7 +147,6 @@ def test_the_folder_of_another_run_is_refused(tmp_path, finished, changes):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoints of the last epoch are not written again")
 @pytest.mark.parametrize("blocked", ["history.csv", "last.safetensors", "last.json"])
 def test_a_stop_while_the_last_epoch_is_being_saved(tmp_path, blocked):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"

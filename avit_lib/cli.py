@@ -1,0 +1,170 @@
+"""Command line: ``python -m avit_lib {fit,test,visualize,data}``."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from avit_lib import evaluation, plots
+from avit_lib.checkpoints import load_checkpoint, write_json
+from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile
+from avit_lib.data import TrainingData, folder_data, folder_training_data, read_image, test_data, training_data
+from avit_lib.models import AViT
+from avit_lib.reporting import provenance, to_markdown
+from avit_lib.study import describe, train_run
+from avit_lib.training import pick_device
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+def fit(options: argparse.Namespace) -> None:
+    """Train one model and write its checkpoints, history and test figures into the output folder."""
+    profile, device = get_profile(options.profile), pick_device(options.device)
+    run = _configured_run(profile, options)
+    data = _training_data(profile, options)
+    description = describe(run, data, options.ckpt)
+    history = train_run(run, data, options.output, options.ckpt, description, options.seed, device)
+    print(to_markdown(history.tail(1)))
+    print(f"checkpoints and history: {options.output}")
+
+
+def test(options: argparse.Namespace) -> None:
+    """Evaluate a checkpoint on the test images: a table, and the same as JSON beside the checkpoint."""
+    model, description = load_checkpoint(options.ckpt, pick_device(options.device))
+    if options.data_dir:
+        classes = description["run"]["classes"]
+        data = folder_data(options.data_dir, "test", _image_size(model), model.in_chans, classes)
+    else:
+        data = test_data(get_profile(options.profile))
+    if list(data.classes) != description["run"]["classes"]:
+        raise StudyError(
+            f"{options.ckpt} was trained for other classes than those of the test images; check --data-dir"
+        )
+    predictions = evaluation.predict(model, data, device=pick_device(options.device))
+    values = evaluation.metrics(model, predictions)
+    intervals = evaluation.bootstrap_intervals(predictions, seed=options.seed)
+    target = options.ckpt.with_name(f"{options.ckpt.stem}_test.json")
+    facts = {"images": len(data), **values, "intervals": intervals}
+    write_json(target, facts | {"provenance": provenance(options.profile, options.seed)})
+    print(json.dumps(facts, indent=1))
+    print(f"written to {target}", file=sys.stderr)
+
+
+def visualize(options: argparse.Namespace) -> None:
+    """Draw images, where the model stopped looking, and what it still saw, into one PNG."""
+    model, description = load_checkpoint(options.ckpt, pick_device(options.device))
+    if not isinstance(model, AViT):
+        raise StudyError(f"{options.ckpt} is a model that does not halt; name a checkpoint of an A-ViT")
+    images, titles = _chosen_images(options, model, description["run"]["classes"])
+    with torch.inference_mode():
+        _, trace = model.forward_with_trace(images.to(pick_device(options.device)))
+    figure = plots.depth_maps(images, trace.depth.cpu(), len(model.blocks), titles)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    print(f"written to {options.output}")
+
+
+def data(options: argparse.Namespace) -> None:
+    """Say where the data of a profile are, verify them, and print the split."""
+    profile = get_profile(options.profile)
+    split = training_data(profile, options.seed).split
+    print(f"{profile.dataset} under {data_dir()}: {split['train_images']} training, {split['validation_images']}")
+    print(f"validation (seed {options.seed}, sha256 {split['validation_sha256'][:16]}), {len(test_data(profile))} test")
+
+
+def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
+    run = profile.run(options.model.lower().replace("-", ""))
+    changes = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.lr}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for name, value in changes.items():
+        if value <= 0:
+            raise StudyError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    return replace(run, training=replace(run.training, **changes))
+
+
+def _training_data(profile: Profile, options: argparse.Namespace) -> TrainingData:
+    if not options.data_dir:
+        return training_data(profile, options.seed)
+    channels = 1 if profile.dataset == "FashionMNIST" else 3
+    return folder_training_data(options.data_dir, profile.image_size, channels, options.seed)
+
+
+def _chosen_images(options: argparse.Namespace, model: AViT, classes: list[str]) -> tuple[torch.Tensor, list[str]]:
+    """The images named by --images, numbers in the test set or paths, and a title for each."""
+    numbers = [name for name in options.images if name.isdigit()]
+    if numbers and len(numbers) < len(options.images):
+        raise StudyError("--images takes numbers of test images or paths, not both")
+    if not numbers:
+        images = [read_image(path, _image_size(model), model.in_chans) for path in options.images]
+        return torch.stack(images), [Path(path).stem for path in options.images]
+    data = test_data(get_profile(options.profile))
+    if (highest := max(int(number) for number in numbers)) >= len(data):
+        raise StudyError(f"there is no test image {highest}; the numbers go from 0 to {len(data) - 1}")
+    chosen = [data[int(number)] for number in numbers]
+    return torch.stack([image for image, _ in chosen]), [classes[label] for _, label in chosen]
+
+
+def _image_size(model: torch.nn.Module) -> int:
+    return model.patch_embed.img_size[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m avit_lib", description="Train, test and look into A-ViT.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--profile", default="fashion", help=f"one of {', '.join(PROFILES)} (default: %(default)s)")
+    common.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="auto", help="cpu, gpu or auto: a GPU if there is one (default: auto)")
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="a folder of your own with train/, test/ and perhaps val/, in each one folder of images a class "
+        "(default: the data of the profile)",
+    )  # fmt: skip
+
+    def add(name: str, function, parents: list, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name, parents=[common, *parents], help=description, description=description[0].upper() + description[1:]
+        )
+        command.set_defaults(command=function)
+        return command
+
+    command = add("fit", fit, [device, folder], "train a model; the same --output goes on where it stopped")
+    command.add_argument("--model", choices=("DeiT", "AViT"), default="AViT", help="(default: %(default)s)")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and history.csv")
+    command.add_argument(
+        "--ckpt", type=Path, metavar="FILE", help=".safetensors to start from (default: the profile's)"
+    )
+    command.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the profile's)")
+    command.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: the profile's)")
+    command.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the profile's)")
+
+    command = add("test", test, [device, folder], "accuracy, F1, depth and GFLOPs of a checkpoint on the test images")
+    command.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a .safetensors that fit wrote")
+
+    command = add("visualize", visualize, [device], "draw where an A-ViT stopped looking")
+    command.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a .safetensors that fit wrote")
+    command.add_argument(
+        "--images", nargs="+", default=["0", "1", "2", "3", "5", "6"], metavar="I",
+        help="numbers of test images, or paths of image files (default: 0 1 2 3 5 6)",
+    )  # fmt: skip
+    command.add_argument("--output", type=Path, default="halting.png", metavar="FILE", help="(default: %(default)s)")
+
+    add("data", data, [], "find, verify and describe the data of a profile")
+    return parser

@@ -1,0 +1,440 @@
+"""The figures of the study: data in, matplotlib Figure out; nothing here shows or writes.
+
+Arrays are NumPy arrays or CPU tensors. B images, N tokens (token 0 is the class token, the others form a square
+grid), L layers, K classes; images [B, C, H, W] are grey or colour, values 0..1.
+"""
+
+import textwrap
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
+INK, MUTED = "#222222", "#707070"
+PALETTE = sns.color_palette("colorblind")
+DEPTH_COLOURS = "viridis"  # dark: halted early; bright: went deep
+RIGHT, WRONG = PALETTE[0], PALETTE[3]
+RC = {
+    "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10, "legend.fontsize": 9,
+    "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.titlesize": 11,
+    "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.edgecolor": MUTED, "grid.color": "#e3e3e3", "lines.linewidth": 1.8, "lines.markersize": 5,
+    "legend.frameon": False, "image.interpolation": "nearest",
+}  # fmt: skip
+
+
+def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str = "constrained", **kwargs):
+    """An empty figure in the theme of the study, ``height`` inches high, and its axes [rows, columns].
+
+    The figure is unknown to pyplot, so nothing shows it by accident. The theme stays set: matplotlib reads it again
+    whenever it makes a tick or a label.
+    """
+    sns.set_theme(style="whitegrid", palette="colorblind", rc=RC)
+    figure = Figure(figsize=(WIDTH, height), dpi=100, layout=layout)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def model_colour(label: str) -> tuple[float, float, float]:
+    """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
+    if "fine-tuned" in label:
+        return PALETTE[1]
+    return PALETTE[2] if label.startswith("A-ViT") else PALETTE[0]
+
+
+# --- data and training -----------------------------------------------------------------------------------------------
+
+
+def sample_grid(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...], most: int = 10) -> Figure:
+    """Images [B, C, H, W] with labels [B], a row for each class (``most`` of them, evenly picked, if there are more)."""
+    labels = np.asarray(labels)
+    present = np.unique(labels)
+    shown = present[np.linspace(0, len(present) - 1, min(most, len(present))).round().astype(int)]
+    columns = max(np.sum(labels == label) for label in shown)
+    figure, axes = subplots(len(shown), columns, 0.9 * WIDTH * len(shown) / columns, "compressed")
+    for row, label in zip(axes, shown, strict=True):
+        _row_title(row[0], classes[label].replace("_", " "))
+        for axis in row:
+            _bare(axis)
+        for axis, index in zip(row, np.flatnonzero(labels == label), strict=False):
+            _picture(axis, _channels_last(images[index]))
+    return figure
+
+
+def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) -> Figure:
+    """One panel for each history column in ``panels`` (column: axis label), one line for each model that has it."""
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = subplots(rows, columns, 2.9 * rows)
+    for axis, (column, label) in zip(axes.flat, panels.items(), strict=False):
+        for model, history in histories.items():
+            if column in history:
+                axis.plot(history["epoch"], history[column], marker="o", color=model_colour(model), label=model)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    _legend_above(figure, axes[0, 0])
+    return figure
+
+
+def halting_distributions(distributions: dict[str, ArrayLike], target: ArrayLike) -> Figure:
+    """Halting distribution [L] of each model as bars, and the ``target`` [L] that the loss pulls them to as a line."""
+    figure, axes = subplots(height=3.3)
+    axis = axes[0, 0]
+    layer = np.arange(1, len(target) + 1)
+    width = 0.8 / len(distributions)
+    for position, (model, distribution) in enumerate(distributions.items()):
+        offset = (position - (len(distributions) - 1) / 2) * width
+        axis.bar(layer + offset, distribution, 0.92 * width, color=model_colour(model), label=model, linewidth=0)
+    axis.plot(layer, target, color=INK, marker="o", label="target (Gaussian)")
+    axis.set(xlabel="layer", ylabel="share of the halting score", xticks=layer)
+    axis.grid(axis="x", visible=False)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend()
+    return figure
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(confusion: ArrayLike, classes: tuple[str, ...]) -> Figure:
+    """Counts [K, K], rows the true class, as percent of each row; with many classes without names and numbers."""
+    return _confusion_map(_row_percent(confusion), classes, "images of the true class [%]", "Blues", 0, 100, "{:.0f}")
+
+
+def confusion_change(confusion: ArrayLike, baseline: ArrayLike, classes: tuple[str, ...]) -> Figure:
+    """Row percentages of counts [K, K] minus those of ``baseline`` [K, K]: orange where there are more, blue fewer."""
+    change = _row_percent(confusion) - _row_percent(baseline)
+    limit = max(np.abs(change).max(), 1.0)
+    return _confusion_map(change, classes, "change [percentage points]", "PuOr_r", -limit, limit, "{:+.1f}")
+
+
+def accuracy_by_depth(groups: pd.DataFrame, layers: int) -> Figure:
+    """Accuracy of images grouped by mean depth; ``groups`` has mean_depth, accuracy, low, high, one row a group."""
+    figure, axes = subplots(height=3.3)
+    axis = axes[0, 0]
+    axis.errorbar(
+        groups["mean_depth"], groups["accuracy"], _error(groups, "accuracy", "low", "high"),
+        fmt="o-", color=PALETTE[1], ecolor=MUTED, elinewidth=1.2, capsize=3,
+    )  # fmt: skip
+    axis.set(xlabel=f"mean depth of the image's tokens [layers of {layers}]", ylabel="accuracy")
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def accuracy_against_flops(table: pd.DataFrame) -> Figure:
+    """Accuracy with its interval against computation, one point for each row of the evaluation table."""
+    figure, axes = subplots(height=3.4)
+    axis = axes[0, 0]
+    for row in table.itertuples():
+        colour = model_colour(row.model)
+        error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
+        axis.errorbar(row.gflops_per_image, row.accuracy, error, fmt="o", color=colour, capsize=4, markersize=8)
+        axis.annotate(
+            row.model, (row.gflops_per_image, row.accuracy), (9, 0), textcoords="offset points",
+            va="center", color=INK, fontsize=10,
+        )  # fmt: skip
+    axis.set(xlabel="computation [GFLOPs per image]", ylabel="accuracy")
+    axis.set_xlim(0, 1.25 * table["gflops_per_image"].max())
+    axis.margins(y=0.15)
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+# --- halting ---------------------------------------------------------------------------------------------------------
+
+
+def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
+    """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image faded by depth.
+
+    The map's colours run from 1 to ``layers`` in every figure; the fading uses the range of the depths shown.
+    """
+    count, grids = len(images), _grids(depth)
+    shallowest, deepest = grids.min(), grids.max()
+    strength = (grids - shallowest) / max(deepest - shallowest, 1)
+    figure, axes = subplots(3, count, 3 * (WIDTH - 1.3) / count + 0.55, "compressed")
+    for name, row in zip(("image", "depth", "faded\nby depth"), axes, strict=True):
+        _row_title(row[0], name)
+    for index in range(count):
+        _picture(axes[0, index], _channels_last(images[index]))
+        _depth_map(axes[1, index], grids[index], layers)
+        _picture(axes[2, index], _faded(images[index], strength[index]))
+        if titles is not None:
+            axes[0, index].set_title(_wrapped(titles[index], count), fontsize=9)
+    _depth_bar(figure, axes, layers)
+    return figure
+
+
+def depth_extremes(
+    images: dict[str, ArrayLike], depth: dict[str, ArrayLike], layers: int, titles: dict[str, list[str]]
+) -> Figure:
+    """For each named group: images [B, C, H, W] above the depth maps of their tokens [B, N], with titles [B]."""
+    count = max(len(group) for group in images.values())
+    figure, axes = subplots(2 * len(images), count, 2.15 * len(images) * (WIDTH - 1.5) / count + 0.3, "compressed")
+    for group, name in enumerate(images):
+        _row_title(axes[2 * group, 0], name)
+        grids = _grids(depth[name])
+        for index in range(count):
+            above, below = axes[2 * group, index], axes[2 * group + 1, index]
+            _bare(above)
+            _bare(below)
+            if index < len(grids):
+                _picture(above, _channels_last(images[name][index]))
+                _depth_map(below, grids[index], layers)
+                above.set_title(_wrapped(titles[name][index], count), fontsize=9)
+    _depth_bar(figure, axes, layers)
+    return figure
+
+
+def halting_progress(images: ArrayLike, depth: ArrayLike, layers: int, columns: int = 8) -> Figure:
+    """What each layer still computes on: images [B, C, H, W] in which tokens halted before it are faded.
+
+    Shows at most ``columns`` layers, from the last one with all tokens of these images to the deepest reached.
+    """
+    grids = _grids(depth)
+    first, last = int(grids.min()), int(grids.max())
+    shown = np.unique(np.linspace(first, last, columns).round().astype(int))
+    figure, axes = subplots(len(images), len(shown), len(images) * WIDTH / max(len(shown), 4) + 0.3, "compressed")
+    for row, image, grid in zip(axes, images, grids, strict=True):
+        for axis, layer in zip(row, shown, strict=True):
+            active = grid >= layer
+            _picture(axis, _faded(image, active.astype(float)))
+            axis.set_xlabel(f"{active.mean():.0%}", labelpad=2, fontsize=9, color=MUTED)
+    for axis, layer in zip(axes[0], shown, strict=True):
+        axis.set_title(f"layer {layer}")
+    return figure
+
+
+def depth_by_position(depth: ArrayLike, layers: int) -> Figure:
+    """Depth [B, N] averaged over images for each place in the image, and how much it varies between images."""
+    grids = _grids(depth)
+    mean, spread = grids.mean(axis=0), grids.std(axis=0)
+    figure, axes = subplots(1, 2, 3.7)
+    left, right = axes[0]
+    _depth_map(left, mean, layers)
+    right.imshow(spread, cmap="mako", vmin=0)
+    for axis, values, title in ((left, mean, "mean over images"), (right, spread, "standard deviation over images")):
+        axis.set_title(title)
+        _bare(axis)
+        _write_cells(axis, values, "{:.1f}")
+    figure.colorbar(_depth_scale(layers), ax=left, label="depth [layers]", shrink=0.85)
+    figure.colorbar(right.images[0], ax=right, label="standard deviation [layers]", shrink=0.85)
+    class_depth = np.asarray(depth, dtype=float)[:, 0]
+    figure.suptitle(f"class token: mean {class_depth.mean():.2f} layers, standard deviation {class_depth.std():.2f}")
+    return figure
+
+
+def tokens_alive(depth: ArrayLike, executed_depth: ArrayLike, layers: int) -> Figure:
+    """Share of tokens that each layer computes on, from depth [B, N]: mean over images, band from 10th to 90th percent.
+
+    ``executed_depth`` [B, N] is that of plain inference, which stops an image once its class token has halted.
+    """
+    figure, axes = subplots(height=3.4)
+    axis = axes[0, 0]
+    layer = np.arange(1, layers + 1)
+    styles = (("every token to its own halting", depth, PALETTE[1]), ("plain inference", executed_depth, PALETTE[4]))
+    for label, values, colour in styles:
+        alive = (np.asarray(values)[:, None, :] >= layer[:, None]).mean(axis=2)  # [B, L]
+        low, high = np.percentile(alive, (10, 90), axis=0)
+        axis.fill_between(layer, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.plot(layer, alive.mean(axis=0), marker="o", color=colour, label=label)
+    axis.set(xlabel="layer", ylabel="tokens computed on", xticks=layer, ylim=(-0.02, 1.04))
+    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.legend(loc="lower left")
+    return figure
+
+
+def halting_scores(scores: ArrayLike, depth: ArrayLike, threshold: float) -> Figure:
+    """Halting scores [B, L, N] by layer, and their sum so far: mean and quartiles over the tokens still active.
+
+    ``depth`` [B, N] says which are; a token halts when its sum reaches ``threshold``.
+    """
+    scores = np.asarray(scores)
+    layer = np.arange(1, scores.shape[1] + 1)
+    active = np.asarray(depth)[:, None, :] >= layer[:, None]  # [B, L, N]
+    figure, axes = subplots(1, 2, 3.2)
+    for axis, values, label in zip(
+        axes[0], (scores, scores.cumsum(axis=1)), ("halting score", "sum of scores so far"), strict=True
+    ):
+        reached = [values[:, index][active[:, index]] for index in range(len(layer))]
+        reached = [found if len(found) else np.array([np.nan]) for found in reached]
+        quartiles = np.array([np.percentile(found, (25, 75)) for found in reached])
+        axis.fill_between(layer, *quartiles.T, color=PALETTE[1], alpha=0.25, linewidth=0, label="quartiles")
+        axis.plot(layer, [found.mean() for found in reached], marker="o", color=PALETTE[1], label="mean")
+        axis.set(xlabel="layer", ylabel=label, xticks=layer)
+        axis.set_ylim(bottom=0)
+    axes[0, 1].axhline(threshold, color=INK, linewidth=1, linestyle="--", label="a token halts")
+    axes[0, 1].legend(loc="lower right")
+    return figure
+
+
+def depth_by_class(
+    mean_depth: ArrayLike, labels: ArrayLike, classes: tuple[str, ...], layers: int, most: int = 20
+) -> Figure:
+    """Box plots of the mean depth [B] of images, by class, deepest on top; of many classes only the two ends.
+
+    Boxes hold the middle half of the images of a class, whiskers all but 5 percent at either end.
+    """
+    mean_depth, labels = np.asarray(mean_depth), np.asarray(labels)
+    order = sorted(np.unique(labels), key=lambda label: np.median(mean_depth[labels == label]))
+    left_out = max(len(order) - most, 0)
+    shown = order if not left_out else order[: most // 2] + order[-(most // 2) :]
+    figure, axes = subplots(height=1.0 + 0.27 * len(shown))
+    axis = axes[0, 0]
+    boxes = axis.boxplot(
+        [mean_depth[labels == label] for label in shown], orientation="horizontal", whis=(5, 95), widths=0.6,
+        showfliers=False, patch_artist=True, medianprops={"color": INK, "linewidth": 1.6},
+        whiskerprops={"color": MUTED}, capprops={"color": MUTED}, boxprops={"edgecolor": MUTED},
+    )  # fmt: skip
+    for box in boxes["boxes"]:
+        box.set_facecolor(sns.light_palette(PALETTE[1], 3)[1])
+    axis.set_yticks(range(1, len(shown) + 1), [classes[label].replace("_", " ") for label in shown])
+    axis.axvline(mean_depth.mean(), color=INK, linewidth=1, linestyle="--", label="mean of all images")
+    if left_out:
+        axis.axhline(most // 2 + 0.5, color=MUTED, linewidth=1)
+        axis.set_title(f"{most // 2} shallowest and {most // 2} deepest of {len(order)} classes")
+    axis.set_xlabel(f"mean depth of the image's tokens [layers of {layers}]")
+    axis.grid(axis="y", visible=False)
+    axis.legend(loc="lower right")
+    return figure
+
+
+def depth_right_wrong(mean_depth: ArrayLike, correct: ArrayLike, layers: int) -> Figure:
+    """Distribution of the mean depth [B] of images that are classified right and wrong, each summing to 100 percent."""
+    mean_depth, correct = np.asarray(mean_depth), np.asarray(correct)
+    figure, axes = subplots(height=3.2)
+    axis = axes[0, 0]
+    edges = np.histogram_bin_edges(mean_depth, bins=30)
+    for name, chosen, colour in (("right", correct, RIGHT), ("wrong", ~correct, WRONG)):
+        if chosen.any():
+            depths = mean_depth[chosen]
+            weights = np.full(len(depths), 1 / len(depths))
+            label = f"{name}: {len(depths)} images, mean {depths.mean():.2f} layers"
+            axis.hist(depths, edges, weights=weights, color=colour, alpha=0.35, histtype="stepfilled", label=label)
+            axis.hist(depths, edges, weights=weights, color=colour, histtype="step", linewidth=1.5)
+            axis.axvline(depths.mean(), color=colour, linestyle="--", linewidth=1.2)
+    axis.set(xlabel=f"mean depth of the image's tokens [layers of {layers}]", ylabel="share of the images")
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.legend()
+    return figure
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _grids(depth: ArrayLike) -> np.ndarray:
+    """The depth [B, N] of the patch tokens in their places, [B, G, G] float; the class token is left out."""
+    patches = np.asarray(depth, dtype=float)[:, 1:]
+    side = round(patches.shape[1] ** 0.5)
+    return patches.reshape(-1, side, side)
+
+
+def _channels_last(image: ArrayLike) -> np.ndarray:
+    """An image [C, H, W] as RGB [H, W, 3]; grey becomes colour, so that fading and showing know one case only."""
+    image = np.clip(np.asarray(image, dtype=float), 0, 1)
+    return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
+
+
+def _faded(image: ArrayLike, strength: np.ndarray, least: float = 0.12) -> np.ndarray:
+    """An image [C, H, W] as RGB in which each token is mixed with white: untouched at ``strength`` [G, G] 1."""
+    pixels = _channels_last(image)
+    opacity = least + (1 - least) * strength
+    opacity = np.kron(opacity, np.ones((pixels.shape[0] // len(strength), pixels.shape[1] // len(strength))))
+    return 1 - opacity[..., None] * (1 - pixels)
+
+
+def _picture(axis: Axes, pixels: np.ndarray) -> None:
+    axis.imshow(pixels)
+    _bare(axis)
+
+
+def _depth_map(axis: Axes, grid: np.ndarray, layers: int) -> None:
+    """A map of depths [G, G]; the same colours for the same depth in every figure of a model."""
+    axis.imshow(grid, cmap=DEPTH_COLOURS, norm=Normalize(1, layers))
+    _bare(axis)
+
+
+def _depth_scale(layers: int, steps: bool = False) -> ScalarMappable:
+    """The colours of depths 1..L, continuous or, for whole layers, one step each."""
+    norm = BoundaryNorm(np.arange(0.5, layers + 1), layers) if steps else Normalize(1, layers)
+    return ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(layers if steps else 256))
+
+
+def _depth_bar(figure: Figure, axes: np.ndarray, layers: int) -> None:
+    bar = figure.colorbar(_depth_scale(layers, steps=True), ax=axes, shrink=0.8, aspect=30, pad=0.01)
+    bar.set_label("depth [layers]")
+    bar.set_ticks(np.arange(1, layers + 1), labels=[str(layer) for layer in range(1, layers + 1)])
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+
+
+def _bare(axis: Axes) -> None:
+    """No ticks, no grid, no frame: for pictures."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _row_title(axis: Axes, text: str) -> None:
+    axis.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=6)
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """A title broken into lines that fit one of ``columns`` pictures side by side."""
+    return textwrap.fill(text.replace("_", " "), max(8, 80 // columns), break_long_words=False)
+
+
+def _legend_above(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+
+
+def _error(frame: pd.DataFrame, middle: str, low: str, high: str) -> np.ndarray:
+    """Lengths [2, rows] of the error bars from the ends of an interval."""
+    return np.array([frame[middle] - frame[low], frame[high] - frame[middle]]).clip(min=0)
+
+
+def _row_percent(confusion: ArrayLike) -> np.ndarray:
+    counts = np.asarray(confusion, dtype=float)
+    return 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+
+
+def _confusion_map(values, classes, label, colours, lowest, highest, number) -> Figure:
+    """A heat map of values [K, K]; names up to 30 classes, numbers up to 12."""
+    count = len(classes)
+    figure, axes = subplots(height=6.2)
+    axis = axes[0, 0]
+    image = axis.imshow(values, cmap=colours, vmin=lowest, vmax=highest)
+    if count <= 30:
+        names = [name.replace("_", " ") for name in classes]
+        axis.set_xticks(range(count), names, rotation=40, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(count), names)
+        axis.tick_params(length=0)
+    axis.grid(False)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    if count <= 12:
+        _write_cells(axis, values, number, hide_zero=True)
+    figure.colorbar(image, ax=axis, label=label, shrink=0.85)
+    return figure
+
+
+def _write_cells(axis: Axes, values: np.ndarray, number: str, hide_zero: bool = False, most: int = 12) -> None:
+    """Write the values of a small heat map into its cells, in the ink that stands out from the colour below."""
+    if len(values) > most:
+        return
+    image = axis.images[0]
+    for (row, column), value in np.ndenumerate(values):
+        if hide_zero and float(number.format(value)) == 0:
+            continue
+        red, green, blue, _ = image.cmap(image.norm(value))
+        ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
+        axis.text(column, row, number.format(value), ha="center", va="center", color=ink, fontsize=9)
