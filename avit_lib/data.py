@@ -39,6 +39,10 @@ class ImageTensors(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.transform(self.images[index]), self.labels[index]
 
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once, for DataLoader: thousands of small images are slow one by one."""
+        return self.transform(self.images[indices]), self.labels[indices]
+
     def select(self, indices: Tensor) -> "ImageTensors":
         """The images at ``indices`` [k], in that order."""
         return ImageTensors(self.images[indices], self.labels[indices], self.classes, self.transform)
@@ -133,7 +137,7 @@ def loader(data: ImageTensors, batch_size: int, shuffle_seed: int | None = None)
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed) if shuffle else None
     drop_last = shuffle and len(data) > batch_size
-    return DataLoader(data, batch_size, shuffle=shuffle, generator=generator, drop_last=drop_last)
+    return DataLoader(data, batch_size, shuffle=shuffle, generator=generator, drop_last=drop_last, collate_fn=_as_it_is)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -154,6 +158,11 @@ def _official(profile: Profile, train: bool) -> ImageTensors:
             f"remove that folder and bring it back with `git checkout -- data`, or set AVIT_DATA"
         ) from error
     return ImageTensors(source.data[:, None], source.targets, FASHION_CLASSES, _normalise(channels=1))
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A batch that ``ImageTensors.__getitems__`` has made already."""
+    return batch
 
 
 def _others(total: int, held_out: Tensor) -> Tensor:

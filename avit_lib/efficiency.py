@@ -1,11 +1,14 @@
 """Time and memory of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import gc
-import statistics
+import multiprocessing
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -15,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from avit_lib.config import Halting
-
-from avit_lib.halting import executed_depth
+from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.models import AViT
 from avit_lib.training import autocast
 
+MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
+# Of the synthetic workload: channel 0 lies where no sigmoid is saturated.
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)
 
 
@@ -30,8 +34,15 @@ class Workload:
     adaptive: AViT
     plain: nn.Module
     images: Tensor
-    depth: Tensor  # [B, N] of the adaptive model on these images
-    description: str
+    origin: str
+
+    @torch.inference_mode()
+    def describe(self) -> str:
+        """Where the halting comes from, and how deep plain inference goes."""
+        depth = self.adaptive.eval().forward_with_trace(self.images)[1].executed_depth.float()
+        spread = depth.mean(dim=1).std(correction=0)
+        layers = len(self.adaptive.blocks)
+        return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
 
 
 def synthetic_workload(
@@ -64,22 +75,7 @@ def synthetic_workload(
     size = adaptive.patch_embed.patch_size
     images = channel.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
     images = images.expand(-1, adaptive.in_chans, -1, -1).contiguous()
-    return _workload(adaptive, plain, images, "synthetic halting")
-
-
-def trained_workload(adaptive: AViT, plain: nn.Module, images: Tensor) -> Workload:
-    """A trained pair of models on real images."""
-    return _workload(adaptive.eval(), plain.eval(), images, "trained model, real images")
-
-
-@torch.inference_mode()
-def _workload(adaptive: AViT, plain: nn.Module, images: Tensor, what: str) -> Workload:
-    depth = adaptive.forward_with_trace(images)[1].depth
-    executed = executed_depth(depth).float()
-    described = f"{what}: mean executed depth {executed.mean():.2f} of {len(adaptive.blocks)} layers"
-    if len(images) > 1:
-        described += f", deviation between images {executed.mean(dim=1).std():.2f}"
-    return Workload(adaptive, plain, images, depth, described)
+    return Workload(adaptive, plain, images, "synthetic halting of an untrained model")
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:
@@ -120,3 +116,92 @@ def _timed(function: Callable[[], None], calls: int, device: torch.device) -> fl
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def benchmark(workload: Workload, task: str, precision: str, repeats: int, device: torch.device) -> pd.DataFrame:
+    """DeiT, masked and packed A-ViT side by side on the images of ``workload``, one row each.
+
+    ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW). Columns: seconds (median over
+    repeats), seconds_low and seconds_high (quartiles), images_per_second, gflops_per_image (counted in a packed or
+    plain run), speedup and flops_ratio against DeiT, and efficiency = speedup / flops_ratio.
+    """
+    functions = {name: _step(workload, name, task, precision, device) for name in MODELS}
+    samples = interleaved(functions, repeats, device)
+    batch = len(workload.images)
+    flops = {"DeiT": counted_flops(workload.plain, workload.images[:8].to(device))}
+    with torch.inference_mode():
+        workload.adaptive.execution = "packed"
+        flops["A-ViT packed"] = counted_flops(workload.adaptive, workload.images.to(device))
+        workload.adaptive.execution = "masked"
+        flops["A-ViT masked"] = flops["DeiT"]
+    rows = []
+    for name in MODELS:
+        low, middle, high = np.percentile(samples[name], (25, 50, 75))
+        rows.append({
+            "task": task, "precision": precision, "batch": batch, "model": name, "seconds": middle,
+            "seconds_low": low, "seconds_high": high, "images_per_second": batch / middle,
+            "gflops_per_image": flops[name] / 1e9,
+            "speedup": np.median(np.divide(samples["DeiT"], samples[name])), "flops_ratio": flops["DeiT"] / flops[name],
+        })  # fmt: skip
+    frame = pd.DataFrame(rows)
+    return frame.assign(efficiency=frame["speedup"] / frame["flops_ratio"])
+
+
+def _step(workload: Workload, name: str, task: str, precision: str, device: torch.device) -> Callable[[], None]:
+    """A function that does one inference or training step of the model called ``name``."""
+    model = (workload.plain if name == "DeiT" else workload.adaptive).to(device)
+    images = workload.images.to(device)
+    execution = "masked" if name == "A-ViT masked" else "packed"
+
+    def infer() -> None:
+        model.execution = execution
+        with torch.inference_mode(), autocast(precision, device):
+            model.eval()(images)
+
+    if task == "inference":
+        return infer
+    labels = torch.arange(len(images), device=device) % model.num_classes
+    loss = TaskLoss() if name == "DeiT" else AdaptiveLoss(Halting())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # steps, but changes nothing
+
+    def train() -> None:
+        model.execution = execution
+        with autocast(precision, device):
+            total = loss(model.train(), images, labels).total
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+
+    return train
+
+
+def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str) -> float:
+    """Peak memory in MiB that steps of ``model`` on a synthetic workload of ``avit_*`` ``name`` add to the process.
+
+    On the CPU, measured in a fresh process: what a process once took from the system it may not give back.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision))
+
+
+def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str) -> float:
+    workload = synthetic_workload(name, batch, mean_depth)
+    step = _step(workload, model, task, precision, torch.device("cpu"))
+    before = _resident()
+    for _ in range(3):
+        step()
+    return (_highest_resident() - before) / 2**20
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def _highest_resident() -> int:
+    """Bytes; the system counts in KiB, on macOS in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -146,7 +146,7 @@ class Runner:
                 cwd=self.folder,
                 progress_bar={"desc": name, "leave": False, "disable": None},
                 stdout_file=_Echo(),
-                extra_arguments=["--log-level=ERROR"],  # of the kernel, which else warns that it listens locally
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log; errors of cells come by another way
             )
         except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
             if running.is_file():

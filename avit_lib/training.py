@@ -146,9 +146,7 @@ def _finished_history(output: Path, description: dict, config: Training, seed: i
     found = read_json(output / "last.json")
     if found.get("run") != description | {"seed": seed}:
         raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
-    return (
-        pd.read_csv(output / "history.csv") if found["epoch"] == config.epochs else None
-    )
+    return pd.read_csv(output / "history.csv") if found["epoch"] == config.epochs else None
 
 
 def _save_resume_state(output, model, optimizer, records, description, seed) -> None:

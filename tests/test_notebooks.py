@@ -100,7 +100,7 @@ def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     write(project, "02_two", "print('never reached')")
     assert run() == 0
     good = executed(project, "01_one").read_text()
-    write(project, "01_one", "from avit_lib import StudyError\nraise StudyError('the remedy')")
+    write(project, "01_one", "class StudyError(Exception): ...", "raise StudyError('the remedy')")
     capsys.readouterr()
     assert run() == 1
     captured = capsys.readouterr()
@@ -108,7 +108,7 @@ def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     assert executed(project, "01_one").read_text() == good
     assert "the remedy" in failed.read_text()
     assert captured.err.splitlines() == [
-        "error: 01_one failed in cell [4]:",
+        "error: 01_one failed in cell [5]:",
         "  the remedy",
         f"  the failed copy: {os.path.relpath(failed)}",
     ]
