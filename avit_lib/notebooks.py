@@ -146,6 +146,7 @@ class Runner:
                 cwd=self.folder,
                 progress_bar={"desc": name, "leave": False, "disable": None},
                 stdout_file=_Echo(),
+                start_timeout=300,  # seconds, for busy machines
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log; errors of cells come by another way
             )
         except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start

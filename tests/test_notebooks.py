@@ -251,19 +251,19 @@ def is_alive(process: int) -> bool:
 
 
 def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
-    write(project, "01_one", "import os\nprint('kernel', os.getpid(), flush=True)", "import time\ntime.sleep(60)")
+    write(project, "01_one", "import os\nprint('kernel', os.getpid(), flush=True)", "import time\ntime.sleep(600)")
     command = [sys.executable, "-m", "avit_lib.notebooks", "run", *SMOKE]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("kernel"):
             break
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error.strip().splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in error
     assert not list(executed(project, "x").parent.glob("*"))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while is_alive(int(line.split()[1])) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(int(line.split()[1]))
