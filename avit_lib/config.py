@@ -121,9 +121,9 @@ PROFILES = {
             validation_per_class=500,
             runs=_three_runs(
                 "micro_patch4_28",
-                deit=Training(epochs=4, learning_rate=1e-2, optimizer="muon"),
-                avit=Training(epochs=4, learning_rate=1e-2, optimizer="muon", execution="packed"),
-                avit_finetuned=Training(epochs=3, learning_rate=5e-3, optimizer="muon", execution="packed"),
+                deit=Training(4, learning_rate=1.2e-2, batch_size=128, optimizer="muon"),
+                avit=Training(4, learning_rate=1.2e-2, batch_size=128, optimizer="muon", execution="packed"),
+                avit_finetuned=Training(3, learning_rate=6e-3, batch_size=128, optimizer="muon", execution="packed"),
                 halting=Halting(gamma=0.5, beta=-4.0, alpha_ponder=5e-3, target_depth=7.0, target_std=2.0),
             ),
             notes=(

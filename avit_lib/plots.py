@@ -14,20 +14,21 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
-DEPTH_COLOURS = "viridis"  # dark: halted early; bright: went deep
+DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
+VEIL = (0.16, 0.30, 0.56)  # what covers halted tokens: a colour, so that it shows on black and on white
 RIGHT, WRONG = PALETTE[0], PALETTE[3]
 RC = {
     "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10, "legend.fontsize": 9,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.titlesize": 11,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.edgecolor": MUTED, "grid.color": "#e3e3e3", "lines.linewidth": 1.8, "lines.markersize": 5,
-    "legend.frameon": False, "image.interpolation": "nearest",
+    "axes.edgecolor": "#b5b5b5", "axes.linewidth": 0.8, "grid.color": "#e6e6e6", "grid.linewidth": 0.8, 
+    "lines.linewidth": 1.8, "lines.markersize": 5, "legend.frameon": False, "image.interpolation": "nearest",
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def model_colour(label: str) -> tuple[float, float, float]:
 
 
 def sample_grid(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...], most: int = 10) -> Figure:
-    """Images [B, C, H, W] with labels [B], a row for each class (``most`` of them, evenly picked, if there are more)."""
+    """Images [B, C, H, W] with labels [B], a row for each class (``most`` of them if there are more)."""
     labels = np.asarray(labels)
     present = np.unique(labels)
     shown = present[np.linspace(0, len(present) - 1, min(most, len(present))).round().astype(int)]
@@ -97,7 +98,7 @@ def halting_distributions(distributions: dict[str, ArrayLike], target: ArrayLike
     axis.plot(layer, target, color=INK, marker="o", label="target (Gaussian)")
     axis.set(xlabel="layer", ylabel="share of the halting score", xticks=layer)
     axis.grid(axis="x", visible=False)
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(_percent)
     axis.legend()
     return figure
 
@@ -111,7 +112,7 @@ def confusion_matrix(confusion: ArrayLike, classes: tuple[str, ...]) -> Figure:
 
 
 def confusion_change(confusion: ArrayLike, baseline: ArrayLike, classes: tuple[str, ...]) -> Figure:
-    """Row percentages of counts [K, K] minus those of ``baseline`` [K, K]: orange where there are more, blue fewer."""
+    """Row percentages of counts [K, K] minus those of ``baseline`` [K, K]: orange for more, purple for fewer."""
     change = _row_percent(confusion) - _row_percent(baseline)
     limit = max(np.abs(change).max(), 1.0)
     return _confusion_map(change, classes, "change [percentage points]", "PuOr_r", -limit, limit, "{:+.1f}")
@@ -126,7 +127,7 @@ def accuracy_by_depth(groups: pd.DataFrame, layers: int) -> Figure:
         fmt="o-", color=PALETTE[1], ecolor=MUTED, elinewidth=1.2, capsize=3,
     )  # fmt: skip
     axis.set(xlabel=f"mean depth of the image's tokens [layers of {layers}]", ylabel="accuracy")
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(_percent)
     return figure
 
 
@@ -145,7 +146,7 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="computation [GFLOPs per image]", ylabel="accuracy")
     axis.set_xlim(0, 1.25 * table["gflops_per_image"].max())
     axis.margins(y=0.15)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(_percent)
     return figure
 
 
@@ -153,20 +154,21 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
 
 
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
-    """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image faded by depth.
+    """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image under a veil.
 
-    The map's colours run from 1 to ``layers`` in every figure; the fading uses the range of the depths shown.
+    The map's colours run from 1 to ``layers`` in every figure. The veil is the thicker the earlier a token halted; it
+    spans the range of depths shown, of which it leaves out the outer 2 percent at either end.
     """
     count, grids = len(images), _grids(depth)
-    shallowest, deepest = grids.min(), grids.max()
-    strength = (grids - shallowest) / max(deepest - shallowest, 1)
-    figure, axes = subplots(3, count, 3 * (WIDTH - 1.3) / count + 0.55, "compressed")
-    for name, row in zip(("image", "depth", "faded\nby depth"), axes, strict=True):
+    shallowest, deepest = np.percentile(grids, (2, 98))
+    veil = ((deepest - grids) / max(deepest - shallowest, 1)).clip(0, 1)
+    figure, axes = subplots(3, count, 3 * (WIDTH - 0.9) / count + 0.9, "compressed")
+    for name, row in zip(("image", "depth", "veiled\nby depth"), axes, strict=True):
         _row_title(row[0], name)
     for index in range(count):
         _picture(axes[0, index], _channels_last(images[index]))
         _depth_map(axes[1, index], grids[index], layers)
-        _picture(axes[2, index], _faded(images[index], strength[index]))
+        _picture(axes[2, index], _veiled(images[index], veil[index]))
         if titles is not None:
             axes[0, index].set_title(_wrapped(titles[index], count), fontsize=9)
     _depth_bar(figure, axes, layers)
@@ -178,7 +180,9 @@ def depth_extremes(
 ) -> Figure:
     """For each named group: images [B, C, H, W] above the depth maps of their tokens [B, N], with titles [B]."""
     count = max(len(group) for group in images.values())
-    figure, axes = subplots(2 * len(images), count, 2.15 * len(images) * (WIDTH - 1.5) / count + 0.3, "compressed")
+    figure, axes = subplots(
+        2 * len(images), count, len(images) * (2.1 * (WIDTH - 1.2) / count + 0.25) + 0.6, "compressed"
+    )
     for group, name in enumerate(images):
         _row_title(axes[2 * group, 0], name)
         grids = _grids(depth[name])
@@ -194,22 +198,20 @@ def depth_extremes(
     return figure
 
 
-def halting_progress(images: ArrayLike, depth: ArrayLike, layers: int, columns: int = 8) -> Figure:
-    """What each layer still computes on: images [B, C, H, W] in which tokens halted before it are faded.
+def halting_progress(images: ArrayLike, depth: ArrayLike, layers: int, rows: int = 7) -> Figure:
+    """What each layer still computes on: images [B, C, H, W] in which the tokens halted before it are veiled.
 
-    Shows at most ``columns`` layers, from the last one with all tokens of these images to the deepest reached.
+    Shows at most ``rows`` layers, from the last that computes all patches of these images (depth [B, N]) to the
+    deepest reached, with the share of patches below each picture.
     """
     grids = _grids(depth)
-    first, last = int(grids.min()), int(grids.max())
-    shown = np.unique(np.linspace(first, last, columns).round().astype(int))
-    figure, axes = subplots(len(images), len(shown), len(images) * WIDTH / max(len(shown), 4) + 0.3, "compressed")
-    for row, image, grid in zip(axes, images, grids, strict=True):
-        for axis, layer in zip(row, shown, strict=True):
-            active = grid >= layer
-            _picture(axis, _faded(image, active.astype(float)))
-            axis.set_xlabel(f"{active.mean():.0%}", labelpad=2, fontsize=9, color=MUTED)
-    for axis, layer in zip(axes[0], shown, strict=True):
-        axis.set_title(f"layer {layer}")
+    shown = np.unique(np.linspace(grids.min(), grids.max(), rows).round().astype(int))
+    figure, axes = subplots(len(shown), len(images), len(shown) * ((WIDTH - 0.9) / len(images) + 0.22), "compressed")
+    for row, layer in zip(axes, shown, strict=True):
+        _row_title(row[0], f"layer {layer}\nof {layers}")
+        for axis, image, grid in zip(row, images, grids, strict=True):
+            _picture(axis, _veiled(image, (grid < layer).astype(float)))
+            axis.set_xlabel(f"{(grid >= layer).mean():.0%}", labelpad=2, fontsize=9)
     return figure
 
 
@@ -240,39 +242,46 @@ def tokens_alive(depth: ArrayLike, executed_depth: ArrayLike, layers: int) -> Fi
     figure, axes = subplots(height=3.4)
     axis = axes[0, 0]
     layer = np.arange(1, layers + 1)
-    styles = (("every token to its own halting", depth, PALETTE[1]), ("plain inference", executed_depth, PALETTE[4]))
+    styles = (
+        ("every token to its own halting", depth, PALETTE[1]),
+        ("plain inference, which ends with the class token", executed_depth, PALETTE[4]),
+    )
     for label, values, colour in styles:
         alive = (np.asarray(values)[:, None, :] >= layer[:, None]).mean(axis=2)  # [B, L]
         low, high = np.percentile(alive, (10, 90), axis=0)
         axis.fill_between(layer, low, high, color=colour, alpha=0.2, linewidth=0)
         axis.plot(layer, alive.mean(axis=0), marker="o", color=colour, label=label)
     axis.set(xlabel="layer", ylabel="tokens computed on", xticks=layer, ylim=(-0.02, 1.04))
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axis.yaxis.set_major_formatter(_percent)
     axis.legend(loc="lower left")
     return figure
 
 
 def halting_scores(scores: ArrayLike, depth: ArrayLike, threshold: float) -> Figure:
-    """Halting scores [B, L, N] by layer, and their sum so far: mean and quartiles over the tokens still active.
+    """Mean and quartiles by layer of the halting scores [B, L, N] of active tokens, and of every token's sum so far.
 
-    ``depth`` [B, N] says which are; a token halts when its sum reaches ``threshold``.
+    ``depth`` [B, N] says which tokens are active; a token halts when its sum reaches ``threshold``, and keeps it.
     """
     scores = np.asarray(scores)
     layer = np.arange(1, scores.shape[1] + 1)
     active = np.asarray(depth)[:, None, :] >= layer[:, None]  # [B, L, N]
-    figure, axes = subplots(1, 2, 3.2)
-    for axis, values, label in zip(
-        axes[0], (scores, scores.cumsum(axis=1)), ("halting score", "sum of scores so far"), strict=True
-    ):
-        reached = [values[:, index][active[:, index]] for index in range(len(layer))]
-        reached = [found if len(found) else np.array([np.nan]) for found in reached]
-        quartiles = np.array([np.percentile(found, (25, 75)) for found in reached])
-        axis.fill_between(layer, *quartiles.T, color=PALETTE[1], alpha=0.25, linewidth=0, label="quartiles")
+    sums = scores.cumsum(axis=1)
+    figure, axes = subplots(1, 2, 3.3)
+    panels = (
+        (axes[0, 0], [scores[:, index][active[:, index]] for index in range(len(layer))], "score of active tokens"),
+        (axes[0, 1], [sums[:, index].ravel() for index in range(len(layer))], "sum of scores so far, all tokens"),
+    )
+    for axis, values, label in panels:
+        reached = [found if len(found) else np.array([np.nan]) for found in values]
+        low, high = np.array([np.percentile(found, (25, 75)) for found in reached]).T
+        axis.fill_between(
+            layer, low, high, color=PALETTE[1], alpha=0.25, linewidth=0, label="middle half of the tokens"
+        )
         axis.plot(layer, [found.mean() for found in reached], marker="o", color=PALETTE[1], label="mean")
         axis.set(xlabel="layer", ylabel=label, xticks=layer)
         axis.set_ylim(bottom=0)
-    axes[0, 1].axhline(threshold, color=INK, linewidth=1, linestyle="--", label="a token halts")
-    axes[0, 1].legend(loc="lower right")
+    axes[0, 1].axhline(threshold, color=INK, linewidth=1, linestyle="--", label="threshold of halting")
+    _legend_above(figure, axes[0, 1])
     return figure
 
 
@@ -322,7 +331,7 @@ def depth_right_wrong(mean_depth: ArrayLike, correct: ArrayLike, layers: int) ->
             axis.hist(depths, edges, weights=weights, color=colour, histtype="step", linewidth=1.5)
             axis.axvline(depths.mean(), color=colour, linestyle="--", linewidth=1.2)
     axis.set(xlabel=f"mean depth of the image's tokens [layers of {layers}]", ylabel="share of the images")
-    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(_percent)
     axis.legend()
     return figure
 
@@ -343,12 +352,12 @@ def _channels_last(image: ArrayLike) -> np.ndarray:
     return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
-def _faded(image: ArrayLike, strength: np.ndarray, least: float = 0.12) -> np.ndarray:
-    """An image [C, H, W] as RGB in which each token is mixed with white: untouched at ``strength`` [G, G] 1."""
+def _veiled(image: ArrayLike, veil: np.ndarray, most: float = 0.82) -> np.ndarray:
+    """An image [C, H, W] as RGB [H, W, 3], each token covered as far as ``veil`` [G, G] says: 0 not, 1 nearly all."""
     pixels = _channels_last(image)
-    opacity = least + (1 - least) * strength
-    opacity = np.kron(opacity, np.ones((pixels.shape[0] // len(strength), pixels.shape[1] // len(strength))))
-    return 1 - opacity[..., None] * (1 - pixels)
+    patch = pixels.shape[0] // len(veil)
+    opacity = most * np.kron(veil, np.ones((patch, patch)))[..., None]
+    return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 
 def _picture(axis: Axes, pixels: np.ndarray) -> None:
@@ -369,11 +378,15 @@ def _depth_scale(layers: int, steps: bool = False) -> ScalarMappable:
 
 
 def _depth_bar(figure: Figure, axes: np.ndarray, layers: int) -> None:
-    bar = figure.colorbar(_depth_scale(layers, steps=True), ax=axes, shrink=0.8, aspect=30, pad=0.01)
-    bar.set_label("depth [layers]")
+    """The key of depth maps, below them: one colour a layer."""
+    bar = figure.colorbar(
+        _depth_scale(layers, steps=True), ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015
+    )
     bar.set_ticks(np.arange(1, layers + 1), labels=[str(layer) for layer in range(1, layers + 1)])
+    bar.minorticks_off()
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
+    bar.set_label("depth [layers]")
 
 
 def _bare(axis: Axes) -> None:
@@ -388,9 +401,13 @@ def _row_title(axis: Axes, text: str) -> None:
     axis.set_ylabel(text, rotation=0, ha="right", va="center", labelpad=6)
 
 
+def _percent(fraction: float, position: int) -> str:
+    return f"{100 * fraction:.4g}%"
+
+
 def _wrapped(text: str, columns: int) -> str:
     """A title broken into lines that fit one of ``columns`` pictures side by side."""
-    return textwrap.fill(text.replace("_", " "), max(8, 80 // columns), break_long_words=False)
+    return textwrap.fill(text.replace("_", " "), max(8, 100 // columns), break_long_words=False)
 
 
 def _legend_above(figure: Figure, axis: Axes) -> None:

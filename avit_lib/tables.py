@@ -149,6 +149,11 @@ def one_per_class(labels: Tensor, seed: int, most: int = 10) -> Tensor:
     return chosen[labels[chosen].argsort()]
 
 
+def some_per_class(labels: Tensor, seed: int, each: int = 10) -> Tensor:
+    """Indices of ``each`` random images of every class, by seed."""
+    return pick_per_class(labels, each, torch.Generator().manual_seed(seed))
+
+
 def depth_extremes(predictions: Predictions, classes: tuple[str, ...], count: int = 8) -> pd.DataFrame:
     """The ``count`` images with the lowest and highest mean depth, and the widest spread of depth inside the image."""
     depth = predictions.depth.float()
