@@ -83,8 +83,9 @@ def data(options: argparse.Namespace) -> None:
     """Say where the data of a profile are, verify them, and print the split."""
     profile = get_profile(options.profile)
     split = training_data(profile, options.seed).split
-    print(f"{profile.dataset} under {data_dir()}: {split['train_images']} training, {split['validation_images']}")
-    print(f"validation (seed {options.seed}, sha256 {split['validation_sha256'][:16]}), {len(test_data(profile))} test")
+    sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(test_data(profile))} test"
+    print(f"{profile.dataset} under {data_dir()}: {sizes} images")
+    print(f"validation images drawn by seed {options.seed}, sha256 {split['validation_sha256'][:16]}")
 
 
 def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
