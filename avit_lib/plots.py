@@ -40,6 +40,8 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
     """
     sns.set_theme(style="whitegrid", palette="colorblind", rc=RC)
     figure = Figure(figsize=(WIDTH, height), dpi=100, layout=layout)
+    if layout == "constrained":
+        figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
@@ -208,7 +210,7 @@ def halting_progress(images: ArrayLike, depth: ArrayLike, layers: int, rows: int
     shown = np.unique(np.linspace(grids.min(), grids.max(), rows).round().astype(int))
     figure, axes = subplots(len(shown), len(images), len(shown) * ((WIDTH - 0.9) / len(images) + 0.22), "compressed")
     for row, layer in zip(axes, shown, strict=True):
-        _row_title(row[0], f"layer {layer}\nof {layers}")
+        _row_title(row[0], f"layer {layer}")
         for axis, image, grid in zip(row, images, grids, strict=True):
             _picture(axis, _veiled(image, (grid < layer).astype(float)))
             axis.set_xlabel(f"{(grid >= layer).mean():.0%}", labelpad=2, fontsize=9)
@@ -253,7 +255,7 @@ def tokens_alive(depth: ArrayLike, executed_depth: ArrayLike, layers: int) -> Fi
         axis.plot(layer, alive.mean(axis=0), marker="o", color=colour, label=label)
     axis.set(xlabel="layer", ylabel="tokens computed on", xticks=layer, ylim=(-0.02, 1.04))
     axis.yaxis.set_major_formatter(_percent)
-    axis.legend(loc="lower left")
+    _legend_above(figure, axis)
     return figure
 
 

@@ -106,7 +106,7 @@ def accuracy_by_depth(predictions: Predictions, groups: int = 8) -> pd.DataFrame
     """Images in ``groups`` of equal size by mean depth, shallowest first: accuracy with its 95 % Wilson interval."""
     depth = mean_depth(predictions)
     rows = []
-    for number, chosen in enumerate(depth.argsort(stable=True).tensor_split(groups), start=1):
+    for number, chosen in enumerate(depth.argsort(stable=True).tensor_split(min(groups, len(depth))), start=1):
         hits, images = int(predictions.correct[chosen].sum()), len(chosen)
         low, high = wilson_interval(hits, images)
         rows.append({

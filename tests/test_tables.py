@@ -1,0 +1,138 @@
+"""The tables, on predictions made by hand."""
+
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import timm
+import torch
+from conftest import random_images
+
+from avit_lib import tables
+from avit_lib.config import get_profile
+from avit_lib.evaluation import Predictions
+
+CLASSES = ("ant", "bee", "cat")
+
+
+def predictions(predicted: list[int], labels: list[int], depth: torch.Tensor, layers: int = 4) -> Predictions:
+    """Predictions of certain classes; the scores are not looked at."""
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), len(CLASSES)).float()
+    return Predictions(logits, torch.tensor(labels), depth, torch.zeros(len(labels), layers, depth.shape[1]), layers)
+
+
+@pytest.fixture
+def halting() -> Predictions:
+    """Six images of three tokens; the first bee is taken for a cat."""
+    depth = torch.tensor([[1, 1, 1], [2, 2, 2], [4, 4, 4], [3, 3, 3], [1, 1, 4], [2, 2, 1]])
+    return predictions([0, 0, 2, 1, 2, 2], [0, 0, 1, 1, 2, 2], depth)
+
+
+@pytest.fixture
+def plain() -> Predictions:
+    return predictions([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], torch.full((6, 3), 4))
+
+
+def test_evaluation_table_compares_with_the_plain_model():
+    profile = get_profile("smoke")
+    model = timm.create_model("avit_nano_patch7_28")
+    labels = torch.arange(10)
+    logits = torch.eye(10)
+    shallow = Predictions(logits.roll(1, 0), labels, torch.ones(10, 17, dtype=torch.long), torch.zeros(10, 4, 17), 4)
+    full = Predictions(logits, labels, torch.full((10, 17), 4), torch.zeros(10, 4, 17), 4)
+    study = SimpleNamespace(profile=profile, load=lambda name: model)
+    table = tables.evaluation_table(study, {"deit": full, "avit": shallow, "avit_finetuned": full})
+    assert list(table.columns) == [
+        "model", "init", "accuracy", "accuracy_low", "accuracy_high", "accuracy_macro", "accuracy_macro_low",
+        "accuracy_macro_high", "f1_macro", "f1_macro_low", "f1_macro_high", "mean_depth", "mean_executed_depth",
+        "gflops_per_image", "flops_saved",
+    ]  # fmt: skip
+    assert list(table["model"]) == [run.label for run in profile.runs]
+    assert list(table["accuracy"]) == [1, 0, 1]
+    assert list(table["mean_depth"]) == [4, 1, 4]
+    assert table["flops_saved"][0] == table["flops_saved"][2] == 0
+    assert 0.5 < table["flops_saved"][1] < 0.75  # three layers of four, less patch embedding and head
+    assert (table["accuracy_low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["accuracy_high"]).all()
+
+
+def test_differences_are_of_the_adaptive_models(halting, plain):
+    profile = get_profile("smoke")
+    table = tables.difference_table(profile, {"deit": plain, "avit": plain, "avit_finetuned": halting})
+    assert list(table["model"]) == ["A-ViT", "A-ViT fine-tuned"]
+    assert set(table["minus"]) == {"DeiT"}
+    assert table["difference"].tolist() == pytest.approx([0, -1 / 6])
+    assert table["low"][1] <= -1 / 6 <= table["high"][1] <= 0
+
+
+def test_class_counts_of_several_sets():
+    table = tables.class_counts({"train": random_images(7, classes=3), "validation": random_images(3, classes=3)})
+    assert table["train"].tolist() == [3, 2, 2]
+    assert table["validation"].tolist() == [1, 1, 1]
+
+
+def test_epoch_table_keeps_the_order_and_renames():
+    history = pd.DataFrame({"epoch": [1, 2], "train_task": [2.0, 1.0], "seconds": [3, 3]})
+    table = tables.epoch_table({"A-ViT": history, "A-ViT fine-tuned": history.tail(1)}, {"train_task": "task"})
+    assert table.to_dict("list") == {
+        "model": ["A-ViT", "A-ViT", "A-ViT fine-tuned"], "epoch": [1, 2, 2], "task": [2.0, 1.0, 1.0],
+    }  # fmt: skip
+
+
+def test_reload_check_shows_a_difference():
+    table = tables.reload_check(
+        pd.Series({"val_accuracy": 0.75, "val_f1_macro": 0.5}), {"accuracy": 0.75, "f1_macro": 0.25}
+    )
+    assert table["difference"].tolist() == [0, -0.25]
+
+
+def test_confusion_has_the_true_class_in_rows(halting):
+    assert tables.confusion(halting).tolist() == [[2, 0, 0], [0, 1, 1], [0, 0, 2]]
+
+
+def test_confusion_pairs_leave_out_what_never_happens(halting, plain):
+    table = tables.confusion_pairs(halting, plain, CLASSES, ("A-ViT", "DeiT"))
+    assert table.to_dict("records") == [{"true class": "bee", "taken for": "cat", "A-ViT": 1, "DeiT": 0}]
+
+
+def test_accuracy_by_depth_puts_the_shallowest_first(halting):
+    table = tables.accuracy_by_depth(halting, groups=3)
+    assert table["images"].tolist() == [2, 2, 2]
+    assert table["mean_depth"].is_monotonic_increasing
+    assert table["accuracy"].tolist() == [1, 1, 0.5]
+    assert ((table["low"] <= table["accuracy"]) & (table["accuracy"] <= table["high"])).all()
+
+
+def test_accuracy_by_depth_of_fewer_images_than_groups(halting):
+    assert tables.accuracy_by_depth(halting, groups=8)["images"].sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("hits", "images", "expected"), [(0, 10, (0, 0.2775)), (10, 10, (0.7225, 1)), (50, 100, (0.4038, 0.5962))]
+)
+def test_wilson_interval(hits, images, expected):
+    assert tables.wilson_interval(hits, images) == pytest.approx(expected, abs=1e-3)
+
+
+def test_class_depth_table_is_sorted_by_depth(halting):
+    table = tables.class_depth_table(halting, CLASSES)
+    assert table["class"].tolist() == ["bee", "cat", "ant"]
+    assert table["mean_depth"].tolist() == pytest.approx([3.5, 11 / 6, 1.5])
+    assert table["accuracy"].tolist() == [0.5, 1, 1]
+
+
+def test_images_are_chosen_by_seed_one_a_class():
+    labels = torch.arange(60) % 20
+    chosen = tables.one_per_class(labels, seed=3)
+    assert torch.equal(chosen, tables.one_per_class(labels, seed=3))
+    assert not torch.equal(chosen, tables.one_per_class(labels, seed=4))
+    assert len(chosen) == 10 and (labels[chosen].diff() > 0).all()
+    assert labels[tables.one_per_class(labels, seed=3, most=30)].tolist() == list(range(20))
+    assert labels[tables.some_per_class(labels, seed=3, each=2)].bincount().tolist() == [2] * 20
+
+
+def test_extremes_are_the_extremes(halting):
+    table = tables.depth_extremes(halting, CLASSES, count=2)
+    images = {name: rows["image"].tolist() for name, rows in table.groupby("group")}
+    assert images["shallowest"] == [0, 5]
+    assert images["deepest"] == [2, 3]
+    assert images["widest spread"] == [4, 5]
