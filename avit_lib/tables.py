@@ -47,6 +47,33 @@ def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> p
     return pd.DataFrame(rows)
 
 
+def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+    """The evaluation and difference tables in words, for people: percentages with their 95 % intervals."""
+    gains = differences.set_index("model")
+    rows = []
+    for row in evaluation.itertuples():
+        gain = gains.loc[row.model] if row.model in gains.index else None
+        rows.append({
+            "model": row.model,
+            "starts from": row.init,
+            "accuracy [%]": _percent_with_interval(row.accuracy, row.accuracy_low, row.accuracy_high),
+            "minus DeiT [points]": "" if gain is None else _signed_with_interval(*gain[["difference", "low", "high"]]),
+            "macro F1 [%]": _percent_with_interval(row.f1_macro, row.f1_macro_low, row.f1_macro_high),
+            "mean depth [layers]": f"{row.mean_depth:.2f}",
+            "GFLOPs per image": f"{row.gflops_per_image:.4f}",
+            "FLOPs saved": f"{row.flops_saved:.1%}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _percent_with_interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _signed_with_interval(value: float, low: float, high: float) -> str:
+    return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
 def plain_run(profile: Profile) -> Run:
     """The run without halting that the others are compared with."""
     return next(run for run in profile.runs if run.halting is None)

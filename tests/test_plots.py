@@ -1,5 +1,7 @@
 """Every figure draws for every kind of study, keeps its labels on the page, and shows what it says."""
 
+import functools
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ STUDIES = {
 }
 
 
+@functools.cache
 def figures(side: int, pixels: int, channels: int, layers: int, classes: int) -> dict[str, Figure]:
     """Every figure of the module, on random values."""
     generator = np.random.default_rng(0)
