@@ -31,7 +31,7 @@ else:
 
 KERNEL = "python3"
 BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
-README_TABLE = "evaluation"  # the table of each profile that README.md shows
+README_TABLE = "04_summary"  # the table of each profile that README.md shows
 
 GITHUB = "https://github.com/"
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
