@@ -4,6 +4,7 @@ Arrays are NumPy arrays or CPU tensors. B images, N tokens (token 0 is the class
 grid), L layers, K classes; images [B, C, H, W] are grey or colour, values 0..1.
 """
 
+import io
 import textwrap
 
 import matplotlib as mpl
@@ -32,6 +33,15 @@ RC = {
 }  # fmt: skip
 
 
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as PNG when a cell ends in it, though pyplot does not know of it."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png", bbox_inches="tight", facecolor="white")
+        return png.getvalue()
+
+
 def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str = "constrained", **kwargs):
     """An empty figure in the theme of the study, ``height`` inches high, and its axes [rows, columns].
 
@@ -39,7 +49,7 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
     whenever it makes a tick or a label.
     """
     sns.set_theme(style="whitegrid", palette="colorblind", rc=RC)
-    figure = Figure(figsize=(WIDTH, height), dpi=100, layout=layout)
+    figure = NotebookFigure(figsize=(WIDTH, height), dpi=100, layout=layout)
     if layout == "constrained":
         figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -78,7 +79,12 @@ def test_every_figure_draws_with_its_labels_on_the_page(study):
 def test_the_module_has_no_figure_that_is_not_tested_above():
     public = {name for name, value in vars(plots).items() if callable(value) and value.__module__ == plots.__name__}
     made = figures(*STUDIES["smoke"])
-    assert {name for name in public if not name.startswith("_")} == {*made, "subplots", "model_colour"}
+    assert {name for name in public if not name.startswith("_")} == {
+        *made,
+        "subplots",
+        "model_colour",
+        "NotebookFigure",
+    }
 
 
 def test_depth_has_the_same_colour_in_every_map():
@@ -138,3 +144,9 @@ def test_models_keep_their_colours():
     colours = [plots.model_colour(label) for label in ("DeiT", "A-ViT", "A-ViT fine-tuned")]
     assert len(set(colours)) == 3
     assert plots.model_colour("DeiT-T") == colours[0] and plots.model_colour("A-ViT-T fine-tuned") == colours[2]
+
+
+def test_a_notebook_shows_a_figure_as_png_without_pyplot():
+    formatter = DisplayFormatter()
+    formats, _ = formatter.format(plots.subplots()[0], include={"image/png"})
+    assert formats["image/png"].startswith(b"\x89PNG")
