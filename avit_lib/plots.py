@@ -255,14 +255,14 @@ def tokens_alive(depth: ArrayLike, executed_depth: ArrayLike, layers: int) -> Fi
     axis = axes[0, 0]
     layer = np.arange(1, layers + 1)
     styles = (
-        ("every token to its own halting", depth, PALETTE[1]),
-        ("plain inference, which ends with the class token", executed_depth, PALETTE[4]),
+        ("every token to its own halting", depth, PALETTE[1], "-"),
+        ("plain inference, which ends with the class token", executed_depth, PALETTE[4], "--"),
     )
-    for label, values, colour in styles:
+    for label, values, colour, line in styles:
         alive = (np.asarray(values)[:, None, :] >= layer[:, None]).mean(axis=2)  # [B, L]
         low, high = np.percentile(alive, (10, 90), axis=0)
         axis.fill_between(layer, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.plot(layer, alive.mean(axis=0), marker="o", color=colour, label=label)
+        axis.plot(layer, alive.mean(axis=0), line, marker="o", color=colour, label=label)
     axis.set(xlabel="layer", ylabel="tokens computed on", xticks=layer, ylim=(-0.02, 1.04))
     axis.yaxis.set_major_formatter(_percent)
     _legend_above(figure, axis)
