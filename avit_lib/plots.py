@@ -22,7 +22,7 @@ WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
 DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
-VEIL = (0.16, 0.30, 0.56)  # what covers halted tokens: a colour, so that it shows on black and on white
+VEIL = (0.20, 0.38, 0.70)  # what covers halted tokens: a colour, so that it shows on black and on white
 RIGHT, WRONG = PALETTE[0], PALETTE[3]
 RC = {
     "font.size": 10, "axes.labelsize": 10, "axes.titlesize": 10, "legend.fontsize": 9,
@@ -168,7 +168,7 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
     """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image under a veil.
 
-    The map's colours run from 1 to ``layers`` in every figure. The veil is the thicker the earlier a token halted; it
+    The map's colours span the depths shown, whose range the key gives within 1 to ``layers``. The veil is the thicker the earlier a token halted; it
     spans the range of depths shown, of which it leaves out the outer 2 percent at either end.
     """
     count, grids = len(images), _grids(depth)
@@ -179,11 +179,11 @@ def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[st
         _row_title(row[0], name)
     for index in range(count):
         _picture(axes[0, index], _channels_last(images[index]))
-        _depth_map(axes[1, index], grids[index], layers)
+        _depth_map(axes[1, index], grids[index], _span(grids))
         _picture(axes[2, index], _veiled(images[index], veil[index]))
         if titles is not None:
             axes[0, index].set_title(_wrapped(titles[index], count), fontsize=9)
-    _depth_bar(figure, axes, layers)
+    _depth_bar(figure, axes, _span(grids), layers)
     return figure
 
 
@@ -195,6 +195,7 @@ def depth_extremes(
     figure, axes = subplots(
         2 * len(images), count, len(images) * (2.1 * (WIDTH - 1.2) / count + 0.25) + 0.6, "compressed"
     )
+    span = _span(np.concatenate([_grids(group) for group in depth.values()]))
     for group, name in enumerate(images):
         _row_title(axes[2 * group, 0], name)
         grids = _grids(depth[name])
@@ -204,9 +205,9 @@ def depth_extremes(
             _bare(below)
             if index < len(grids):
                 _picture(above, _channels_last(images[name][index]))
-                _depth_map(below, grids[index], layers)
+                _depth_map(below, grids[index], span)
                 above.set_title(_wrapped(titles[name][index], count), fontsize=9)
-    _depth_bar(figure, axes, layers)
+    _depth_bar(figure, axes, span, layers)
     return figure
 
 
@@ -233,13 +234,13 @@ def depth_by_position(depth: ArrayLike, layers: int) -> Figure:
     mean, spread = grids.mean(axis=0), grids.std(axis=0)
     figure, axes = subplots(1, 2, 3.7)
     left, right = axes[0]
-    _depth_map(left, mean, layers)
+    _depth_map(left, mean, (mean.min(), mean.max()))
     right.imshow(spread, cmap="mako", vmin=0)
     for axis, values, title in ((left, mean, "mean over images"), (right, spread, "standard deviation over images")):
         axis.set_title(title)
         _bare(axis)
         _write_cells(axis, values, "{:.1f}")
-    figure.colorbar(_depth_scale(layers), ax=left, label="depth [layers]", shrink=0.85)
+    figure.colorbar(left.images[0], ax=left, label=f"depth [layers of {layers}]", shrink=0.85)
     figure.colorbar(right.images[0], ax=right, label="standard deviation [layers]", shrink=0.85)
     class_depth = np.asarray(depth, dtype=float)[:, 0]
     figure.suptitle(f"class token: mean {class_depth.mean():.2f} layers, standard deviation {class_depth.std():.2f}")
@@ -364,7 +365,7 @@ def _channels_last(image: ArrayLike) -> np.ndarray:
     return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
 
 
-def _veiled(image: ArrayLike, veil: np.ndarray, most: float = 0.82) -> np.ndarray:
+def _veiled(image: ArrayLike, veil: np.ndarray, most: float = 0.88) -> np.ndarray:
     """An image [C, H, W] as RGB [H, W, 3], each token covered as far as ``veil`` [G, G] says: 0 not, 1 nearly all."""
     pixels = _channels_last(image)
     patch = pixels.shape[0] // len(veil)
@@ -377,28 +378,28 @@ def _picture(axis: Axes, pixels: np.ndarray) -> None:
     _bare(axis)
 
 
-def _depth_map(axis: Axes, grid: np.ndarray, layers: int) -> None:
-    """A map of depths [G, G]; the same colours for the same depth in every figure of a model."""
-    axis.imshow(grid, cmap=DEPTH_COLOURS, norm=Normalize(1, layers))
+def _span(grids: np.ndarray) -> tuple[int, int]:
+    """The shallowest and the deepest of whole-layer depths [B, G, G]."""
+    return int(grids.min()), int(grids.max())
+
+
+def _depth_map(axis: Axes, grid: np.ndarray, span: tuple[float, float]) -> None:
+    """A map of depths [G, G]; the colours run over ``span``, the same for all maps of a figure."""
+    axis.imshow(grid, cmap=DEPTH_COLOURS, norm=Normalize(*span))
     _bare(axis)
 
 
-def _depth_scale(layers: int, steps: bool = False) -> ScalarMappable:
-    """The colours of depths 1..L, continuous or, for whole layers, one step each."""
-    norm = BoundaryNorm(np.arange(0.5, layers + 1), layers) if steps else Normalize(1, layers)
-    return ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(layers if steps else 256))
-
-
-def _depth_bar(figure: Figure, axes: np.ndarray, layers: int) -> None:
+def _depth_bar(figure: Figure, axes: np.ndarray, span: tuple[int, int], layers: int) -> None:
     """The key of depth maps, below them: one colour a layer."""
-    bar = figure.colorbar(
-        _depth_scale(layers, steps=True), ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015
-    )
-    bar.set_ticks(np.arange(1, layers + 1), labels=[str(layer) for layer in range(1, layers + 1)])
+    shown = np.arange(span[0], span[1] + 1)
+    norm = BoundaryNorm(np.append(shown, shown[-1] + 1) - 0.5, len(shown))
+    key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(len(shown)))
+    bar = figure.colorbar(key, ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015)
+    bar.set_ticks(shown, labels=[str(layer) for layer in shown])
     bar.minorticks_off()
     bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
-    bar.set_label("depth [layers]")
+    bar.set_label(f"depth [layers of {layers}]")
 
 
 def _bare(axis: Axes) -> None:
