@@ -168,8 +168,8 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
     """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image under a veil.
 
-    The map's colours span the depths shown, whose range the key gives within 1 to ``layers``. The veil is the thicker the earlier a token halted; it
-    spans the range of depths shown, of which it leaves out the outer 2 percent at either end.
+    The maps' colours span the depths shown, the same for all. The veil is the thicker the earlier a token halted; it
+    spans them too, but for the outer 2 percent at either end.
     """
     count, grids = len(images), _grids(depth)
     shallowest, deepest = np.percentile(grids, (2, 98))

@@ -87,12 +87,13 @@ def test_the_module_has_no_figure_that_is_not_tested_above():
     }
 
 
-def test_depth_has_the_same_colour_in_every_map():
-    images = np.zeros((2, 1, 28, 28))
-    figure = plots.depth_maps(images, np.full((2, 50), 5), layers=12)
+def test_depth_has_the_same_colour_in_every_map_of_a_figure():
+    images, depth = np.zeros((2, 1, 28, 28)), np.full((2, 50), 5)
+    depth[0, 1], depth[1, 2], depth[:, 0] = 4, 9, 12  # the class token is not shown
+    figure = plots.depth_maps(images, depth, layers=12)
     maps = [axis.images[0] for axis in figure.axes if axis.images and axis.images[0].get_array().shape == (7, 7)]
     assert len(maps) == 2
-    assert {(image.norm.vmin, image.norm.vmax, image.cmap.name) for image in maps} == {(1, 12, plots.DEPTH_COLOURS)}
+    assert {(image.norm.vmin, image.norm.vmax, image.cmap.name) for image in maps} == {(4, 9, plots.DEPTH_COLOURS)}
 
 
 def test_maps_show_patches_in_reading_order_without_the_class_token():
