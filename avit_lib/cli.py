@@ -11,7 +11,15 @@ import torch
 from avit_lib import evaluation, plots
 from avit_lib.checkpoints import load_checkpoint, write_json
 from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile
-from avit_lib.data import TrainingData, folder_data, folder_training_data, read_image, test_data, training_data
+from avit_lib.data import (
+    TrainingData,
+    folder_data,
+    folder_training_data,
+    read_image,
+    test_data,
+    to_pixels,
+    training_data,
+)
 from avit_lib.models import AViT
 from avit_lib.reporting import provenance, to_markdown
 from avit_lib.study import describe, train_run
@@ -73,7 +81,7 @@ def visualize(options: argparse.Namespace) -> None:
     images, titles = _chosen_images(options, model, description["run"]["classes"])
     with torch.inference_mode():
         _, trace = model.forward_with_trace(images.to(pick_device(options.device)))
-    figure = plots.depth_maps(images, trace.depth.cpu(), len(model.blocks), titles)
+    figure = plots.depth_maps(to_pixels(images), trace.depth.cpu(), len(model.blocks), titles)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=150, bbox_inches="tight")
     print(f"written to {options.output}")
