@@ -37,11 +37,14 @@ class Halting:
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
+    class_token_halts: bool = True  # False (not in the paper): the class token runs to the last layer
+    fuse_halted: bool = False  # True (not in the paper): halted tokens live on in one summary token an image
 
     @property
     def model_arguments(self) -> dict[str, float]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
-        return {"gamma": self.gamma, "beta": self.beta, "eps": self.eps}
+        names = ("gamma", "beta", "eps", "class_token_halts", "fuse_halted")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
