@@ -33,6 +33,7 @@ class Halting:
     beta: float = -10.0
     eps: float = 0.01
     alpha_ponder: float = 5e-4  # alpha_p
+    ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
@@ -42,6 +43,14 @@ class Halting:
     def model_arguments(self) -> dict[str, float]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
         return {"gamma": self.gamma, "beta": self.beta, "eps": self.eps}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How closely a model follows the logits of the teacher that its run names."""
+
+    alpha: float = 1.0  # weight in the objective, beside the cross-entropy's 1
+    temperature: float = 1.0  # T
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,13 @@ class Run:
     training: Training
     halting: Halting | None = None  # None: a plain transformer
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
+    teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
+    distillation: Distillation = Distillation()  # of the teacher, if there is one
+
+    @property
+    def start(self) -> str:
+        """The name of the run whose weights it starts from; empty if it starts from none."""
+        return "" if self.init in ("random", "pretrained") else self.init
 
 
 @dataclass(frozen=True)
