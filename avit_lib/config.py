@@ -72,6 +72,11 @@ class Run:
         """The name of the run whose weights it starts from; empty if it starts from none."""
         return "" if self.init in ("random", "pretrained") else self.init
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs that must be trained before it."""
+        return tuple(name for name in (self.start, self.teacher) if name)
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -87,17 +92,23 @@ class Profile:
     test_per_class: int | None = None
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
+    search: tuple[
+        Run, ...
+    ] = ()  # candidates that `make search` compares on the validation images; labels say what varies
+    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
+    sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
     def run(self, name: str) -> Run:
-        """The run called ``name``; raises StudyError when there is none."""
-        for run in self.runs:
+        """The run, or candidate of the search, called ``name``; raises StudyError when there is none."""
+        for run in (*self.runs, *self.search):
             if run.name == name:
                 return run
         raise StudyError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
 
     def settings(self) -> dict:
-        """The whole profile as plain dictionaries, ready for JSON."""
-        return asdict(self)
+        """What the notebooks depend on, as plain dictionaries ready for JSON: all but the search and the sweep."""
+        aside = ("search", "sweep", "sweep_seeds")
+        return {name: value for name, value in asdict(self).items() if name not in aside}
 
 
 def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Training, halting: Halting) -> tuple:
@@ -106,6 +117,11 @@ def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Train
         Run("avit", "A-ViT", f"avit_{size}", "random", avit, halting),
         Run("avit_finetuned", "A-ViT fine-tuned", f"avit_{size}", "deit", avit_finetuned, halting),
     )
+
+
+def _smoke_candidate(name: str, label: str, halting: Halting, teacher: str = "") -> Run:
+    training = Training(epochs=1, learning_rate=2e-3, batch_size=32)
+    return Run(name, label, "avit_nano_patch7_28", "deit", training, halting, teacher=teacher)
 
 
 PROFILES = {
@@ -127,6 +143,12 @@ PROFILES = {
                 avit_finetuned=Training(epochs=2, learning_rate=2e-3, batch_size=32),
                 halting=Halting(beta=-3.0, target_depth=2.0),
             ),
+            search=(
+                _smoke_candidate("higher_beta", "beta -2", Halting(beta=-2.0, target_depth=2.0)),
+                _smoke_candidate("taught", "taught by DeiT, ramp", Halting(beta=-3.0, ponder_ramp=0.5), teacher="deit"),
+            ),
+            sweep=("deit", "avit_finetuned"),
+            sweep_seeds=(0, 1),
             notes=("beta -3 so that tokens of a barely trained four-layer backbone halt at all.",),
         ),
         Profile(

@@ -27,12 +27,16 @@ TRAINING_MODULES = ("data", "losses", "models", "training")  # a change in these
 class Study:
     """One profile and seed: ``train`` its runs, ``load`` their models, write ``results``."""
 
-    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto"):
-        """Raises StudyError for a profile that does not exist or a device that is not there."""
+    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto", checkpoints: str = ""):
+        """``checkpoints`` names a subfolder for the checkpoints of this study, beside those of the main seed.
+
+        Raises StudyError for a profile that does not exist or a device that is not there.
+        """
         self.profile = get_profile(profile)
         self.seed = seed
         self.device = pick_device(device)
         self.results = Results(self.profile, seed, source)
+        self.checkpoints = self.results.folder / "checkpoints" / checkpoints
 
     @cached_property
     def data(self) -> TrainingData:
@@ -45,8 +49,9 @@ class Study:
         return test_data(self.profile)
 
     def folder(self, run: str) -> Path:
-        """Where the checkpoints of a run lie."""
-        return self.results.folder / "checkpoints" / self.profile.run(run).name
+        """Where the checkpoints of a run, or candidate of the search, lie."""
+        found = self.profile.run(run)
+        return self.checkpoints / ("search" if found in self.profile.search else "") / found.name
 
     def train(self, name: str) -> pd.DataFrame:
         """Train the run called ``name``, or go on with it, or return the history of the finished one.
@@ -65,6 +70,12 @@ class Study:
             shutil.rmtree(folder)
         taught_by = self.load(run.teacher) if teacher else None
         return train_run(run, self.data, folder, start, description, self.seed, self.device, taught_by)
+
+    def train_chain(self, name: str) -> pd.DataFrame:
+        """``train`` the runs that the one called ``name`` starts or learns from, then itself; returns its history."""
+        for needed in self.profile.run(name).needs:
+            self.train_chain(needed)
+        return self.train(name)
 
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
