@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.avit-setup
 RUNNER := $(BIN)/python -m avit_lib.notebooks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks test lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks search sweep test lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -49,6 +49,12 @@ reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on a
 
 notebooks: setup  ## Run those notebooks of PROFILE whose results are out of date
 	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --stale
+
+search: setup  ## Compare the candidate settings of PROFILE on the validation images (goes on after an interruption)
+	@$(BIN)/python -m avit_lib search --profile "$(PROFILE)" --seed "$(SEED)"
+
+sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
+	@$(BIN)/python -m avit_lib sweep --profile "$(PROFILE)" --seed "$(SEED)"
 
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	$(BIN)/python -m pytest

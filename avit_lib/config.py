@@ -33,6 +33,7 @@ class Halting:
     beta: float = -10.0
     eps: float = 0.01
     alpha_ponder: float = 5e-4  # alpha_p
+    ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
@@ -48,6 +49,14 @@ class Halting:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """How closely a model follows the logits of the teacher that its run names."""
+
+    alpha: float = 1.0  # weight in the objective, beside the cross-entropy's 1
+    temperature: float = 1.0  # T
+
+
+@dataclass(frozen=True)
 class Run:
     """One trained model: what it is, where it starts, how it is trained."""
 
@@ -58,6 +67,18 @@ class Run:
     training: Training
     halting: Halting | None = None  # None: a plain transformer
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
+    teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
+    distillation: Distillation = Distillation()  # of the teacher, if there is one
+
+    @property
+    def start(self) -> str:
+        """The name of the run whose weights it starts from; empty if it starts from none."""
+        return "" if self.init in ("random", "pretrained") else self.init
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs that must be trained before it."""
+        return tuple(name for name in (self.start, self.teacher) if name)
 
 
 @dataclass(frozen=True)
@@ -74,17 +95,23 @@ class Profile:
     test_per_class: int | None = None
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
+    search: tuple[
+        Run, ...
+    ] = ()  # candidates that `make search` compares on the validation images; labels say what varies
+    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
+    sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
     def run(self, name: str) -> Run:
-        """The run called ``name``; raises StudyError when there is none."""
-        for run in self.runs:
+        """The run, or candidate of the search, called ``name``; raises StudyError when there is none."""
+        for run in (*self.runs, *self.search):
             if run.name == name:
                 return run
         raise StudyError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
 
     def settings(self) -> dict:
-        """The whole profile as plain dictionaries, ready for JSON."""
-        return asdict(self)
+        """What the notebooks depend on, as plain dictionaries ready for JSON: all but the search and the sweep."""
+        aside = ("search", "sweep", "sweep_seeds")
+        return {name: value for name, value in asdict(self).items() if name not in aside}
 
 
 def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Training, halting: Halting) -> tuple:
@@ -93,6 +120,11 @@ def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Train
         Run("avit", "A-ViT", f"avit_{size}", "random", avit, halting),
         Run("avit_finetuned", "A-ViT fine-tuned", f"avit_{size}", "deit", avit_finetuned, halting),
     )
+
+
+def _smoke_candidate(name: str, label: str, halting: Halting, teacher: str = "") -> Run:
+    training = Training(epochs=1, learning_rate=2e-3, batch_size=32)
+    return Run(name, label, "avit_nano_patch7_28", "deit", training, halting, teacher=teacher)
 
 
 PROFILES = {
@@ -114,6 +146,12 @@ PROFILES = {
                 avit_finetuned=Training(epochs=2, learning_rate=2e-3, batch_size=32),
                 halting=Halting(beta=-3.0, target_depth=2.0),
             ),
+            search=(
+                _smoke_candidate("higher_beta", "beta -2", Halting(beta=-2.0, target_depth=2.0)),
+                _smoke_candidate("taught", "taught by DeiT, ramp", Halting(beta=-3.0, ponder_ramp=0.5), teacher="deit"),
+            ),
+            sweep=("deit", "avit_finetuned"),
+            sweep_seeds=(0, 1),
             notes=("beta -3 so that tokens of a barely trained four-layer backbone halt at all.",),
         ),
         Profile(

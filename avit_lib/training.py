@@ -22,7 +22,7 @@ from avit_lib.config import StudyError, Training
 from avit_lib.data import ImageTensors, loader
 from avit_lib.losses import Losses
 
-Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses]
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
 
 def seed_everything(seed: int) -> None:
@@ -121,7 +121,7 @@ def _train_epoch(model, batches, loss, optimizer, scheduler, first_update, confi
         scheduler.step_update(first_update + step)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(config.precision, device):
-            losses = loss(model, images, labels)
+            losses = loss(model, images, labels, (first_update + step) / (config.epochs * len(batches)))
         total = losses.total.item()
         if not math.isfinite(total):
             raise StudyError(
