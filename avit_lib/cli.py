@@ -1,4 +1,4 @@
-"""Command line: ``python -m avit_lib {fit,test,visualize,data,search,sweep}``."""
+"""Command line: ``python -m avit_lib {fit,test,visualize,benchmark,data,search,sweep}``."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from avit_lib import evaluation, plots
+from avit_lib.benchmark import Benchmark, run_benchmark
 from avit_lib.checkpoints import load_checkpoint, write_json
 from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile, results_dir
 from avit_lib.data import (
@@ -20,6 +21,7 @@ from avit_lib.data import (
     to_pixels,
     training_data,
 )
+from avit_lib.efficiency import PRECISIONS, TASKS
 from avit_lib.models import AViT
 from avit_lib.reporting import provenance, to_markdown
 from avit_lib.search import run_search
@@ -87,6 +89,17 @@ def visualize(options: argparse.Namespace) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=150, bbox_inches="tight")
     print(f"written to {options.output}")
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Time DeiT, masked and packed A-ViT side by side; tables and figures go into results/benchmark."""
+    settings = Benchmark(
+        options.model, options.depth, tuple(options.batch), tuple(options.task), tuple(options.precision),
+        options.repeats, options.limit, options.seed,
+    )  # fmt: skip
+    speed, page = run_benchmark(settings, pick_device(options.device))
+    print(to_markdown(speed))
+    print(f"tables and figures: {page}")
 
 
 def data(options: argparse.Namespace) -> None:
@@ -189,6 +202,24 @@ def _parser() -> argparse.ArgumentParser:
         help="numbers of test images, or paths of image files (default: 0 1 2 3 5 6)",
     )  # fmt: skip
     command.add_argument("--output", type=Path, default="halting.png", metavar="FILE", help="(default: %(default)s)")
+
+    command = add(
+        "benchmark", benchmark, [device], "time DeiT, masked and packed A-ViT side by side on synthetic halting"
+    )
+    command.add_argument(
+        "--model", default="avit_tiny_patch16_224", metavar="NAME", help="a timm name avit_* (default: %(default)s)"
+    )
+    command.add_argument("--depth", type=float, default=7.0, metavar="X", help="mean depth in layers (default: 7)")
+    command.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N", help="images (default: 1 8 64 256)"
+    )
+    command.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, help="(default: both)")
+    command.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
+    command.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of each timing (default: 7)")
+    command.add_argument(
+        "--limit", type=float, default=40.0, metavar="S",
+        help="seconds of a timing after which, from the third round on, no more begins (default: 40)",
+    )  # fmt: skip
 
     add("data", data, [], "find, verify and describe the data of a profile")
     add("search", search, [device], "train the profile's candidates, compare them on the validation images")
