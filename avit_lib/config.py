@@ -63,14 +63,20 @@ class Profile:
 
     name: str
     purpose: str
-    dataset: str
-    image_size: int
+    dataset: str  # FashionMNIST, CIFAR10, CIFAR100, Caltech101, Caltech256 or ImageNet
+    image_size: int  # pixels
     validation_per_class: int
     runs: tuple[Run, ...]
     train_per_class: int | None = None  # None: all
-    test_per_class: int | None = None
+    test_per_class: int | None = None  # at most, where the test images are drawn as well (Caltech)
+    augmentation: str = "none"  # of training images; "standard": random crops and mirroring
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return 1 if self.dataset == "FashionMNIST" else 3
 
     def run(self, name: str) -> Run:
         """The run called ``name``; raises StudyError when there is none."""

@@ -68,7 +68,7 @@ def test_the_split_is_described(small):
 def test_the_split_follows_the_seed(small):
     first, again, other = (training_data(SMOKE, seed) for seed in (0, 0, 1))
     assert first.split == again.split and indices(first.train) == indices(again.train)
-    assert first.split["validation_sha256"] != other.split["validation_sha256"]
+    assert first.split["sha256"] != other.split["sha256"]
     assert indices(first.validation) != indices(other.validation)
 
 
