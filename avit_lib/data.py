@@ -281,9 +281,10 @@ def _image_files(
     try:
         names = [name for name in find_classes(source)[0] if name != leave_out]
         samples = make_dataset(source, {name: label for label, name in enumerate(names)}, IMG_EXTENSIONS)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = _first_line(error).split(". ")[0]  # "Found no valid file for the classes ..."
         raise StudyError(
-            f"{source} holds no images in one folder a class; see `python -m avit_lib fit --help`"
+            f"{source} holds no images in one folder a class ({reason}); see `python -m avit_lib fit --help`"
         ) from None
     files = [(Path(path).relative_to(source).as_posix(), label) for path, label in samples]
     if not nested:

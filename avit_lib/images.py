@@ -139,11 +139,11 @@ def decode(path: Path, image_size: int, channels: int) -> Tensor:
     Grey for one channel, else RGB; raises one of ``READ_ERRORS``.
     """
     size = decoded_size(image_size)
-    bicubic = size > image_size
-    method = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
-    with Image.open(path) as image:
-        pixels = v2.functional.pil_to_tensor(_to_bytes(image, "L" if channels == 1 else "RGB"))
-    return v2.CenterCrop(size)(v2.Resize(size, method)(pixels))
+    with Image.open(path) as opened:
+        image = _to_bytes(opened, "L" if channels == 1 else "RGB")
+    if size > image_size:  # by Pillow, whose bicubic is what timm evaluates with
+        image = v2.Resize(size, v2.InterpolationMode.BICUBIC)(image)
+    return v2.CenterCrop(size)(v2.Resize(size)(v2.functional.pil_to_tensor(image)))
 
 
 def decoded_size(image_size: int) -> int:
