@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from avit_lib.config import Profile, Run
-from avit_lib.data import ImageTensors, pick_per_class
+from avit_lib.data import Images, pick_per_class
 from avit_lib.efficiency import throughput
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics, paired_difference
 from avit_lib.study import Study
@@ -100,7 +100,7 @@ def plain_run(profile: Profile) -> Run:
     return next(run for run in profile.runs if run.halting is None)
 
 
-def class_counts(splits: dict[str, ImageTensors]) -> pd.DataFrame:
+def class_counts(splits: dict[str, Images]) -> pd.DataFrame:
     """Images of each class, one column for each named set of images."""
     classes = next(iter(splits.values())).classes
     counts = {name: data.labels.bincount(minlength=len(classes)).tolist() for name, data in splits.items()}
