@@ -52,14 +52,14 @@ def full_layout(images: int, tokens: int, device: torch.device) -> Layout:
 def attend_buckets(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
     """One call of scaled_dot_product_attention for all images of the same length: no padding, good on CPUs."""
     buckets = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
-    outputs, first = [], 0
-    for length, images in buckets:
-        rows = slice(first, first + images * length)
-        query, key, value = qkv[rows].view(images, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
-        mask = None if bias is None else bias[rows].view(images, 1, 1, length)
+    sizes = [length * images for length, images in buckets]
+    biases = bias.split(sizes) if bias is not None else [None] * len(sizes)
+    outputs = []
+    for (length, images), rows, mask in zip(buckets, qkv.split(sizes), biases, strict=True):
+        query, key, value = rows.view(images, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
+        mask = None if mask is None else mask.view(images, 1, 1, length)
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout)  # [images, heads, length, d]
         outputs.append(output.transpose(1, 2).reshape(images * length, -1))
-        first = rows.stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
