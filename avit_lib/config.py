@@ -1,6 +1,8 @@
 """Profiles: every setting of the study, as frozen dataclasses, and where files are found."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,13 +11,25 @@ class StudyError(Exception):
     """A fault that the user can mend; its message is one line that says what is wrong and what to do."""
 
 
+@contextmanager
+def fitting_memory(images: int, remedy: str) -> Iterator[None]:
+    """Turn the error of a CPU or GPU without memory for so many ``images`` at once into a StudyError with a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = ("out of memory", "allocate memory", "not enough memory")  # torch has no type for a CPU's
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+            raise
+        raise StudyError(f"out of memory with {images} images at once; {remedy}") from None
+
+
 @dataclass(frozen=True)
 class Training:
     """How a model is trained: AdamW, linear warm-up, cosine to zero."""
 
     epochs: int
     learning_rate: float
-    batch_size: int = 64
+    batch_size: int = 64  # of all processes together
     weight_decay: float = 0.05
     warmup_epochs: float = 0.5
     label_smoothing: float = 0.1
@@ -23,6 +37,9 @@ class Training:
     precision: str = "float32"  # or "bfloat16": autocast, where the device computes it natively
     optimizer: str = "adamw"  # a name of timm's
     execution: str = "auto"  # of a model that halts, in training: "auto" is masked, "packed" may be faster
+    ema_decay: float = 0.0  # of the averaged weights, which are then those evaluated and kept; 0: none
+    mixup: float = 0.0  # alpha of Mixup; 0: none
+    cutmix: float = 0.0  # alpha of CutMix; 0: none; with both, each batch takes one of them
 
 
 @dataclass(frozen=True)

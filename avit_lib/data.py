@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from avit_lib import distributed
 from avit_lib.config import Profile, StudyError, data_dir
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
@@ -133,10 +134,15 @@ def folder_training_data(folder: Path, image_size: int, channels: int, seed: int
 
 
 def loader(data: ImageTensors, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
-    """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left out)."""
+    """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left out).
+
+    Of a shuffled batch, each of several processes gets its share.
+    """
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed) if shuffle else None
     drop_last = shuffle and len(data) > batch_size
+    if shuffle and distributed.count() > 1:
+        data = distributed.Share(data, distributed.rank(), distributed.count())
     return DataLoader(data, batch_size, shuffle=shuffle, generator=generator, drop_last=drop_last, collate_fn=_as_it_is)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avit_lib import distributed
 from avit_lib.config import Halting
 
 
@@ -25,9 +26,10 @@ def ponder_loss(ponder: Tensor) -> Tensor:
 def halting_distribution(halting_scores: Tensor) -> Tensor:
     """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10).
 
-    The mean is over images and patch tokens; halted tokens count 0, the class token (token 0) is left out.
+    The mean is over images, of all processes, and patch tokens; halted tokens count 0, the class token (token 0) is
+    left out.
     """
-    mean_score = halting_scores[:, :, 1:].mean(dim=(0, 2))
+    mean_score = distributed.mean(halting_scores[:, :, 1:].mean(dim=(0, 2)))
     return mean_score / mean_score.sum()
 
 
@@ -51,7 +53,10 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy with label smoothing: all there is to train for a model that does not halt."""
+    """Cross-entropy with label smoothing: all there is to train for a model that does not halt.
+
+    Labels are classes [B] or, as Mixup makes them, probabilities [B, K].
+    """
 
     label_smoothing: float = 0.0
 

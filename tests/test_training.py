@@ -158,7 +158,7 @@ def test_a_stop_while_the_last_epoch_is_being_saved(tmp_path, blocked):
             obstacle.mkdir()  # the file cannot be written in epoch 3
         return validate(model)
 
-    with pytest.raises(OSError):
+    with pytest.raises(StudyError, match="cannot be written"):
         train(pieces, validate=blocking)
     obstacle.rmdir()
     found = train(pieces)
