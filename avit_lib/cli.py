@@ -51,14 +51,16 @@ def fit(options: argparse.Namespace) -> None:
             raise StudyError(f"run {run.name!r} starts from the weights of run {run.init!r}: name them by --ckpt")
         data = _training_data(profile, options)
         description = describe(run, data, options.ckpt)
-        history = train_run(run, data, options.output, options.ckpt, description, options.seed, device)
+        output = options.output
+        history = train_run(run, data, output, options.ckpt, description, options.seed, device)
     else:
         if options.data_dir or options.ckpt or run != profile.run(run.name):
             raise StudyError("data, weights or settings of your own need a folder of their own: add --output DIR")
         study = Study(profile.name, options.seed, device=options.device)
+        output = study.folder(run.name)
         history = study.train(run.name)
     print(to_markdown(history.tail(1)))
-    print(f"checkpoints and history: {options.output or study.folder(run.name)}")
+    print(f"checkpoints and history: {output}")
 
 
 def test(options: argparse.Namespace) -> None:
@@ -118,8 +120,9 @@ def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
     changes = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.lr}
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, value in changes.items():
-        if value <= 0:
-            raise StudyError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        if not value > 0:  # nor is NaN
+            option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+            raise StudyError(f"{option} must be positive, not {value}")
     return replace(run, training=replace(run.training, **changes))
 
 

@@ -109,6 +109,16 @@ def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Train
     )
 
 
+def _imagenet_runs(training: Training, halting: Halting) -> tuple:
+    runs = []
+    for suffix, size, letter in (("", "tiny", "T"), ("_small", "small", "S")):
+        weights = f"deit_{size}_patch16_224.fb_in1k"
+        start = {"init": "pretrained", "training": training, "pretrained": weights}
+        runs.append(Run(f"deit{suffix}", f"DeiT-{letter}", f"deit_{size}_patch16_224", **start))
+        runs.append(Run(f"avit{suffix}", f"A-ViT-{letter}", f"avit_{size}_patch16_224", halting=halting, **start))
+    return tuple(runs)
+
+
 PROFILES = {
     profile.name: profile
     for profile in (
@@ -150,6 +160,31 @@ PROFILES = {
                 "for which gamma 5, beta -10 are meant; so an untrained score is small and no sigmoid is saturated.",
                 "Target depth 7, deviation 2: a deviation of 1 made all tokens halt within two or three layers.",
                 "alpha_ponder 5e-3: with 2e-2 and a weak prior nearly all patches halted in the second layer.",
+            ),
+        ),
+        Profile(
+            name="imagenet",
+            purpose="the paper: ImageNet-1k, A-ViT from DeiT's weights; days on one GPU, for several processes",
+            dataset="ImageNet",
+            image_size=224,
+            validation_per_class=10,
+            runs=_imagenet_runs(
+                # 4 x 128 images; EMA and Mixup with CutMix are those of DeiT, whose recipe the paper follows.
+                Training(
+                    epochs=100,
+                    learning_rate=5e-4,
+                    batch_size=512,
+                    warmup_epochs=5,
+                    precision="bfloat16",
+                    ema_decay=0.99996,
+                    mixup=0.8,
+                    cutmix=1.0,
+                ),
+                Halting(gamma=5.0, beta=-10.0, alpha_ponder=5e-4, alpha_distr=0.1, target_depth=8.0),
+            ),
+            notes=(
+                "The paper's recipe; the plain transformers are trained on by the same one, as a control.",
+                "Validation images are held out of the training set; the official validation images are the test.",
             ),
         ),
     )
