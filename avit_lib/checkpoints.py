@@ -159,9 +159,7 @@ def _download(timm_name: str, wanted: Path) -> Path:
         ) from error
     published = path.resolve().name
     if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
-        raise StudyError(
-            f"{path} is damaged: its checksum is not the one that timm's hub publishes; delete {published}"
-        )
+        raise StudyError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")
     return path
 
 

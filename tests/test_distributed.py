@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def several(tmp_path_factory):
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=300)
+        process.join(timeout=600)
         assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
@@ -143,12 +144,13 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypa
     workers = psutil.Process(launcher.pid).children()
     assert len(workers) == PROCESSES
     workers[1].kill()
-    output, error = launcher.communicate(timeout=120)
+    output, error = launcher.communicate(timeout=600)
     assert launcher.returncode != 0
     assert "SIGKILL" in error
-    assert not psutil.wait_procs(workers, timeout=60)[1]
+    assert not psutil.wait_procs(workers, timeout=600)[1]
     told = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert told and len(told) == len({line.split(":")[0] for line in told})  # one process speaks
     assert cli.main(fit) == 0  # here by one process
-    assert f"going on after epoch {len(told)}" in capfd.readouterr().out.replace(f"{len(told) + 1}", f"{len(told)}")
+    gone_on_after = int(re.search(r"going on after epoch (\d+)", capfd.readouterr().out)[1])
+    assert gone_on_after in (len(told), len(told) + 1)  # saved, then said
     assert pd.read_csv(history)["epoch"].tolist() == list(range(1, 21))
