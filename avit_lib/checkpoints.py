@@ -2,8 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
+import pickle
 import re
 import tempfile
 from contextlib import suppress
@@ -58,18 +60,24 @@ def _unwritable(path: Path, error: OSError) -> StudyError:
     return StudyError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
 
 
-def write_with_checksum(path: Path, content: bytes, previous: Path) -> None:
-    """Write ``content`` and after it its SHA-256, atomically; the old file is kept as ``previous``."""
+def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
+    """Write the state of a training, and after it its SHA-256, atomically; the old file is kept as ``previous``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
     write_atomically(path, content + hashlib.sha256(content).digest(), previous)
 
 
-def read_with_checksum(path: Path) -> bytes:
-    """The content that ``write_with_checksum`` wrote; raises StudyError when the checksum does not fit."""
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what ``write_state`` wrote; raises StudyError when the checksum does not fit or more than data is in it."""
     content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]
     if hashlib.sha256(content).digest() != checksum:
-        raise StudyError(f"{path} is damaged (its checksum does not fit)")
-    return content
+        raise StudyError(f"{path} is damaged: its checksum does not fit")
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise StudyError(f"{path} is not the state of a training ({str(error).splitlines()[0]})") from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,8 +1,6 @@
 """One training loop for every model; it knows of halting only what its loss function returns."""
 
-import io
 import math
-import pickle
 import random
 import time
 from collections import defaultdict
@@ -24,10 +22,10 @@ from avit_lib import distributed
 from avit_lib.checkpoints import (
     make_writable,
     read_json,
-    read_with_checksum,
+    read_state,
     save_checkpoint,
     write_atomically,
-    write_with_checksum,
+    write_state,
 )
 from avit_lib.config import StudyError, Training, fitting_memory
 from avit_lib.data import ImageTensors, loader
@@ -87,14 +85,18 @@ class _State:
         """The model that is evaluated and kept: the averaged one, if there is one."""
         return self.ema.module if self.ema else self.model
 
-    def to_bytes(self, run: dict) -> bytes:
+    def parts(self) -> dict:
+        """All of it, to be saved."""
         ema = self.ema.module.state_dict() if self.ema else None
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "ema": ema}
-        buffer = io.BytesIO()
-        torch.save(parts | {"records": self.records, "run": run}, buffer)
-        return buffer.getvalue()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": ema,
+            "records": self.records,
+        }
 
     def load(self, parts: dict) -> None:
+        """Take over what ``parts`` returned."""
         self.model.load_state_dict(parts["model"])
         self.optimizer.load_state_dict(parts["optimizer"])
         if self.ema:
@@ -162,7 +164,7 @@ def fit(
         record["seconds"] = round(time.perf_counter() - started, 1)
         state.records.append(record)
         if distributed.rank() == 0:
-            write_with_checksum(output / RESUME, state.to_bytes(run), previous=output / PREVIOUS)
+            write_state(output / RESUME, state.parts() | {"run": run}, previous=output / PREVIOUS)
         _save_checkpoints(output, state, run)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
         print(f"epoch {epoch}/{config.epochs}: {values}", flush=True)
@@ -262,9 +264,9 @@ def _resume(output: Path, state: _State, run: dict, device: torch.device) -> Non
     found = [path for path in (output / RESUME, output / PREVIOUS) if path.is_file()]
     for path in found:
         try:
-            parts = torch.load(io.BytesIO(read_with_checksum(path)), map_location=device, weights_only=True)
-        except (StudyError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            print(f"{path} is damaged: {str(error).splitlines()[0]}", flush=True)
+            parts = read_state(path, device)
+        except StudyError as error:
+            print(error, flush=True)
             continue
         if parts["run"] != run:
             raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
@@ -273,7 +275,7 @@ def _resume(output: Path, state: _State, run: dict, device: torch.device) -> Non
         return
     if found:
         names = " and ".join(str(path) for path in found)
-        raise StudyError(f"{names} cannot be read: damaged, or not written by this program; delete to start again")
+        raise StudyError(f"{names} cannot be read; delete {output} to start again")
 
 
 def _tidy(output: Path) -> None:
