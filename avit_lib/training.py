@@ -131,8 +131,10 @@ def fit(
     history = _finished_history(output, run, config)
     if history is not None:
         return history
-    make_writable(output)
+    if len(train.classes) < 2:
+        raise StudyError(f"all training images are of class {train.classes[0]!r}: add a folder of another class")
     _check_shares(config, len(train))
+    make_writable(output)
     model.to(device)
     updates_per_epoch = len(loader(train, config.batch_size, shuffle_seed=0))
     optimizer = create_optimizer_v2(

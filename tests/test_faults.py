@@ -168,6 +168,12 @@ def a_class_without_images(place):
     return place.fit()
 
 
+@fault("all training images are of class 'bright': add a folder of another class")
+def a_single_class(place):
+    shutil.rmtree(place.images / "train" / "dark")
+    return place.fit()
+
+
 @fault("a class in", also="has a single image, so none can be held out; add images")
 def a_class_with_one_image(place):
     for path in sorted((place.images / "train" / "dark").iterdir())[1:]:
