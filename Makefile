@@ -14,7 +14,7 @@ RUNNER := $(BIN)/python -m avit_lib.notebooks
 LAUNCH := $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc-per-node "$(NPROC)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks train test lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks train search sweep test lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -57,6 +57,12 @@ notebooks: setup  ## Run those notebooks of PROFILE whose results are out of dat
 
 train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
 	@$(LAUNCH) -m avit_lib fit --profile "$(PROFILE)" --seed "$(SEED)" --model "$(RUN)"
+
+search: setup  ## Compare the candidate settings of PROFILE on the validation images (goes on after an interruption)
+	@$(BIN)/python -m avit_lib search --profile "$(PROFILE)" --seed "$(SEED)"
+
+sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
+	@$(BIN)/python -m avit_lib sweep --profile "$(PROFILE)" --seed "$(SEED)"
 
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	$(BIN)/python -m pytest

@@ -1,4 +1,4 @@
-"""Command line: ``python -m avit_lib {fit,test,visualize,data}``."""
+"""Command line: ``python -m avit_lib {fit,test,visualize,data,search,sweep}``."""
 
 import argparse
 import io
@@ -11,7 +11,7 @@ import torch
 
 from avit_lib import distributed, evaluation, plots
 from avit_lib.checkpoints import load_checkpoint, write_atomically, write_json
-from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile
+from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile, results_dir
 from avit_lib.data import (
     TrainingData,
     folder_data,
@@ -23,7 +23,9 @@ from avit_lib.data import (
 )
 from avit_lib.models import AViT
 from avit_lib.reporting import provenance, to_markdown
+from avit_lib.search import run_search
 from avit_lib.study import Study, describe, train_run
+from avit_lib.sweep import run_sweep
 from avit_lib.training import pick_device
 
 
@@ -47,8 +49,8 @@ def fit(options: argparse.Namespace) -> None:
     profile, device = get_profile(options.profile), pick_device(options.device)
     run = _configured_run(profile, options)
     if options.output:
-        if run.init not in ("random", "pretrained") and not options.ckpt:
-            raise StudyError(f"run {run.name!r} starts from the weights of run {run.init!r}: name them by --ckpt")
+        if run.start and not options.ckpt:
+            raise StudyError(f"run {run.name!r} starts from the weights of run {run.start!r}: name them by --ckpt")
         data = _training_data(profile, options)
         description = describe(run, data, options.ckpt)
         output = options.output
@@ -108,6 +110,19 @@ def data(options: argparse.Namespace) -> None:
     sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(test_data(profile))} test"
     print(f"{profile.dataset} under {data_dir()}: {sizes} images")
     print(f"validation images drawn by seed {options.seed}, sha256 {split['validation_sha256'][:16]}")
+
+
+def search(options: argparse.Namespace) -> None:
+    """Train the candidates of a profile and compare them on the validation images."""
+    study = Study(options.profile, options.seed, "search", options.device)
+    print(to_markdown(run_search(study)))
+    print(f"written to {study.results.folder / 'tables' / 'search.csv'}", file=sys.stderr)
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Train and test runs of a profile from several seeds."""
+    print(to_markdown(run_sweep(options.profile, options.seed, options.device)))
+    print(f"written to {results_dir(options.profile) / 'tables' / 'sweep.csv'}", file=sys.stderr)
 
 
 def _speaker() -> str:
@@ -204,4 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, default="halting.png", metavar="FILE", help="(default: %(default)s)")
 
     add("data", data, [], "find, verify and describe the data of a profile")
+    add("search", search, [device], "train the profile's candidates, compare them on the validation images")
+    add("sweep", sweep, [device], "train and test the profile's best runs from several seeds: mean and deviation")
     return parser

@@ -50,15 +50,27 @@ class Halting:
     beta: float = -10.0
     eps: float = 0.01
     alpha_ponder: float = 5e-4  # alpha_p
+    ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
+    class_token_halts: bool = True  # False (not in the paper): the class token runs to the last layer
+    fuse_halted: bool = False  # True (not in the paper): halted tokens live on in one summary token an image
 
     @property
     def model_arguments(self) -> dict[str, float]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
-        return {"gamma": self.gamma, "beta": self.beta, "eps": self.eps}
+        names = ("gamma", "beta", "eps", "class_token_halts", "fuse_halted")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How closely a model follows the logits of the teacher that its run names."""
+
+    alpha: float = 1.0  # weight in the objective, beside the cross-entropy's 1
+    temperature: float = 1.0  # T
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,18 @@ class Run:
     training: Training
     halting: Halting | None = None  # None: a plain transformer
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
+    teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
+    distillation: Distillation = Distillation()  # of the teacher, if there is one
+
+    @property
+    def start(self) -> str:
+        """The name of the run whose weights it starts from; empty if it starts from none."""
+        return "" if self.init in ("random", "pretrained") else self.init
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs that must be trained before it."""
+        return tuple(name for name in (self.start, self.teacher) if name)
 
 
 @dataclass(frozen=True)
@@ -88,17 +112,23 @@ class Profile:
     test_per_class: int | None = None
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
+    search: tuple[
+        Run, ...
+    ] = ()  # candidates that `make search` compares on the validation images; labels say what varies
+    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
+    sweep_seeds: tuple[int, ...] = (0, 1, 2)
 
     def run(self, name: str) -> Run:
-        """The run called ``name``; raises StudyError when there is none."""
-        for run in self.runs:
+        """The run, or candidate of the search, called ``name``; raises StudyError when there is none."""
+        for run in (*self.runs, *self.search):
             if run.name == name:
                 return run
         raise StudyError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
 
     def settings(self) -> dict:
-        """The whole profile as plain dictionaries, ready for JSON."""
-        return asdict(self)
+        """What the notebooks depend on, as plain dictionaries ready for JSON: all but the search and the sweep."""
+        aside = ("search", "sweep", "sweep_seeds")
+        return {name: value for name, value in asdict(self).items() if name not in aside}
 
 
 def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Training, halting: Halting) -> tuple:
@@ -117,6 +147,11 @@ def _imagenet_runs(training: Training, halting: Halting) -> tuple:
         runs.append(Run(f"deit{suffix}", f"DeiT-{letter}", f"deit_{size}_patch16_224", **start))
         runs.append(Run(f"avit{suffix}", f"A-ViT-{letter}", f"avit_{size}_patch16_224", halting=halting, **start))
     return tuple(runs)
+
+
+def _smoke_candidate(name: str, label: str, halting: Halting, teacher: str = "") -> Run:
+    training = Training(epochs=1, learning_rate=2e-3, batch_size=32)
+    return Run(name, label, "avit_nano_patch7_28", "deit", training, halting, teacher=teacher)
 
 
 PROFILES = {
@@ -138,6 +173,12 @@ PROFILES = {
                 avit_finetuned=Training(epochs=2, learning_rate=2e-3, batch_size=32),
                 halting=Halting(beta=-3.0, target_depth=2.0),
             ),
+            search=(
+                _smoke_candidate("higher_beta", "beta -2", Halting(beta=-2.0, target_depth=2.0)),
+                _smoke_candidate("taught", "taught by DeiT, ramp", Halting(beta=-3.0, ponder_ramp=0.5), teacher="deit"),
+            ),
+            sweep=("deit", "avit_finetuned"),
+            sweep_seeds=(0, 1),
             notes=("beta -3 so that tokens of a barely trained four-layer backbone halt at all.",),
         ),
         Profile(

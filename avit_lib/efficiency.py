@@ -1,12 +1,16 @@
 """Time and memory of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
+import copy
 import gc
+import math
 import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,15 +18,18 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from avit_lib.config import Halting
+from avit_lib.config import Halting, StudyError
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.models import AViT
+from avit_lib.packed import packed_layers
 from avit_lib.training import autocast
 
 MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
+TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 # Of the synthetic workload: channel 0 lies where no sigmoid is saturated.
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)
 
@@ -78,6 +85,13 @@ def synthetic_workload(
     return Workload(adaptive, plain, images, "synthetic halting of an untrained model")
 
 
+def without_halting(workload: Workload) -> Workload:
+    """The same images and models, but no token ever halts: what packed execution costs when it saves nothing."""
+    adaptive = copy.deepcopy(workload.adaptive)
+    adaptive.beta = -1e4
+    return replace(workload, adaptive=adaptive, origin="no token halts")
+
+
 def counted_flops(model: nn.Module, images: Tensor) -> float:
     """FLOPs per image that a forward pass really performs, by torch's counter; a multiply-add counts as one."""
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -85,19 +99,30 @@ def counted_flops(model: nn.Module, images: Tensor) -> float:
     return counter.get_total_flops() / 2 / len(images)
 
 
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
 def interleaved(
-    functions: dict[str, Callable[[], None]], repeats: int, device: torch.device, minimum: float = 0.2
+    functions: dict[str, Callable[[], None]],
+    repeats: int,
+    device: torch.device,
+    minimum: float = 0.2,
+    limit: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of each call of ``functions``, taken in turns so that a drift of the machine hits all alike.
 
-    Each is warmed up twice; a sample is the mean of as many calls as fill ``minimum`` seconds.
+    Each is warmed up twice; a sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds
+    no new round begins, but three are always made.
     """
     calls = {}
     for name, function in functions.items():
         _timed(function, 1, device)
         calls[name] = max(1, round(minimum / _timed(function, 1, device)))
     samples = {name: [] for name in functions}
-    for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
+    started = time.perf_counter()
+    for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
+        if turn >= 3 and time.perf_counter() - started > limit:
+            break
         for name, function in functions.items():
             samples[name].append(_timed(function, calls[name], device))
     return samples
@@ -118,25 +143,61 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+def throughput(
+    models: dict[str, nn.Module], images: Tensor, repeats: int = 7, device: torch.device | str = "cpu"
+) -> pd.DataFrame:
+    """Images a second of several models in plain inference on the same batch, one row each.
+
+    Columns: model, images_per_second (median over rounds), its quartiles _low and _high, and speedup against the first
+    model (median of the ratios within each round). Models that halt run packed.
+    """
+    device = torch.device(device)
+    images = images.to(device)
+    functions = {name: _inference(model.to(device).eval(), images) for name, model in models.items()}
+    samples = interleaved(functions, repeats, device)
+    first = next(iter(samples.values()))
+    rows = []
+    for name, seconds in samples.items():
+        low, middle, high = np.percentile(len(images) / np.array(seconds), (25, 50, 75))
+        speedup = float(np.median(np.divide(first, seconds)))
+        rows.append({
+            "model": name, "images_per_second": middle, "images_per_second_low": low, "images_per_second_high": high,
+            "speedup": speedup,
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> Callable[[], None]:
+    def infer() -> None:
+        with torch.inference_mode():
+            model.execution = execution
+            model(images)
+
+    return infer
+
+
 # --- the benchmark ----------------------------------------------------------------------------------------------------
 
 
-def benchmark(workload: Workload, task: str, precision: str, repeats: int, device: torch.device) -> pd.DataFrame:
+def benchmark(
+    workload: Workload, task: str, precision: str, repeats: int, device: torch.device, limit: float = math.inf
+) -> pd.DataFrame:
     """DeiT, masked and packed A-ViT side by side on the images of ``workload``, one row each.
 
-    ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW). Columns: seconds (median over
-    repeats), seconds_low and seconds_high (quartiles), images_per_second, gflops_per_image (counted in a packed or
-    plain run), speedup and flops_ratio against DeiT, and efficiency = speedup / flops_ratio.
+    ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW); ``precision`` "float32" or
+    "bfloat16" (in inference weights and activations, in training autocast). Columns: seconds (median over rounds),
+    seconds_low and seconds_high (quartiles), images_per_second, gflops_per_image (counted in a packed or plain run),
+    speedup and flops_ratio against DeiT, efficiency = speedup / flops_ratio, and the number of rounds.
     """
+    workload = _prepared(workload, task, precision, device)
     functions = {name: _step(workload, name, task, precision, device) for name in MODELS}
-    samples = interleaved(functions, repeats, device)
-    batch = len(workload.images)
-    flops = {"DeiT": counted_flops(workload.plain, workload.images[:8].to(device))}
-    with torch.inference_mode():
-        workload.adaptive.execution = "packed"
-        flops["A-ViT packed"] = counted_flops(workload.adaptive, workload.images.to(device))
-        workload.adaptive.execution = "masked"
-        flops["A-ViT masked"] = flops["DeiT"]
+    samples = interleaved(functions, repeats, device, limit=limit)
+    batch, few = len(workload.images), workload.images[:8]
+    workload.plain.eval(), workload.adaptive.eval()
+    workload.adaptive.execution = "packed"
+    plain_flops = counted_flops(workload.plain, few)
+    flops = {"DeiT": plain_flops, "A-ViT masked": plain_flops}
+    flops["A-ViT packed"] = counted_flops(workload.adaptive, workload.images)
     rows = []
     for name in MODELS:
         low, middle, high = np.percentile(samples[name], (25, 50, 75))
@@ -145,24 +206,28 @@ def benchmark(workload: Workload, task: str, precision: str, repeats: int, devic
             "seconds_low": low, "seconds_high": high, "images_per_second": batch / middle,
             "gflops_per_image": flops[name] / 1e9,
             "speedup": np.median(np.divide(samples["DeiT"], samples[name])), "flops_ratio": flops["DeiT"] / flops[name],
+            "rounds": len(samples[name]),
         })  # fmt: skip
     frame = pd.DataFrame(rows)
-    return frame.assign(efficiency=frame["speedup"] / frame["flops_ratio"])
+    frame.insert(frame.columns.get_loc("rounds"), "efficiency", frame["speedup"] / frame["flops_ratio"])
+    return frame
+
+
+def _prepared(workload: Workload, task: str, precision: str, device: torch.device) -> Workload:
+    """A copy of the workload on the device, in the type that the precision means for the task."""
+    if task not in TASKS or precision not in PRECISIONS:
+        raise StudyError(f"the tasks are {', '.join(TASKS)}, the precisions {', '.join(PRECISIONS)}")
+    dtype = torch.bfloat16 if task == "inference" and precision == "bfloat16" else torch.float32
+    adaptive, plain = (copy.deepcopy(model).to(device, dtype) for model in (workload.adaptive, workload.plain))
+    return replace(workload, adaptive=adaptive, plain=plain, images=workload.images.to(device, dtype))
 
 
 def _step(workload: Workload, name: str, task: str, precision: str, device: torch.device) -> Callable[[], None]:
     """A function that does one inference or training step of the model called ``name``."""
-    model = (workload.plain if name == "DeiT" else workload.adaptive).to(device)
-    images = workload.images.to(device)
-    execution = "masked" if name == "A-ViT masked" else "packed"
-
-    def infer() -> None:
-        model.execution = execution
-        with torch.inference_mode(), autocast(precision, device):
-            model.eval()(images)
-
+    model = workload.plain if name == "DeiT" else workload.adaptive
+    images, execution = workload.images, "masked" if name == "A-ViT masked" else "packed"
     if task == "inference":
-        return infer
+        return _inference(model.eval(), images, execution)
     labels = torch.arange(len(images), device=device) % model.num_classes
     loss = TaskLoss() if name == "DeiT" else AdaptiveLoss(Halting())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # steps, but changes nothing
@@ -178,30 +243,128 @@ def _step(workload: Workload, name: str, task: str, precision: str, device: torc
     return train
 
 
-def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str) -> float:
-    """Peak memory in MiB that steps of ``model`` on a synthetic workload of ``avit_*`` ``name`` add to the process.
+def depth_sweep(
+    name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf
+) -> pd.DataFrame:
+    """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload: rows of ``benchmark``."""
+    frames = []
+    for depth in tqdm(depths, desc="depths", unit="depth", leave=False, disable=None):
+        workload = synthetic_workload(name, batch, depth)
+        frame = benchmark(workload, "inference", "float32", repeats, device, limit)
+        frames.append(frame[frame["model"] == "A-ViT packed"].assign(mean_depth=depth))
+    return pd.concat(frames, ignore_index=True)
 
-    On the CPU, measured in a fresh process: what a process once took from the system it may not give back.
+
+@torch.inference_mode()
+def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
+    """Where the time goes, layer by layer, in plain inference: one row a layer.
+
+    Columns: layer, tokens (mean per image that A-ViT computes in it), deit and packed (milliseconds an image, medians
+    over rounds; packed includes all of the bookkeeping), ideal (DeiT's time times the share of tokens left).
+    """
+    plain, adaptive, images = workload.plain.eval(), workload.adaptive.eval(), workload.images
+    layers, device = len(plain.blocks), images.device
+    times = {"deit": np.zeros((repeats + 1, layers)), "packed": np.zeros((repeats + 1, layers))}
+    tokens = np.zeros(layers)
+    for turn in range(repeats + 1):  # the first is for warming up
+        x = adaptive._embed(images)
+        before = _now(device)
+        for layer, block in enumerate(plain.blocks):
+            x = block(x)
+            before, times["deit"][turn, layer] = _now(device), _now(device) - before
+        x = adaptive._embed(images)
+        before = _now(device)
+        for layer, (layout, *_) in enumerate(packed_layers(adaptive.blocks, x, adaptive.rule, every_token=False)):
+            tokens[layer] = sum(layout.lengths) / len(images)
+            before, times["packed"][turn, layer] = _now(device), _now(device) - before
+    per_image = {name: 1e3 * np.median(values[1:], axis=0) / len(images) for name, values in times.items()}
+    table = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": tokens, **per_image})
+    return table.assign(ideal=table["deit"] * tokens / tokens[0])
+
+
+def _now(device: torch.device) -> float:
+    _synchronise(device)
+    return time.perf_counter()
+
+
+OPERATORS = {  # what the profiler calls them on a CPU
+    "linear layers": ("addmm", "mm", "mkldnn_linear", "convolution", "bmm"),
+    "attention": ("scaled_dot_product", "_flash_attention", "_efficient_attention"),
+    "GELU, norms, sums": ("gelu", "layer_norm", "add", "mul"),
+    "moving tokens": ("index", "sort", "cat", "copy_", "where", "nonzero", "gather", "scatter"),
+}
+
+
+@torch.inference_mode()
+def operator_times(workload: Workload, execution: str) -> pd.Series:
+    """Milliseconds an image that plain inference spends in each kind of operator (CPU), and in all else between them.
+
+    ``execution`` is "masked" or "packed" for the A-ViT of the workload, or "plain" for its DeiT.
+    """
+    model = workload.plain if execution == "plain" else workload.adaptive
+    infer = _inference(model.eval(), workload.images, execution)
+    infer()
+    calls = 3
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+        for _ in range(calls):
+            infer()
+    seconds = np.median([_timed(infer, 1, torch.device("cpu")) for _ in range(5)])
+    spent = dict.fromkeys(OPERATORS, 0.0)
+    for event in recorded.key_averages():
+        name = event.key.removeprefix("aten::")
+        kind = next((kind for kind, names in OPERATORS.items() if any(part in name for part in names)), None)
+        if kind:
+            spent[kind] += event.self_cpu_time_total / 1e3 / calls
+    spent["all else"] = max(0.0, 1e3 * seconds - sum(spent.values()))
+    return pd.Series(spent, name=execution) / len(workload.images)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    """Peak memory in MiB that steps of ``model`` (of ``MODELS``) take on a synthetic workload of ``avit_*`` ``name``.
+
+    Weights and images are there before and do not count. On a CPU, measured in a fresh process: what a process once
+    took from the system it may not give back.
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision))
+        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
 
 
-def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str) -> float:
-    workload = synthetic_workload(name, batch, mean_depth)
-    step = _step(workload, model, task, precision, torch.device("cpu"))
-    before = _resident()
-    for _ in range(3):
+def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    device = torch.device("cuda" if gpu else "cpu")
+    workload = _prepared(synthetic_workload(name, batch, mean_depth), task, precision, device)
+    step = _step(workload, model, task, precision, device)
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _resident()
+        _forget_highest_resident()
+    for _ in range(2):
         step()
-    return (_highest_resident() - before) / 2**20
+    after = torch.cuda.max_memory_allocated() if gpu else _highest_resident()
+    return (after - before) / 2**20
 
 
 def _resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.exists() else _highest_resident()
+
+
+def _forget_highest_resident() -> None:
+    """Linux forgets a process's highest memory use on demand; elsewhere it includes what came before."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _highest_resident() -> int:
-    """Bytes; the system counts in KiB, on macOS in bytes."""
+    """Bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -76,7 +76,7 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
 
     One multiply-add counts as one FLOP, as in the paper (DeiT-T: 1.3 G); norms, activations and softmax are left out.
     Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
-    n_l^2 * 2D.
+    n_l^2 * 2D. A summary token of halted tokens counts as one token more.
     """
     block = model.blocks[0]
     width = model.embed_dim
@@ -87,6 +87,8 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
     total = torch.full((len(depth),), float(patch + head), dtype=torch.float64)
     for layer in range(1, len(model.blocks) + 1):
         active = (executed >= layer).sum(dim=1).double()
+        if getattr(model, "fuse_halted", False):
+            active = active + (active > 0)
         total += active * linear + 2 * active**2 * width
     return total
 

@@ -11,6 +11,17 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class HaltingRule:
+    """When a token halts, and what becomes of it; the last two settings go past the paper."""
+
+    gamma: float
+    beta: float
+    eps: float
+    class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
+    fuse_halted: bool = False  # True: halted tokens live on in one summary token an image (see ``fuse``)
+
+
+@dataclass(frozen=True)
 class HaltingState:
     """What is known of every token between two layers; all fields share one shape, [B, N] or [T]."""
 
@@ -88,3 +99,24 @@ def halting_step(state: HaltingState, score: Tensor, eps: float) -> tuple[Haltin
         depth=state.depth + active,  # N_k
     )
     return next_state, weight
+
+
+def trace_of(halting_scores: Tensor, depth: Tensor) -> HaltingTrace:
+    """The trace that follows from the scores [B, L, N] of all layers (0 once a token has halted) and depth [B, N]."""
+    layer = torch.arange(1, halting_scores.shape[1] + 1, device=depth.device)[:, None]
+    before = torch.where(layer < depth[:, None], halting_scores, 0.0)  # h of the layers before the halting layer
+    remainder = 1 - before.sum(dim=1)  # R
+    halts = layer[:, 0] == depth[:, :1]
+    weights = torch.where(halts, remainder[:, :1], before[:, :, 0])  # w of the class token
+    return HaltingTrace(depth, depth + remainder, halting_scores, weights)  # rho = N_k + R
+
+
+def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the tokens that halt in a layer into the summary token of their image: the mean of all that ever halted.
+
+    ``summary`` [..., D] stands for ``fused`` [..., 1] tokens so far; ``number`` more of sum ``total`` join it. Returns
+    both anew. The summary is computed on like a token, and attended to as ``fused`` equal tokens would be: with the
+    logarithm of their number added to its attention logits, which at 0 hides it.
+    """
+    together = fused + number
+    return (fused * summary + total) / together.clamp(min=1), together

@@ -1,4 +1,7 @@
-"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11), term by term."""
+"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11), term by term.
+
+Beyond the paper, a teacher may add alpha * L_distillation to L_task, and alpha_p may grow from 0 as training goes on.
+"""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avit_lib import distributed
-from avit_lib.config import Halting
+from avit_lib.config import Distillation, Halting
 
 
 @dataclass(frozen=True)
@@ -51,33 +54,72 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
     return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum()
 
 
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of the classes at temperature T, from logits [B, K] each, mean over images.
+
+    T^2 keeps the size of the gradients independent of T (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    """
+    student, teacher = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher_logits))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def ramp(progress: float, duration: float) -> float:
+    """A factor that grows from 0 to 1 while ``progress``, 0..1, goes from 0 to ``duration``; 1 if that is 0."""
+    return min(1.0, progress / duration) if duration > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model in evaluation mode whose logits another model learns to give; it learns nothing itself."""
+
+    model: nn.Module
+    settings: Distillation
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.model(images)
+
+
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy with label smoothing: all there is to train for a model that does not halt.
+    """Cross-entropy with label smoothing and, with a teacher, distillation: all that a plain transformer learns by.
 
     Labels are classes [B] or, as Mixup makes them, probabilities [B, K].
     """
 
     label_smoothing: float = 0.0
+    teacher: Teacher | None = None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Losses:
-        task = F.cross_entropy(model(images).float(), labels, label_smoothing=self.label_smoothing)
-        return Losses(task, {"task": task})
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+        return self.of_logits(model(images), images, labels)
+
+    def of_logits(self, logits: Tensor, images: Tensor, labels: Tensor) -> Losses:
+        """The loss of ``logits`` [B, K] that a model gave for ``images``."""
+        task = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if self.teacher is None:
+            return Losses(task, {"task": task})
+        settings = self.teacher.settings
+        distillation = distillation_loss(logits, self.teacher.logits(images), settings.temperature)
+        return Losses(task + settings.alpha * distillation, {"task": task, "distillation": distillation})
 
 
 @dataclass(frozen=True)
 class AdaptiveLoss:
-    """The A-ViT objective; the one place where its terms are weighted (equation 8)."""
+    """The A-ViT objective; the one place where the terms of halting are weighted (equation 8)."""
 
     halting: Halting
     label_smoothing: float = 0.0
+    teacher: Teacher | None = None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> Losses:
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+        """``progress`` is the fraction of training done, 0..1."""
         logits, trace = model.forward_with_trace(images)
         layers = trace.halting_scores.shape[1]
         target = target_distribution(self.halting.target_depth, self.halting.target_std, layers, images.device)
-        task = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        task = TaskLoss(self.label_smoothing, self.teacher).of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)
         distr = distribution_loss(halting_distribution(trace.halting_scores), target, self.halting.kl_direction)
-        total = task + self.halting.alpha_ponder * ponder + self.halting.alpha_distr * distr
-        return Losses(total, {"task": task, "ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()})
+        alpha_ponder = self.halting.alpha_ponder * ramp(progress, self.halting.ponder_ramp)
+        total = task.total + alpha_ponder * ponder + self.halting.alpha_distr * distr
+        return Losses(total, task.parts | {"ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()})

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from avit_lib.config import StudyError
-from avit_lib.halting import HaltingTrace, halting_score, halting_step, initial_state
+from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, halting_step, initial_state
 from avit_lib.packed import predict_packed, run_packed
 
 
@@ -24,28 +24,41 @@ class AViT(VisionTransformer):
     published), "packed" (they are gone) or "auto" (packed in evaluation, masked in training).
     """
 
-    def __init__(self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01, **kwargs):
-        """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps."""
+    def __init__(
+        self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
+        class_token_halts: bool = True, fuse_halted: bool = False, **kwargs,
+    ):  # fmt: skip
+        """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps.
+
+        Two variants that go past the paper: ``class_token_halts=False`` lets the class token run to the last layer,
+        ``fuse_halted=True`` lets halted tokens live on in one summary token an image.
+        """
         refused = [name for name in ("class_token", "global_pool") if kwargs.get(name, "token") not in (True, "token")]
         refused += [name for name in ("reg_tokens", "patch_drop_rate") if kwargs.get(name)]
         if refused:
             raise StudyError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
         super().__init__(*args, **kwargs)
         self.gamma, self.beta, self.eps = gamma, beta, eps
+        self.class_token_halts, self.fuse_halted = class_token_halts, fuse_halted
         self.execution = "auto"
+
+    @property
+    def rule(self) -> HaltingRule:
+        """When a token halts, and what becomes of it."""
+        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.fuse_halted)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
         run = run_packed if self._packs() else run_masked
-        representation, trace = run(self.blocks, self._embed(images), self.gamma, self.beta, self.eps)
+        representation, trace = run(self.blocks, self._embed(images), self.rule)
         return self.forward_head(self.norm(representation)), trace
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The normalised representation [B, 1, D] of images [B, C, H, W]."""
         tokens = self._embed(images)
         if self._packs():
-            return self.norm(predict_packed(self.blocks, tokens, self.gamma, self.beta, self.eps))
-        return self.norm(run_masked(self.blocks, tokens, self.gamma, self.beta, self.eps)[0])
+            return self.norm(predict_packed(self.blocks, tokens, self.rule))
+        return self.norm(run_masked(self.blocks, tokens, self.rule)[0])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""
@@ -60,31 +73,52 @@ class AViT(VisionTransformer):
         return self.execution == "packed" or (self.execution == "auto" and not self.training)
 
 
-def run_masked(
-    blocks: torch.nn.Sequential, tokens: Tensor, gamma: float, beta: float, eps: float
-) -> tuple[Tensor, HaltingTrace]:
+def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks, as published: halted tokens are computed on and ignored.
 
     From the embedded tokens [B, N, D] to the representation [B, 1, D] before the final norm, and the trace.
     """
-    state = initial_state(halting_score(tokens, gamma, beta))
+    state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
+    summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
     representation = 0.0
     scores, weights = [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
-        # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
-        keys = active | ~active.any(dim=1, keepdim=True)
-        tokens = block(tokens * active[..., None], attn_mask=keys[:, None, None, :])  # t = F(t * m)
-        score = halting_score(tokens, gamma, beta)  # h
+        tokens = tokens * active[..., None]  # t * m
+        tokens, summary = _masked_block(block, tokens, active, summary, fused if rule.fuse_halted else None)
+        score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
-        state, weight = halting_step(state, score, eps)
+        elif not rule.class_token_halts:
+            score = torch.cat([torch.zeros_like(score[:, :1]), score[:, 1:]], dim=1)
+        state, weight = halting_step(state, score, rule.eps)
+        if rule.fuse_halted:
+            halts = (active & ~state.active)[..., None]
+            total, number = (tokens * halts).sum(dim=1, keepdim=True), halts.sum(dim=1, keepdim=True)
+            summary, fused = fuse(summary, fused, total, number)
         class_weight = weight[:, :1]  # w of the class token
         representation = representation + class_weight[..., None] * tokens[:, :1]
         scores.append(torch.where(active, score, 0.0))
         weights.append(class_weight)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
+
+
+def _masked_block(
+    block: torch.nn.Module, tokens: Tensor, active: Tensor, summary: Tensor, fused: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A block on tokens [B, N, D] of which only the ``active`` are attended, and on the summary token if there is one.
+
+    ``summary`` [B, 1, D] stands for ``fused`` [B, 1, 1] halted tokens; returns both after the block.
+    """
+    if fused is None:
+        # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
+        keys = active | ~active.any(dim=1, keepdim=True)
+        return block(tokens, attn_mask=keys[:, None, None, :]), summary
+    tokens = torch.cat([tokens, summary.to(tokens.dtype)], dim=1)
+    bias = torch.cat([active, fused[..., 0]], dim=1).log()  # of an active token log 1 = 0, of a halted one -inf
+    tokens = block(tokens, attn_mask=bias[:, None, None, :].to(tokens.dtype))
+    return tokens[:, :-1], tokens[:, -1:]
 
 
 def _cfg(**overrides) -> dict:

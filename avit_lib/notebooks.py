@@ -87,7 +87,9 @@ class Runner:
         if progress.get("code") == code:
             print(f"going on with the run that was interrupted: {len(progress['finished'])} of {len(code)} done")
         else:
-            shutil.rmtree(self.results / "checkpoints", ignore_errors=True)
+            for folder in (self.results / "checkpoints").glob("*"):
+                if folder.name != "search" and not folder.name.startswith("seed"):  # these are not the notebooks'
+                    shutil.rmtree(folder)
             progress = {"started": time.time(), "code": code, "finished": []}
             write_json(marker, progress)
 

@@ -10,7 +10,7 @@ sorts the images by their number of tokens, so that equal ones lie side by side.
 of masked execution (``models.run_masked``): a halted token is attended by nobody there, and gone here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avit_lib.halting import HaltingState, HaltingTrace, halting_score, halting_step, initial_state
+from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, trace_of
 
 
 @dataclass(frozen=True)
@@ -27,83 +27,101 @@ class Layout:
 
     index: Tensor  # [T] image * N + position: where the token stood in [B, N]
     segment: Tensor  # [T] which of the images in the buffer it belongs to, 0..S-1
-    counts: Tensor  # [S] tokens of each of these images, most first
+    images: Tensor  # [S] the number of each of these images in the batch
+    starts: Tensor  # [S] where each of them begins; its class token lies there until it halts
+    counts: Tensor  # [S] tokens of each, most first
     lengths: tuple[int, ...]  # the same numbers on the host
 
     @property
-    def starts(self) -> Tensor:
-        """[S] where each image begins; its class token lies there until it halts."""
-        return self.counts.cumsum(0) - self.counts
+    def ends(self) -> Tensor:
+        """[S] where the last token of each image lies: its summary token, if there is one."""
+        return self.starts + self.counts - 1
 
 
-# --- attention inside each image: q, k, v [T, heads, d] -> [T, heads, d] ----------------------------------------------
+def full_layout(images: int, tokens: int, device: torch.device) -> Layout:
+    """The layout of a whole batch: ``images`` of ``tokens`` each."""
+    index = torch.arange(images * tokens, device=device)
+    starts, counts = index[::tokens].clone(), torch.full((images,), tokens, device=device)
+    return Layout(index, index // tokens, torch.arange(images, device=device), starts, counts, (tokens,) * images)
 
 
-def attend_buckets(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
+# --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -------------------------
+# ``bias`` [T], if any, is added to the attention logits of each key.
+
+
+def attend_buckets(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
     """One call of scaled_dot_product_attention for all images of the same length: no padding, good on CPUs."""
     buckets = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
-    sizes = [length * images for length, images in buckets]
-    outputs = []
-    for (length, images), *qkv in zip(buckets, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        query, key, value = (x.unflatten(0, (images, length)).transpose(1, 2) for x in qkv)
-        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)  # [images, heads, length, d]
-        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    outputs, first = [], 0
+    for length, images in buckets:
+        rows = slice(first, first + images * length)
+        query, key, value = qkv[rows].view(images, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
+        mask = None if bias is None else bias[rows].view(images, 1, 1, length)
+        output = F.scaled_dot_product_attention(query, key, value, mask, dropout)  # [images, heads, length, d]
+        outputs.append(output.transpose(1, 2).reshape(images * length, -1))
+        first = rows.stop
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
+def attend_padded(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
     """One masked call for all images, each padded to the longest: plain, and works everywhere."""
-    images, longest = len(layout.lengths), max(layout.lengths)
-    place = torch.arange(len(layout.index), device=q.device) - layout.starts[layout.segment]  # of a token in its image
-    slot = layout.segment * longest + place
-    blank = q.new_zeros(images * longest, *q.shape[1:])
-    padded = (blank.index_copy(0, slot, x).unflatten(0, (images, longest)) for x in (q, k, v))
-    query, key, value = (x.transpose(1, 2) for x in padded)
-    present = torch.arange(longest, device=q.device) < layout.counts[:, None]
-    mask = present[:, None, None, :]
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return output.transpose(1, 2).flatten(0, 1).index_select(0, slot)
+    images, longest = len(layout.lengths), layout.lengths[0]
+    slot = torch.arange(len(qkv), device=qkv.device) + (layout.segment * longest - layout.starts[layout.segment])
+    padded = qkv.new_zeros(images * longest, *qkv.shape[1:]).index_copy(0, slot, qkv)
+    query, key, value = padded.view(images, longest, *qkv.shape[1:]).permute(2, 0, 3, 1, 4).unbind()
+    mask = qkv.new_full((images * longest,), -torch.inf)
+    mask = mask.index_copy(0, slot, qkv.new_zeros(len(qkv)) if bias is None else bias)
+    output = F.scaled_dot_product_attention(query, key, value, mask.view(images, 1, 1, longest), dropout)
+    return output.transpose(1, 2).reshape(images * longest, -1).index_select(0, slot)
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
-    """One ragged flash-attention kernel (CUDA, half precision, no dropout)."""
+def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
+    """One ragged flash-attention kernel (CUDA, half precision, neither dropout nor bias)."""
     from torch.nn.attention.varlen import varlen_attn  # here, because it exists for CUDA only
 
-    ends, longest = F.pad(layout.counts.cumsum(0), (1, 0)).int(), max(layout.lengths)
-    return varlen_attn(q, k, v, ends, ends, longest, longest)
+    ends, longest = F.pad(layout.counts.cumsum(0), (1, 0)).int(), layout.lengths[0]
+    return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
 
 
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor, Layout, float], Tensor]] = {
+ATTENTION: dict[str, Callable[[Tensor, Layout, float, Tensor | None], Tensor]] = {
     "buckets": attend_buckets,
     "padded": attend_padded,
     "varlen": attend_varlen,
 }
 
 
-def pick_attention(q: Tensor, dropout: float) -> str:
-    """The name of the fastest way to attend for the device and type of ``q``."""
-    if q.device.type != "cuda":
+def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> str:
+    """The name of the fastest way to attend for the device and type of ``qkv``."""
+    if qkv.device.type != "cuda":
         return "buckets"
-    return "varlen" if q.dtype in (torch.float16, torch.bfloat16) and dropout == 0 else "padded"
+    half = qkv.dtype in (torch.float16, torch.bfloat16)
+    return "varlen" if half and dropout == 0 and bias is None else "padded"
 
 
 # --- one transformer block on the buffer ------------------------------------------------------------------------------
 
 
-def packed_block(block: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None) -> Tensor:
+def packed_block(
+    block: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None, bias: Tensor | None = None
+) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
-    attended = packed_attention(block.attn, block.norm1(tokens), layout, attention)
+    attended = packed_attention(block.attn, block.norm1(tokens), layout, attention, bias)
     tokens = tokens + _drop_path(block.drop_path1, block.ls1(attended), layout)
     return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
-def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None) -> Tensor:
+def packed_attention(
+    module: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None, bias: Tensor | None = None
+) -> Tensor:
     """timm's Attention on a packed buffer [T, D], by the way called ``attention`` (default: the fastest)."""
-    q, k, v = module.qkv(tokens).unflatten(-1, (3, module.num_heads, module.head_dim)).unbind(1)
-    q, k = module.q_norm(q), module.k_norm(k)
+    qkv = module.qkv(tokens).view(-1, 3, module.num_heads, module.head_dim)
+    if not isinstance(module.q_norm, nn.Identity):
+        q, k, v = qkv.unbind(1)
+        qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0
-    attended = ATTENTION[attention or pick_attention(q, dropout)](q, k, v, layout, dropout)
-    return module.proj_drop(module.proj(module.norm(attended.flatten(1))))
+    bias = None if bias is None else bias.to(qkv.dtype)
+    attended = ATTENTION[attention or pick_attention(qkv, dropout, bias)](qkv, layout, dropout, bias)
+    return module.proj_drop(module.proj(module.norm(attended)))
 
 
 def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
@@ -116,110 +134,155 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 # --- tokens leave -----------------------------------------------------------------------------------------------------
 
 
-def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None, Tensor]:
+def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
     """Let the tokens go for which ``keep`` [T] is False.
 
-    Returns the new layout, which rows of the buffer stay, in their new order (None: all, as they lie), and which go.
-    The numbers of tokens that are left come to the host: the only synchronisation of a layer.
+    Returns the new layout and which rows of the buffer stay, in their new order (None: all, as they lie). The numbers
+    of tokens that are left come to the host: the only synchronisation of a layer.
     """
-    counts = torch.zeros_like(layout.counts).index_add(0, layout.segment, keep.long())
+    counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()
     total = sum(lengths)
-    if total == len(layout.index):
-        return layout, None, layout.index[:0]
+    if total == len(keep):
+        return layout, None
     counts, by_length = counts.sort(descending=True, stable=True)
-    place = torch.empty_like(by_length).scatter(0, by_length, torch.arange(len(by_length), device=keep.device))
-    order = torch.where(keep, place[layout.segment], len(lengths)).argsort(stable=True)  # those that go come last
-    stay, go = order[:total], order[total:]
-    lengths = tuple(sorted((length for length in lengths if length), reverse=True))
-    return Layout(layout.index[stay], place[layout.segment[stay]], counts[: len(lengths)], lengths), stay, go
-
-
-def _select(state: HaltingState, rows: Tensor) -> HaltingState:
-    return HaltingState(**{name: value.index_select(0, rows) for name, value in vars(state).items()})
+    place = by_length.argsort()  # of each image in the new order
+    segment = place[layout.segment]
+    rows = torch.where(keep, segment, len(lengths)).argsort(stable=True)[:total]  # those that go come last
+    lengths = tuple(sorted(filter(None, lengths), reverse=True))
+    counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
+    return Layout(layout.index[rows], segment[rows], images, counts.cumsum(0) - counts, counts, lengths), rows
 
 
 # --- Algorithm 1 on the buffer ----------------------------------------------------------------------------------------
 
 
-def run_packed(
-    blocks: nn.Sequential, tokens: Tensor, gamma: float, beta: float, eps: float, attention: str | None = None
-) -> tuple[Tensor, HaltingTrace]:
-    """Algorithm 1 without the halted tokens: every token followed to its own halting.
+def packed_layers(
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, every_token: bool, attention: str | None = None
+) -> Iterator[tuple[Layout, Tensor, Tensor, Tensor]]:
+    """Algorithm 1 on the embedded tokens [B, N, D], without those that halted.
 
-    From the embedded tokens [B, N, D] to the representation [B, 1, D] before the final norm, and the trace; equal to
-    ``models.run_masked`` up to rounding, in gradients too.
+    Yields after each layer the layout of the buffer, the tokens [T, D] in it, their scores h [T] and their output
+    weights w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has
+    halted: nothing can change its representation any more. With ``rule.fuse_halted`` each image has one token more, its
+    last: the summary, which lies in the buffer as long as the image does.
     """
-    images, per_image, _ = tokens.shape
-    buffer, layout, state, representation = _start(tokens, gamma, beta)
-    scores, weights, gone, ponder, depth = [], [], [], [], []
+    if rule.fuse_halted:
+        tokens = F.pad(tokens, (0, 0, 0, 1))
+    buffer, layout = tokens.flatten(0, 1), full_layout(*tokens.shape[:2], tokens.device)
+    cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
+    fused = cumulative.new_zeros(len(tokens))  # how many tokens each summary stands for
     for layer, block in enumerate(blocks, start=1):
-        buffer = packed_block(block, buffer, layout, attention)
-        score = halting_score(buffer, gamma, beta) if layer < len(blocks) else torch.ones_like(state.cumulative)  # h
-        state, weight = halting_step(state, score, eps)
-        representation, class_weight = _add_class_tokens(representation, buffer, weight, layout, per_image)
-        scores.append(score.new_zeros(images * per_image).index_copy(0, layout.index, score))
-        weights.append(class_weight)
-        index = layout.index
-        layout, stay, go = split_off(layout, state.active)
-        gone.append(index[go])
-        ponder.append(state.ponder[go])
-        depth.append(state.depth[go])
+        bias = _summary_bias(layout, fused) if rule.fuse_halted else None
+        buffer = packed_block(block, buffer, layout, attention, bias)
+        score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
+        remainder = 1 - cumulative  # R
+        cumulative = cumulative + score  # cumul += h
+        active = cumulative < 1 - rule.eps  # m
+        yield layout, buffer, score, torch.where(active, score, remainder)  # w
+        if layer == len(blocks):
+            return
+        keep = active
+        if rule.fuse_halted:
+            buffer, fused = _fuse(buffer, layout, active, fused)
+            keep = keep & _more_than_a_summary(layout, active)
+        if not every_token:
+            keep = keep & active[layout.starts][layout.segment]  # does the class token go on?
+        layout, rows = split_off(layout, keep)
         if not layout.lengths:
-            break
-        if stay is not None:
-            buffer, state = buffer.index_select(0, stay), _select(state, stay)
-    back = torch.cat(gone).argsort()
-    blank = [torch.zeros_like(scores[0])] * (len(blocks) - len(scores))
-    trace = HaltingTrace(
-        depth=torch.cat(depth)[back].view(images, per_image),
-        ponder=torch.cat(ponder)[back].view(images, per_image),
-        halting_scores=torch.stack(scores + blank).view(len(blocks), images, per_image).transpose(0, 1),
-        output_weights=torch.stack(weights + [torch.zeros_like(weights[0])] * len(blank), dim=1),
-    )
-    return representation[:, None].to(tokens.dtype), trace
+            return
+        if rows is not None:
+            buffer, cumulative = buffer.index_select(0, rows), cumulative.index_select(0, rows)
 
 
-def predict_packed(
-    blocks: nn.Sequential, tokens: Tensor, gamma: float, beta: float, eps: float, attention: str | None = None
-) -> Tensor:
-    """The representation [B, 1, D] alone: an image leaves as soon as its class token has halted.
-
-    Nothing can change its logits any more; see ``run_packed`` for the rest.
-    """
-    buffer, layout, state, representation = _start(tokens, gamma, beta)
-    for layer, block in enumerate(blocks, start=1):
-        buffer = packed_block(block, buffer, layout, attention)
-        score = halting_score(buffer, gamma, beta) if layer < len(blocks) else torch.ones_like(state.cumulative)  # h
-        state, weight = halting_step(state, score, eps)
-        representation, _ = _add_class_tokens(representation, buffer, weight, layout, tokens.shape[1])
-        goes_on = state.active[layout.starts]  # does the class token?
-        layout, stay, _ = split_off(layout, state.active & goes_on[layout.segment])
-        if not layout.lengths:
-            break
-        if stay is not None:
-            buffer, state = buffer.index_select(0, stay), _select(state, stay)
+def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None) -> Tensor:
+    """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
+    if len(tokens) == 1 and tokens.device.type == "cpu" and not rule.fuse_halted:
+        return predict_one(blocks, tokens, rule)
+    representation = 0.0 * tokens[:, 0]
+    for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False, attention=attention):
+        added = weight[layout.starts, None] * buffer[layout.starts]  # w * t of the class tokens
+        representation = representation.to(added.dtype).index_add(0, layout.images, added)
     return representation[:, None].to(tokens.dtype)
 
 
-def _start(tokens: Tensor, gamma: float, beta: float) -> tuple[Tensor, Layout, HaltingState, Tensor]:
-    images, per_image, width = tokens.shape
-    buffer = tokens.flatten(0, 1)
-    index = torch.arange(images * per_image, device=tokens.device)
-    counts = torch.full((images,), per_image, device=tokens.device)
-    layout = Layout(index, index // per_image, counts, (per_image,) * images)
-    return buffer, layout, initial_state(halting_score(buffer, gamma, beta)), tokens.new_zeros(images, width)
+def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
+    """``predict_packed`` of a single image [1, N, D], which is packed execution at its plainest: tokens[:, active].
+
+    On the CPU only; a GPU would have to wait for the host twice a layer.
+    """
+    dtype = tokens.dtype
+    cumulative = torch.zeros_like(halting_score(tokens, rule.gamma, rule.beta))  # cumul
+    representation = 0.0 * tokens[:, :1]
+    for layer, block in enumerate(blocks, start=1):
+        tokens = block(tokens)
+        score = halting_score(tokens, rule.gamma, rule.beta)  # h
+        if not rule.class_token_halts:
+            score = F.pad(score[:, 1:], (1, 0))
+        remainder, cumulative = 1 - cumulative[:, :1, None], cumulative + score  # R, cumul += h
+        if layer == len(blocks) or cumulative[0, 0] >= 1 - rule.eps:
+            return (representation + remainder * tokens[:, :1]).to(dtype)
+        representation = representation + score[:, :1, None] * tokens[:, :1]
+        if cumulative.max() >= 1 - rule.eps:
+            active = cumulative[0] < 1 - rule.eps  # m
+            tokens, cumulative = tokens[:, active], cumulative[:, active]
+    raise ValueError("there are no layers")
 
 
-def _add_class_tokens(
-    representation: Tensor, buffer: Tensor, weight: Tensor, layout: Layout, per_image: int
-) -> tuple[Tensor, Tensor]:
-    """Add w * t of the class tokens to the representation [B, D]; returns it and these weights w [B]."""
-    starts = layout.starts
-    first = layout.index[starts]
-    is_class = first % per_image == 0  # an image whose class token has left starts with a patch
-    class_weight = torch.where(is_class, weight[starts], 0.0)
-    image = first // per_image
-    added = class_weight[:, None] * buffer[starts]
-    weights = class_weight.new_zeros(len(representation)).index_copy(0, image, class_weight)
-    return representation.to(added.dtype).index_add(0, image, added), weights
+def run_packed(
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None
+) -> tuple[Tensor, HaltingTrace]:
+    """The representation [B, 1, D] and the trace of the embedded tokens [B, N, D], every token to its own halting.
+
+    Equal to ``models.run_masked`` up to rounding, in gradients too.
+    """
+    images, real, width = tokens.shape
+    per_image = real + rule.fuse_halted
+    depth = torch.zeros(images * per_image, dtype=torch.long, device=tokens.device)  # N_k
+    scores, class_tokens = [], []
+    for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, every_token=True, attention=attention):
+        scores.append(score.new_zeros(images * per_image).index_copy(0, layout.index, score))
+        depth.index_add_(0, layout.index, torch.ones_like(layout.index))
+        # Of an image whose class token has halted this is another token; its weight is 0.
+        class_tokens.append(buffer.new_zeros(images, width).index_copy(0, layout.images, buffer[layout.starts]))
+    unused = len(blocks) - len(scores)
+    scores = torch.stack(scores).view(-1, images, per_image)[..., :real].transpose(0, 1)
+    trace = trace_of(F.pad(scores, (0, 0, 0, unused)), depth.view(images, per_image)[:, :real])
+    weights = trace.output_weights[:, : len(class_tokens), None]  # w
+    representation = (weights * torch.stack(class_tokens, dim=1)).sum(dim=1, keepdim=True)
+    return representation.to(tokens.dtype), trace
+
+
+def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Tensor:
+    """The scores [T] that are added up in a layer: all 1 in the last, 0 for what is not to halt before that."""
+    score = halting_score(buffer, rule.gamma, rule.beta)
+    if last:
+        return torch.ones_like(score)
+    if not rule.class_token_halts:
+        score = score.index_fill(0, layout.starts, 0.0)
+    return score.index_fill(0, layout.ends, 0.0) if rule.fuse_halted else score
+
+
+# --- the summary token, last in each image ----------------------------------------------------------------------------
+
+
+def _summary_bias(layout: Layout, fused: Tensor) -> Tensor:
+    """What is added to the attention logits of each key [T]: the logarithm of the number of tokens it stands for."""
+    bias = torch.zeros_like(layout.index, dtype=fused.dtype)
+    return bias.index_copy(0, layout.ends, fused[layout.images].log())
+
+
+def _fuse(buffer: Tensor, layout: Layout, active: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
+    """Let the summary token of each image take in the tokens that have halted."""
+    halted = torch.where(active[:, None], 0.0, buffer).to(fused.dtype)
+    total = halted.new_zeros(len(layout.counts), buffer.shape[1]).index_add(0, layout.segment, halted)
+    number = fused.new_zeros(len(layout.counts)).index_add(0, layout.segment, (~active).to(fused.dtype))
+    summary, together = fuse(buffer[layout.ends], fused[layout.images, None], total, number[:, None])
+    buffer = buffer.index_copy(0, layout.ends, summary.to(buffer.dtype))
+    return buffer, fused.index_copy(0, layout.images, together[:, 0])
+
+
+def _more_than_a_summary(layout: Layout, active: Tensor) -> Tensor:
+    """Whether other tokens of the same image are active, for every token [T]."""
+    tokens = torch.zeros_like(layout.counts).index_add_(0, layout.segment, active.long())
+    return (tokens > 1)[layout.segment]

@@ -17,7 +17,7 @@ from avit_lib import distributed, evaluation
 from avit_lib.checkpoints import create_model, load_checkpoint, load_pretrained, load_weights, read_json
 from avit_lib.config import Run, StudyError, get_profile
 from avit_lib.data import ImageTensors, TrainingData, test_data, training_data
-from avit_lib.losses import AdaptiveLoss, TaskLoss
+from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
 from avit_lib.reporting import Results
 from avit_lib.training import fit, pick_device, seed_everything
 
@@ -27,12 +27,16 @@ TRAINING_MODULES = ("data", "losses", "models", "training")  # a change in these
 class Study:
     """One profile and seed: ``train`` its runs, ``load`` their models, write ``results``."""
 
-    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto"):
-        """Raises StudyError for a profile that does not exist or a device that is not there."""
+    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto", checkpoints: str = ""):
+        """``checkpoints`` names a subfolder for the checkpoints of this study, beside those of the main seed.
+
+        Raises StudyError for a profile that does not exist or a device that is not there.
+        """
         self.profile = get_profile(profile)
         self.seed = seed
         self.device = pick_device(device)
         self.results = Results(self.profile, seed, source)
+        self.checkpoints = self.results.folder / "checkpoints" / checkpoints
 
     @cached_property
     def data(self) -> TrainingData:
@@ -45,8 +49,9 @@ class Study:
         return test_data(self.profile)
 
     def folder(self, run: str) -> Path:
-        """Where the checkpoints of a run lie."""
-        return self.results.folder / "checkpoints" / self.profile.run(run).name
+        """Where the checkpoints of a run, or candidate of the search, lie."""
+        found = self.profile.run(run)
+        return self.checkpoints / ("search" if found in self.profile.search else "") / found.name
 
     def train(self, name: str) -> pd.DataFrame:
         """Train the run called ``name``, or go on with it, or return the history of the finished one.
@@ -54,8 +59,8 @@ class Study:
         What was trained by other settings, or by other code, is trained again from scratch.
         """
         run, folder = self.profile.run(name), self.folder(name)
-        start = None if run.init in ("random", "pretrained") else self._checkpoint(run.init)
-        description = describe(run, self.data, start) | {
+        start, teacher = (self._checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
+        description = describe(run, self.data, start, teacher) | {
             "profile": self.profile.name,
             "code": fingerprint(sources(TRAINING_MODULES)),
         }
@@ -65,11 +70,18 @@ class Study:
             print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
             shutil.rmtree(folder)
         distributed.barrier()  # the other processes see the folder as the first one left it
-        return train_run(run, self.data, folder, start, description, self.seed, self.device)
+        taught_by = self.load(run.teacher) if teacher else None
+        return train_run(run, self.data, folder, start, description, self.seed, self.device, taught_by)
+
+    def train_chain(self, name: str) -> pd.DataFrame:
+        """``train`` the runs that the one called ``name`` starts or learns from, then itself; returns its history."""
+        for needed in self.profile.run(name).needs:
+            self.train_chain(needed)
+        return self.train(name)
 
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
-        start = None if run.init in ("random", "pretrained") else self._checkpoint(run.init)
+        start = self._checkpoint(run.start) if run.start else None
         return initial_model(run, len(self.data.train.classes), start, self.seed)
 
     def load(self, name: str) -> nn.Module:
@@ -99,8 +111,11 @@ def model_arguments(run: Run, classes: int) -> dict[str, Any]:
     return {"num_classes": classes} | (run.halting.model_arguments if run.halting else {})
 
 
-def describe(run: Run, data: TrainingData, start: Path | None) -> dict[str, Any]:
-    """What the checkpoints of a run depend on; runs that differ in it are different runs."""
+def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | None = None) -> dict[str, Any]:
+    """What the checkpoints of a run depend on; runs that differ in it are different runs.
+
+    ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
+    """
     return {
         "model": run.model,
         "arguments": model_arguments(run, len(data.train.classes)),
@@ -108,6 +123,7 @@ def describe(run: Run, data: TrainingData, start: Path | None) -> dict[str, Any]
         "settings": asdict(run),
         "images": [len(data.train), data.split["validation_sha256"]],
         "start": read_json(start.with_suffix(".json"))["sha256"] if start else run.init,
+        "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else run.teacher,
     }
 
 
@@ -130,14 +146,23 @@ def train_run(
     description: dict[str, Any],
     seed: int,
     device: torch.device,
+    teacher: nn.Module | None = None,
 ) -> pd.DataFrame:
-    """Train a run into ``folder`` by its settings (see ``training.fit``); returns the history, one row an epoch."""
+    """Train a run into ``folder`` by its settings (see ``training.fit``); returns the history, one row an epoch.
+
+    ``teacher`` is the model it learns from, in evaluation mode; raises StudyError when the run wants one and has none.
+    """
+    if run.teacher and teacher is None:
+        raise StudyError(
+            f"{run.label} learns from the run {run.teacher!r}: train it by `make notebooks` of its profile"
+        )
+    taught_by = None if teacher is None else Teacher(teacher, run.distillation)
     model = initial_model(run, len(data.train.classes), start, seed)
     if run.halting:
         model.execution = run.training.execution
-        loss = AdaptiveLoss(run.halting, run.training.label_smoothing)
+        loss = AdaptiveLoss(run.halting, run.training.label_smoothing, taught_by)
     else:
-        loss = TaskLoss(run.training.label_smoothing)
+        loss = TaskLoss(run.training.label_smoothing, taught_by)
 
     def validate(trained: nn.Module) -> dict[str, float]:
         return evaluation.metrics(trained, evaluation.predict(trained, data.validation, device=device))

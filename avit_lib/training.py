@@ -33,7 +33,7 @@ from avit_lib.losses import Losses
 
 RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last finished epoch, and the one before it
 
-Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Losses]
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
 
 def seed_everything(seed: int) -> None:
@@ -187,7 +187,7 @@ def _train_epoch(state, batches, loss, mix, scheduler, first_update, config, dev
         if mix:
             images, labels = mix(images, labels)
         with autocast(config.precision, device):
-            losses = loss(model, images, labels)
+            losses = loss(model, images, labels, (first_update + step) / (config.epochs * len(batches)))
         state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         for parameter in parameters:

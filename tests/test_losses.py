@@ -9,13 +9,16 @@ from conftest import bright_and_dark, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.config import Halting
+from avit_lib.config import Distillation, Halting
 from avit_lib.losses import (
     AdaptiveLoss,
     TaskLoss,
+    Teacher,
+    distillation_loss,
     distribution_loss,
     halting_distribution,
     ponder_loss,
+    ramp,
     target_distribution,
 )
 
@@ -123,3 +126,53 @@ def test_the_ponder_term_alone_makes_tokens_halt_sooner():
         bias -= 0.1 * bias.grad.sign() * (torch.arange(len(bias)) == 0)  # channel 0 only
         _, after = model.forward_with_trace(images)
     assert after.ponder.mean() < trace.ponder.mean()
+
+
+def test_distillation_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * math.log(3), 0.0]])
+    # at T = 2 the teacher says 3/4, 1/4 and the student 1/2, 1/2
+    expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
+    assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
+    two = distillation_loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]), 2.0)
+    assert two.item() == pytest.approx(expected / 2, rel=1e-5)  # the mean over images; the second agrees
+
+
+def test_distillation_pulls_towards_the_teacher_alike_at_every_temperature():
+    teacher = torch.tensor([[0.3, -0.1, 0.2]])
+    sizes = []
+    for temperature in (1.0, 4.0, 16.0):
+        student = torch.zeros(1, 3, requires_grad=True)
+        distillation_loss(student, teacher, temperature).backward()
+        assert torch.equal(student.grad.sign(), torch.tensor([[-1.0, 1.0, -1.0]]))
+        sizes.append(student.grad.norm().item())
+    assert max(sizes) < 1.3 * min(sizes)
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
+    model, images = varied_model(0.5), bright_and_dark()
+    other = varied_model(0.0, beta=-3.0)
+    teacher = Teacher(other, Distillation(alpha=0.25, temperature=2.0))
+    loss = TaskLoss(0.1) if not adaptive else AdaptiveLoss(Halting(target_depth=3.0), 0.1)
+    alone, taught = loss(model, images, LABELS), replace(loss, teacher=teacher)(model, images, LABELS)
+    expected = distillation_loss(model(images), other(images), 2.0)
+    assert taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5) and expected > 1e-3
+    assert taught.total.item() == pytest.approx((alone.total + 0.25 * expected).item(), rel=1e-5)
+    assert "distillation" not in alone.parts
+    taught.total.backward()
+    assert all(parameter.grad is None for parameter in other.parameters())
+    assert model.head.weight.grad.abs().sum() > 0
+
+
+def test_ramp():
+    assert [ramp(progress, 0.5) for progress in (0.0, 0.125, 0.5, 0.75, 1.0)] == [0, 0.25, 1, 1, 1]
+    assert ramp(0.0, 0.0) == 1
+
+
+def test_the_ponder_weight_grows_with_progress():
+    model, images = varied_model(0.5), bright_and_dark()
+    loss = AdaptiveLoss(Halting(alpha_ponder=0.5, target_depth=3.0, ponder_ramp=0.4))
+    start, later, end = (loss(model, images, LABELS, progress) for progress in (0.0, 0.1, 1.0))
+    ponder = end.parts["ponder"]
+    assert (end.total - start.total).item() == pytest.approx(0.5 * ponder.item(), rel=1e-4)
+    assert (later.total - start.total).item() == pytest.approx(0.125 * ponder.item(), rel=1e-4)

@@ -206,6 +206,15 @@ def test_a_fresh_run_goes_on_after_an_interruption_and_else_begins_anew(project,
     assert "trained deit" in capsys.readouterr().out
 
 
+def test_a_fresh_run_keeps_the_checkpoints_of_search_and_seeds(project):
+    write(project, "01_one", "print(1)")
+    folders = [project / "results" / "smoke" / "checkpoints" / name for name in ("search", "seed1", "deit")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    assert run("--fresh") == 0
+    assert [folder.exists() for folder in folders] == [True, True, False]
+
+
 def test_an_interrupted_fresh_run_of_other_code_is_not_gone_on_with(project, capsys):
     write(project, "01_train", FAKE_TRAINING, "study.train('deit')")
     write(project, "02_two", "1 / 0")

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import avit_lib  # noqa: F401  registers the models
 from avit_lib.config import StudyError
+from avit_lib.halting import HaltingRule
 from avit_lib.models import run_masked
-from avit_lib.packed import predict_packed, run_packed
+from avit_lib.packed import packed_layers, predict_packed, run_packed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -117,7 +118,7 @@ def test_a_token_exactly_on_the_boundary_halts():
 def test_one_token_in_all():
     blocks = make_model().blocks
     tokens = torch.randn(1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    masked, packed = (function(blocks, tokens, 5.0, -2.0, 0.01) for function in (run_masked, run_packed))
+    masked, packed = (function(blocks, tokens, HaltingRule(5.0, -2.0, 0.01)) for function in (run_masked, run_packed))
     torch.testing.assert_close(packed[0], masked[0])
     assert torch.equal(packed[1].depth, masked[1].depth)
 
@@ -126,11 +127,11 @@ def test_one_token_in_all():
 def test_every_attention_gives_the_same(attention):
     model, images = make_model(), make_images(6)
     tokens = model._embed(images)
-    expected, trace = run_masked(model.blocks, tokens, model.gamma, model.beta, model.eps)
-    got, packed_trace = run_packed(model.blocks, tokens, model.gamma, model.beta, model.eps, attention)
+    expected, trace = run_masked(model.blocks, tokens, model.rule)
+    got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention=attention)
     torch.testing.assert_close(got, expected)
     assert torch.equal(packed_trace.depth, trace.depth)
-    alone = predict_packed(model.blocks, tokens, model.gamma, model.beta, model.eps, attention)
+    alone = predict_packed(model.blocks, tokens, model.rule, attention)
     torch.testing.assert_close(alone, expected)
 
 
@@ -173,18 +174,58 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
 def test_stochastic_depth_drops_whole_images():
     """After a block whose paths are dropped or kept by image, the tokens of an image have all moved or all stayed."""
     model = make_model(beta=-1e4, drop_path_rate=0.5).train()
-    model.execution = "packed"
-    before, after = [], []
-    hooks = [
-        model.blocks[-1].norm1.register_forward_hook(lambda _, inputs, __: before.append(inputs[0])),
-        model.blocks[-1].norm2.register_forward_hook(lambda _, inputs, __: after.append(inputs[0])),
+    tokens = model._embed(make_images(32))
+    before, after = [buffer for _, buffer, _, _ in packed_layers(model.blocks, tokens, model.rule, every_token=True)][
+        -2:
     ]
-    model(make_images(32))
-    for hook in hooks:
-        hook.remove()
-    moved = (before[0] != after[0]).any(dim=1).view(32, 17)
+    moved = (before != after).any(dim=1).view(32, 17)
     assert (moved.all(dim=1) | ~moved.any(dim=1)).all()
     assert 0 < moved[:, 0].sum() < 32
+
+
+VARIANTS = [
+    {"class_token_halts": False},
+    {"fuse_halted": True},
+    {"class_token_halts": False, "fuse_halted": True},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant))
+@pytest.mark.parametrize("beta", [-1e4, -2.0, 0.0, 1e4])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_variants(variant, beta, batch):
+    depth = assert_same(make_model(beta=beta, **variant), make_images(batch))
+    if "class_token_halts" in variant:
+        assert (depth[:, 0] == 6).all()
+
+
+@pytest.mark.parametrize("attention", ["buckets", "padded"])
+def test_every_attention_knows_the_summary(attention):
+    model, images = make_model(fuse_halted=True), make_images(6)
+    tokens = model._embed(images)
+    expected, trace = run_masked(model.blocks, tokens, model.rule)
+    got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(packed_trace.depth, trace.depth)
+
+
+def test_the_summary_is_the_mean_of_all_that_halted_and_hidden_before():
+    """With blocks that change nothing, every token keeps its value, and so does the mean."""
+    model = make_model(fuse_halted=True, beta=-1.0)
+    for block in model.blocks:
+        for last in (block.attn.proj, block.mlp.fc2):
+            torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
+    tokens = model._embed(make_images(3))
+    seen = list(packed_layers(model.blocks, tokens, model.rule, every_token=True))
+    halted = 0
+    for layout, buffer, _, _ in seen[1:]:
+        for segment, (image, end) in enumerate(zip(layout.images.tolist(), layout.ends.tolist(), strict=True)):
+            here = layout.index[layout.segment == segment] % 18
+            gone = [place for place in range(17) if place not in here.tolist()]
+            expected = tokens[image, gone].mean(dim=0) if gone else torch.zeros(16, dtype=torch.float64)
+            torch.testing.assert_close(buffer[end], expected)
+            halted += len(gone)
+    assert halted > 10
 
 
 def test_dropout_of_attention_still_runs():

@@ -29,10 +29,10 @@ def stopping(loss, after, stop):
     """``loss``, whose call number ``after`` + 1 is answered by ``stop(losses)`` instead."""
     calls = 0
 
-    def stopped(model, images, labels):
+    def stopped(model, images, labels, progress):
         nonlocal calls
         calls += 1
-        losses = loss(model, images, labels)
+        losses = loss(model, images, labels, progress)
         return stop(losses) if calls > after else losses
 
     return stopped
@@ -101,14 +101,28 @@ def test_history_and_checkpoints(tmp_path):
 def test_every_epoch_sees_all_images_in_an_order_of_its_own(tmp_path):
     seen = []
 
-    def watching(model, images, labels):
+    def watching(model, images, labels, progress):
         seen.append(images.mean(dim=(1, 2, 3)))  # tells the images apart
-        return LOSSES[PLAIN](model, images, labels)
+        return LOSSES[PLAIN](model, images, labels, progress)
 
     train(tmp_path, loss=watching)
     epochs = torch.cat(seen).reshape(3, len(TRAIN))
     assert torch.equal(epochs[0].sort().values, epochs[1].sort().values)
     assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[1], epochs[2])
+
+
+def test_the_loss_is_told_the_progress_also_after_an_interruption(tmp_path):
+    told = []
+
+    def listening(model, images, labels, progress):
+        told.append(progress)
+        return LOSSES[PLAIN](model, images, labels, progress)
+
+    with pytest.raises(PowerCut):  # four updates an epoch: in the middle of epoch 2
+        train(tmp_path, loss=stopping(listening, 5, power_cut))
+    train(tmp_path, loss=listening)
+    expected = [update / 12 for update in range(12)]
+    assert told == pytest.approx([*expected[:6], *expected[4:]])
 
 
 def test_training_lowers_the_loss(tmp_path):
@@ -181,9 +195,9 @@ def test_the_averaged_weights_are_those_evaluated_and_kept(tmp_path):
         evaluated.append(next(model.parameters()).detach().clone())
         return {"accuracy": 0.0}
 
-    def loss(model, images, labels):
+    def loss(model, images, labels, progress):
         trained.append(next(model.parameters()).detach().clone())  # before the update
-        return LOSSES[PLAIN](model, images, labels)
+        return LOSSES[PLAIN](model, images, labels, progress)
 
     train(tmp_path, loss=loss, config=replace(CONFIG, ema_decay=0.75), validate=watching)
     average = trained[0]
@@ -198,9 +212,9 @@ def test_the_averaged_weights_are_those_evaluated_and_kept(tmp_path):
 def test_mixup_gives_the_loss_probabilities(tmp_path, name):
     seen = []
 
-    def watching(model, images, labels):
+    def watching(model, images, labels, progress):
         seen.append(labels)
-        return LOSSES[name](model, images, labels)
+        return LOSSES[name](model, images, labels, progress)
 
     history = train(tmp_path, name, loss=watching, config=replace(CONFIG, mixup=0.8))
     labels = torch.cat(seen)

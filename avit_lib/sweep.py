@@ -1,0 +1,43 @@
+"""The sweep over seeds: how much of a figure is chance."""
+
+import pandas as pd
+
+from avit_lib.config import StudyError, get_profile
+from avit_lib.search import figures
+from avit_lib.study import Study
+
+CAPTION = (
+    "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
+    "decides on the validation images, the order of the training images and all random weights."
+)
+
+
+def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
+    """Train the runs that a profile declares for its sweep, once a seed, evaluate them on the test images.
+
+    Writes tables/sweep and returns it; an interrupted sweep goes on where training stopped. ``seed`` is that of the
+    study, whose own checkpoints serve for it; those of others lie in checkpoints/seed<k>. Raises StudyError when the
+    profile declares none.
+    """
+    chosen = get_profile(profile)
+    if not chosen.sweep:
+        raise StudyError(f"profile {profile} has no runs to repeat; name some as its `sweep` in config.py")
+    results = Study(profile, seed, "sweep", device).results
+    rows = []
+    for k in chosen.sweep_seeds:
+        study = Study(profile, k, "sweep", device, "" if k == seed else f"seed{k}")
+        for name in chosen.sweep:
+            print(f"seed {k}: {chosen.run(name).label}", flush=True)
+            study.train_chain(name)
+            model = study.load(name)
+            rows.append({"model": chosen.run(name).label, "seed": k} | figures(model, study.predict(model, study.test)))
+    return results.table(sweep_table(pd.DataFrame(rows)), "sweep", CAPTION)
+
+
+def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
+    """One row a model, from one a model and seed: the seeds, then mean and sample deviation of every figure."""
+    groups = figures.groupby("model", sort=False)
+    columns = {"seeds": groups["seed"].agg(lambda seeds: " ".join(map(str, seeds)))}
+    for name in figures.columns.drop(["model", "seed"]):
+        columns |= {name: groups[name].mean(), f"{name}_std": groups[name].std()}
+    return pd.DataFrame(columns).reset_index()

@@ -1,0 +1,215 @@
+"""The search for settings and the sweep over seeds, on the smoke profile: what is trained when, and what is written."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from avit_lib import config, search, study
+from avit_lib.checkpoints import read_json
+from avit_lib.cli import main
+from avit_lib.config import PROFILES, Halting, StudyError
+from avit_lib.study import Study
+from avit_lib.sweep import sweep_table
+
+SMOKE = PROFILES["smoke"]
+COMMAND = ["search", "--profile", "smoke"]
+
+
+def refuse(*_):
+    raise AssertionError("the search must not look at the test images")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """The results of a finished search."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AVIT_RESULTS", str(folder))
+        patch.setattr(study, "test_data", refuse)
+        assert main(COMMAND) == 0
+    return folder / "smoke"
+
+
+@pytest.fixture
+def results(searched, tmp_path, monkeypatch):
+    """A copy of these results that a test may change, and where the library now looks for them."""
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    return shutil.copytree(searched, tmp_path / "smoke")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the runs that are trained from now on."""
+    names, train = [], Study.train
+
+    def watching(self, name):
+        epochs = self.folder(name) / "last.json"
+        before = epochs.stat().st_mtime_ns if epochs.is_file() else None
+        history = train(self, name)
+        if epochs.stat().st_mtime_ns != before:
+            names.append(f"{name} {self.seed}")
+        return history
+
+    monkeypatch.setattr(Study, "train", watching)
+    return names
+
+
+def declare(monkeypatch, *candidates):
+    monkeypatch.setitem(config.PROFILES, "smoke", replace(SMOKE, search=candidates))
+
+
+def test_the_table_has_a_row_a_candidate_and_the_settings_that_differ(searched):
+    table = pd.read_csv(searched / "tables" / "search.csv")
+    assert table["candidate"].tolist() == [run.label for run in SMOKE.search]
+    assert {"halting.beta", "halting.ponder_ramp", "teacher", "distillation.alpha"} <= set(table.columns)
+    assert not {"training.epochs", "model", "halting.gamma", "label"} & set(table.columns)
+    assert table["halting.beta"].tolist() == [-2, -3]
+    assert table["distillation.alpha"].isna().tolist() == [True, False]  # nobody teaches the first
+    assert table["accuracy"].between(0, 1).all() and (table["minutes"] > 0).all()
+    assert table["mean_executed_depth"].between(1, 4).all() and table["flops_saved"].between(0, 1).all()
+    facts = read_json(searched / "tables" / "search.json")
+    assert facts["provenance"]["source"] == "search" and "validation" in facts["caption"]
+
+
+def test_figures_are_those_of_the_validation_images(searched):
+    history = pd.read_csv(searched / "checkpoints" / "search" / "higher_beta" / "history.csv").iloc[-1]
+    row = pd.read_csv(searched / "tables" / "search.csv").iloc[0]
+    for name in ("accuracy", "accuracy_macro", "mean_depth"):
+        assert row[name] == pytest.approx(history[f"val_{name}"], rel=1e-4)
+
+
+def test_a_taught_candidate_follows_its_teacher(searched):
+    folders = searched / "checkpoints" / "search"
+    taught, alone = (pd.read_csv(folders / name / "history.csv") for name in ("taught", "higher_beta"))
+    assert (taught["train_distillation"] > 0).all() and "train_distillation" not in alone
+    teacher = read_json(searched / "checkpoints" / "deit" / "last.json")["sha256"]
+    assert read_json(folders / "taught" / "last.json")["run"]["teacher"] == teacher
+    assert read_json(folders / "taught" / "last.json")["run"]["start"] == teacher
+
+
+def test_what_is_on_record_is_not_trained_again(results, trained, capsys):
+    before = (results / "tables" / "search.json").read_bytes()
+    shutil.rmtree(results / "checkpoints")  # as in a fresh clone
+    assert main(COMMAND) == 0
+    assert trained == [] and "on record" in capsys.readouterr().out
+    assert (results / "tables" / "search.json").read_bytes() == before
+
+
+def test_a_longer_list_trains_what_is_new_and_keeps_the_rest(results, trained, monkeypatch):
+    before = pd.read_csv(results / "tables" / "search.csv")
+    new = replace(SMOKE.search[0], name="new", label="beta -1", halting=replace(SMOKE.search[0].halting, beta=-1.0))
+    declare(monkeypatch, new, SMOKE.search[1])  # and one is no longer declared
+    assert main(COMMAND) == 0
+    assert trained == ["new 0"]
+    table = pd.read_csv(results / "tables" / "search.csv").set_index("candidate")
+    assert table.index.tolist() == ["beta -1", SMOKE.search[1].label, SMOKE.search[0].label]
+    assert table.loc[before["candidate"], "accuracy"].tolist() == before["accuracy"].tolist()
+
+
+def test_a_candidate_with_other_settings_is_trained_again(results, trained, monkeypatch):
+    changed = replace(SMOKE.search[0], halting=replace(SMOKE.search[0].halting, beta=-1.5))
+    declare(monkeypatch, changed, SMOKE.search[1])
+    assert main(COMMAND) == 0
+    assert trained == ["higher_beta 0"]
+    assert pd.read_csv(results / "tables" / "search.csv")["halting.beta"].tolist() == [-1.5, -3]
+
+
+def test_another_seed_is_another_search(results, trained):
+    assert main([*COMMAND, "--seed", "1"]) == 0
+    assert trained == ["deit 1", "higher_beta 1", "taught 1"]
+
+
+def test_a_setting_younger_than_the_record_has_its_default(results, trained):
+    path = results / "metrics" / "search.json"
+    content = read_json(path)
+    del content["candidates"]["higher_beta"]["settings"]["halting.ponder_ramp"]
+    path.write_text(json.dumps(content))
+    assert main(COMMAND) == 0
+    assert trained == []
+
+
+def test_an_interrupted_search_goes_on(tmp_path, trained, monkeypatch):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("avit_lib.study.Teacher", interrupt)  # the second candidate has one
+        assert main(COMMAND) == 130
+    assert len(pd.read_csv(tmp_path / "smoke" / "tables" / "search.csv")) == 1
+    assert main(COMMAND) == 0
+    assert trained == ["deit 0", "higher_beta 0", "taught 0"]
+
+
+def test_a_damaged_record_is_not_overwritten(results, capsys):
+    path = results / "metrics" / "search.json"
+    path.write_text("{")
+    assert main(COMMAND) == 2
+    assert "search.json is damaged" in capsys.readouterr().err
+    assert path.read_text() == "{"
+
+
+@pytest.mark.parametrize("command", ["search", "sweep"])
+def test_a_profile_that_declares_nothing_says_so(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    monkeypatch.setitem(config.PROFILES, "smoke", replace(SMOKE, search=(), sweep=()))
+    assert main([command, "--profile", "smoke"]) == 2
+    error = capsys.readouterr().err
+    assert "config.py" in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_settings_of_a_plain_candidate_have_no_halting():
+    plain = replace(SMOKE.run("deit"), name="x")
+    assert not [name for name in search.flat_settings(plain) if name.startswith(("halting", "distillation"))]
+
+
+def test_a_run_whose_teacher_is_not_there_is_refused(tmp_path):
+    run = SMOKE.search[1]
+    with pytest.raises(StudyError, match="learns from the run 'deit'"):
+        study.train_run(run, None, tmp_path, None, {}, 0, "cpu")
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
+def test_profiles_name_runs_that_there_are(profile):
+    names = [run.name for run in (*profile.runs, *profile.search)]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if name.startswith(("search", "seed"))]  # folders of their own
+    assert {needed for run in (*profile.runs, *profile.search) for needed in run.needs} <= set(names)
+    assert set(profile.sweep) <= {run.name for run in profile.runs}
+
+
+def test_candidates_do_not_put_the_notebooks_out_of_date():
+    assert replace(SMOKE, search=(), sweep=()).settings() == SMOKE.settings()
+    run = replace(SMOKE.runs[1], halting=Halting())
+    assert replace(SMOKE, runs=(run,)).settings() != SMOKE.settings()
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def test_the_sweep_trains_every_seed_once(results, trained):
+    command = ["sweep", "--profile", "smoke"]
+    assert main(command) == 0
+    assert trained == ["avit_finetuned 0", "deit 1", "avit_finetuned 1"]  # the search has left deit 0
+    assert (results / "checkpoints" / "seed1" / "deit" / "last.safetensors").is_file()
+    assert not (results / "checkpoints" / "seed0").exists()
+    table = pd.read_csv(results / "tables" / "sweep.csv")
+    assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned"] and table["seeds"].tolist() == ["0 1", "0 1"]
+    assert table["accuracy_std"].gt(0).any() and table["flops_saved"][0] == 0 < table["flops_saved"][1]
+    before = (results / "tables" / "sweep.csv").read_bytes()
+    del trained[:]
+    assert main(command) == 0
+    assert trained == [] and (results / "tables" / "sweep.csv").read_bytes() == before
+
+
+def test_mean_and_deviation_by_hand():
+    figures = pd.DataFrame({"model": ["b", "a", "b"], "seed": [0, 0, 1], "accuracy": [0.5, 0.25, 0.75]})
+    table = sweep_table(figures)
+    assert table["model"].tolist() == ["b", "a"] and table["seeds"].tolist() == ["0 1", "0"]
+    assert table["accuracy"].tolist() == [0.625, 0.25]
+    assert table["accuracy_std"][0] == pytest.approx(0.125 * 2**0.5) and pd.isna(table["accuracy_std"][1])
