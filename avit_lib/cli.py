@@ -1,4 +1,4 @@
-"""Command line: ``python -m avit_lib {fit,test,visualize,data,search,sweep}``."""
+"""Command line: ``python -m avit_lib {fit,test,visualize,benchmark,data,search,sweep}``."""
 
 import argparse
 import io
@@ -10,17 +10,21 @@ from pathlib import Path
 import torch
 
 from avit_lib import distributed, evaluation, plots
-from avit_lib.checkpoints import load_checkpoint, write_atomically, write_json
+from avit_lib.benchmark import Benchmark, run_benchmark
+from avit_lib.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile, results_dir
 from avit_lib.data import (
     TrainingData,
+    check_split,
     folder_data,
     folder_training_data,
     read_image,
     test_data,
+    test_images,
     to_pixels,
     training_data,
 )
+from avit_lib.efficiency import PRECISIONS, TASKS
 from avit_lib.models import AViT
 from avit_lib.reporting import provenance, to_markdown
 from avit_lib.search import run_search
@@ -72,7 +76,7 @@ def test(options: argparse.Namespace) -> None:
         classes = description["run"]["classes"]
         data = folder_data(options.data_dir, "test", _image_size(model), model.in_chans, classes)
     else:
-        data = test_data(get_profile(options.profile))
+        data = test_data(get_profile(options.profile), description["run"]["seed"])
     if list(data.classes) != description["run"]["classes"]:
         raise StudyError(
             f"{options.ckpt} was trained for other classes than those of the test images; check --data-dir"
@@ -93,7 +97,7 @@ def visualize(options: argparse.Namespace) -> None:
     model, description = load_checkpoint(options.ckpt, pick_device(options.device))
     if not isinstance(model, AViT):
         raise StudyError(f"{options.ckpt} is a model that does not halt; name a checkpoint of an A-ViT")
-    images, titles = _chosen_images(options, model, description["run"]["classes"])
+    images, titles = _chosen_images(options, model, description["run"])
     with torch.inference_mode():
         _, trace = model.forward_with_trace(images.to(pick_device(options.device)))
     figure = plots.depth_maps(to_pixels(images), trace.depth.cpu(), len(model.blocks), titles)
@@ -103,13 +107,33 @@ def visualize(options: argparse.Namespace) -> None:
     print(f"written to {options.output}")
 
 
+def benchmark(options: argparse.Namespace) -> None:
+    """Time DeiT, masked and packed A-ViT side by side; tables and figures go into results/benchmark."""
+    settings = Benchmark(
+        options.model, options.depth, tuple(options.batch), tuple(options.task), tuple(options.precision),
+        options.repeats, options.limit, options.seed,
+    )  # fmt: skip
+    speed, page = run_benchmark(settings, pick_device(options.device))
+    print(to_markdown(speed))
+    print(f"tables and figures: {page}")
+
+
 def data(options: argparse.Namespace) -> None:
-    """Say where the data of a profile are, verify them, and print the split."""
+    """Say where the data of a profile are, read every image, print the split and compare it with the one on record."""
     profile = get_profile(options.profile)
-    split = training_data(profile, options.seed).split
-    sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(test_data(profile))} test"
-    print(f"{profile.dataset} under {data_dir()}: {sizes} images")
-    print(f"validation images drawn by seed {options.seed}, sha256 {split['validation_sha256'][:16]}")
+    found = training_data(profile, options.seed)
+    split, images, classes = found.split, test_data(profile, options.seed), len(found.train.classes)
+    sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(images)} test"
+    print(f"{profile.dataset} under {data_dir()}: {sizes} images, {classes} classes")
+    for role, part in (("training", found.train), ("validation", found.validation), ("test", images)):
+        counts = part.labels.bincount(minlength=classes)
+        print(f"  {role}: {counts.min()} to {counts.max()} images a class")
+    print(f"split by seed {options.seed}, sha256 {split['sha256']}")
+    path = results_dir(profile.name) / "metrics" / "split.json"
+    recorded = read_json(path) if path.is_file() else {}
+    if recorded.get("seed") == options.seed and "sha256" in recorded:
+        check_split(recorded, split)
+        print(f"the same as in {path}")
 
 
 def search(options: argparse.Namespace) -> None:
@@ -144,11 +168,11 @@ def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
 def _training_data(profile: Profile, options: argparse.Namespace) -> TrainingData:
     if not options.data_dir:
         return training_data(profile, options.seed)
-    channels = 1 if profile.dataset == "FashionMNIST" else 3
-    return folder_training_data(options.data_dir, profile.image_size, channels, options.seed)
+    size, channels = profile.image_size, profile.channels
+    return folder_training_data(options.data_dir, size, channels, options.seed, profile.augmentation)
 
 
-def _chosen_images(options: argparse.Namespace, model: AViT, classes: list[str]) -> tuple[torch.Tensor, list[str]]:
+def _chosen_images(options: argparse.Namespace, model: AViT, run: dict) -> tuple[torch.Tensor, list[str]]:
     """The images named by --images, numbers in the test set or paths, and a title for each."""
     numbers = [name for name in options.images if name.isdigit()]
     if numbers and len(numbers) < len(options.images):
@@ -156,11 +180,11 @@ def _chosen_images(options: argparse.Namespace, model: AViT, classes: list[str])
     if not numbers:
         images = [read_image(path, _image_size(model), model.in_chans) for path in options.images]
         return torch.stack(images), [Path(path).stem for path in options.images]
-    data = test_data(get_profile(options.profile))
+    data = test_images(get_profile(options.profile), run["seed"])
     if (highest := max(int(number) for number in numbers)) >= len(data):
         raise StudyError(f"there is no test image {highest}; the numbers go from 0 to {len(data) - 1}")
     chosen = [data[int(number)] for number in numbers]
-    return torch.stack([image for image, _ in chosen]), [classes[label] for _, label in chosen]
+    return torch.stack([image for image, _ in chosen]), [run["classes"][label] for _, label in chosen]
 
 
 def _image_size(model: torch.nn.Module) -> int:
@@ -218,7 +242,25 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     command.add_argument("--output", type=Path, default="halting.png", metavar="FILE", help="(default: %(default)s)")
 
-    add("data", data, [], "find, verify and describe the data of a profile")
+    command = add(
+        "benchmark", benchmark, [device], "time DeiT, masked and packed A-ViT side by side on synthetic halting"
+    )
+    command.add_argument(
+        "--model", default="avit_tiny_patch16_224", metavar="NAME", help="a timm name avit_* (default: %(default)s)"
+    )
+    command.add_argument("--depth", type=float, default=7.0, metavar="X", help="mean depth in layers (default: 7)")
+    command.add_argument(
+        "--batch", type=int, nargs="+", default=[1, 8, 64, 256], metavar="N", help="images (default: 1 8 64 256)"
+    )
+    command.add_argument("--task", nargs="+", choices=TASKS, default=TASKS, help="(default: both)")
+    command.add_argument("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="(default: both)")
+    command.add_argument("--repeats", type=int, default=7, metavar="N", help="rounds of each timing (default: 7)")
+    command.add_argument(
+        "--limit", type=float, default=40.0, metavar="S",
+        help="seconds of a timing after which, from the third round on, no more begins (default: 40)",
+    )  # fmt: skip
+
+    add("data", data, [], "find, read and describe the data of a profile; compare their split with the one on record")
     add("search", search, [device], "train the profile's candidates, compare them on the validation images")
     add("sweep", sweep, [device], "train and test the profile's best runs from several seeds: mean and deviation")
     return parser

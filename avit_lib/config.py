@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 
@@ -104,19 +104,23 @@ class Profile:
 
     name: str
     purpose: str
-    dataset: str
-    image_size: int
+    dataset: str  # FashionMNIST, CIFAR10, CIFAR100, Caltech101, Caltech256 or ImageNet
+    image_size: int  # pixels
     validation_per_class: int
     runs: tuple[Run, ...]
     train_per_class: int | None = None  # None: all
-    test_per_class: int | None = None
+    test_per_class: int | None = None  # at most, where the test images are drawn as well (Caltech)
+    augmentation: str = "none"  # of training images; "standard": random crops and mirroring
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
-    search: tuple[
-        Run, ...
-    ] = ()  # candidates that `make search` compares on the validation images; labels say what varies
+    search: tuple[Run, ...] = ()  # candidates that `make search` compares on the validation images
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return 1 if self.dataset == "FashionMNIST" else 3
 
     def run(self, name: str) -> Run:
         """The run, or candidate of the search, called ``name``; raises StudyError when there is none."""
@@ -153,6 +157,63 @@ def _smoke_candidate(name: str, label: str, halting: Halting, teacher: str = "")
     training = Training(epochs=1, learning_rate=2e-3, batch_size=32)
     return Run(name, label, "avit_nano_patch7_28", "deit", training, halting, teacher=teacher)
 
+
+def _pretrained_runs(deit: Training, avit: Training, halting: Halting) -> tuple:
+    """The three models of the study on DeiT-T's ImageNet weights; A-ViT from those, and from the fine-tuned DeiT."""
+    weights = "deit_tiny_patch16_224.fb_in1k"
+    return (
+        Run("deit", "DeiT fine-tuned", "deit_tiny_patch16_224", "pretrained", deit, pretrained=weights),
+        Run("avit", "A-ViT from ImageNet", "avit_tiny_patch16_224", "pretrained", avit, halting, pretrained=weights),
+        Run("avit_finetuned", "A-ViT fine-tuned", "avit_tiny_patch16_224", "deit", avit, halting),
+    )
+
+
+_CALTECH101 = Profile(
+    name="caltech101",
+    purpose="the real study: natural images at 224 pixels, DeiT-T's ImageNet weights",
+    dataset="Caltech101",
+    image_size=224,
+    train_per_class=30,
+    validation_per_class=5,
+    test_per_class=50,
+    augmentation="standard",
+    runs=_pretrained_runs(
+        deit=Training(4, learning_rate=2e-4, batch_size=64, precision="bfloat16"),
+        avit=Training(4, learning_rate=2e-4, batch_size=64, precision="bfloat16", execution="packed"),
+        halting=Halting(gamma=5.0, beta=-6.0, alpha_ponder=1e-2, target_depth=6.0),
+    ),
+    notes=(
+        "Split: the classic 30 training images a class, then 5 for validation, up to 50 of the rest for test, by seed.",
+        "Classes of fewer than 40 images keep their training images and share the rest; inline_skate, the smallest, "
+        "has 31 images: 29, 1 and 1. Mean per-class accuracy weighs every class alike, however few its test images.",
+        "BACKGROUND_Google is not a class, as in torchvision.",
+    ),
+)
+_CALTECH256 = replace(
+    _CALTECH101,
+    name="caltech256",
+    purpose="the data of the original student report, by the protocol of the caltech101 profile",
+    dataset="Caltech256",
+    notes=("Split and settings: as in the caltech101 profile. 257.clutter is left out: it is no class of objects.",),
+)
+_CIFAR10 = replace(
+    _CALTECH101,
+    name="cifar10",
+    purpose="CIFAR-10, scaled up to 224 pixels",
+    dataset="CIFAR10",
+    train_per_class=None,
+    validation_per_class=500,
+    test_per_class=None,
+    notes=("Official test images; 500 training images a class are held out. Settings: as in the caltech101 profile.",),
+)
+_CIFAR100 = replace(
+    _CIFAR10,
+    name="cifar100",
+    purpose="CIFAR-100, scaled up to 224 pixels",
+    dataset="CIFAR100",
+    validation_per_class=50,
+    notes=("Official test images; 50 training images a class are held out. Settings: as in the caltech101 profile.",),
+)
 
 PROFILES = {
     profile.name: profile
@@ -203,12 +264,17 @@ PROFILES = {
                 "alpha_ponder 5e-3: with 2e-2 and a weak prior nearly all patches halted in the second layer.",
             ),
         ),
+        _CALTECH101,
+        _CALTECH256,
+        _CIFAR10,
+        _CIFAR100,
         Profile(
             name="imagenet",
-            purpose="the paper: ImageNet-1k, A-ViT from DeiT's weights; days on one GPU, for several processes",
+            purpose="the paper: ImageNet-1k, A-ViT from DeiT's weights, on several GPUs",
             dataset="ImageNet",
             image_size=224,
             validation_per_class=10,
+            augmentation="standard",
             runs=_imagenet_runs(
                 # 4 x 128 images; EMA and Mixup with CutMix are those of DeiT, whose recipe the paper follows.
                 Training(

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import math
 import multiprocessing
 import resource
@@ -85,11 +86,23 @@ def synthetic_workload(
     return Workload(adaptive, plain, images, "synthetic halting of an untrained model")
 
 
+def trained_workload(adaptive: AViT, plain: nn.Module, images: Tensor) -> Workload:
+    """Trained models on real images [B, C, H, W]."""
+    device = next(plain.parameters()).device
+    return Workload(adaptive.eval(), plain.eval(), images.to(device), "trained models on test images")
+
+
 def without_halting(workload: Workload) -> Workload:
     """The same images and models, but no token ever halts: what packed execution costs when it saves nothing."""
     adaptive = copy.deepcopy(workload.adaptive)
     adaptive.beta = -1e4
     return replace(workload, adaptive=adaptive, origin="no token halts")
+
+
+def on_device(workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32) -> Workload:
+    """A copy of the workload on a device, in a type."""
+    adaptive, plain = (copy.deepcopy(model).to(device, dtype) for model in (workload.adaptive, workload.plain))
+    return replace(workload, adaptive=adaptive, plain=plain, images=workload.images.to(device, dtype))
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:
@@ -143,26 +156,22 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def throughput(
-    models: dict[str, nn.Module], images: Tensor, repeats: int = 7, device: torch.device | str = "cpu"
-) -> pd.DataFrame:
+def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats: int = 7) -> pd.DataFrame:
     """Images a second of several models in plain inference on the same batch, one row each.
 
-    Columns: model, images_per_second (median over rounds), its quartiles _low and _high, and speedup against the first
-    model (median of the ratios within each round). Models that halt run packed.
+    ``models`` gives, for each name, a model and how it is executed ("masked", "packed"; no matter for one that does not
+    halt). Columns: model, batch, images_per_second (median over rounds), its quartiles _low and _high, and speedup
+    against the first model (median of the ratios within each round).
     """
-    device = torch.device(device)
-    images = images.to(device)
-    functions = {name: _inference(model.to(device).eval(), images) for name, model in models.items()}
-    samples = interleaved(functions, repeats, device)
+    functions = {name: _inference(model.eval(), images, execution) for name, (model, execution) in models.items()}
+    samples = interleaved(functions, repeats, images.device)
     first = next(iter(samples.values()))
     rows = []
     for name, seconds in samples.items():
         low, middle, high = np.percentile(len(images) / np.array(seconds), (25, 50, 75))
-        speedup = float(np.median(np.divide(first, seconds)))
         rows.append({
-            "model": name, "images_per_second": middle, "images_per_second_low": low, "images_per_second_high": high,
-            "speedup": speedup,
+            "model": name, "batch": len(images), "images_per_second": middle, "images_per_second_low": low,
+            "images_per_second_high": high, "speedup": np.median(np.divide(first, seconds)),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -218,8 +227,7 @@ def _prepared(workload: Workload, task: str, precision: str, device: torch.devic
     if task not in TASKS or precision not in PRECISIONS:
         raise StudyError(f"the tasks are {', '.join(TASKS)}, the precisions {', '.join(PRECISIONS)}")
     dtype = torch.bfloat16 if task == "inference" and precision == "bfloat16" else torch.float32
-    adaptive, plain = (copy.deepcopy(model).to(device, dtype) for model in (workload.adaptive, workload.plain))
-    return replace(workload, adaptive=adaptive, plain=plain, images=workload.images.to(device, dtype))
+    return on_device(workload, device, dtype)
 
 
 def _step(workload: Workload, name: str, task: str, precision: str, device: torch.device) -> Callable[[], None]:
@@ -241,6 +249,54 @@ def _step(workload: Workload, name: str, task: str, precision: str, device: torc
         optimizer.step()
 
     return train
+
+
+def benchmark_all(
+    name: str,
+    mean_depth: float,
+    batches: Sequence[int],
+    tasks: Sequence[str],
+    precisions: Sequence[str],
+    repeats: int,
+    device: torch.device,
+    limit: float = math.inf,
+) -> pd.DataFrame:
+    """``benchmark`` of ``avit_*`` ``name`` on synthetic workloads: all tasks, precisions and batch sizes."""
+    settings = list(itertools.product(tasks, precisions, batches))
+    frames = []
+    for task, precision, batch in tqdm(settings, desc="benchmark", unit="setting", disable=None):
+        workload = synthetic_workload(name, batch, mean_depth)
+        frames.append(benchmark(workload, task, precision, repeats, device, limit))
+    return pd.concat(frames, ignore_index=True)
+
+
+def overhead_table(
+    name: str, batches: Sequence[int], precisions: Sequence[str], repeats: int, device: torch.device, limit: float
+) -> pd.DataFrame:
+    """What packed inference costs above DeiT's when no token halts: one row a precision and batch size."""
+    frames = []
+    for precision, batch in itertools.product(precisions, batches):
+        workload = without_halting(synthetic_workload(name, batch, mean_depth=1.0))
+        frames.append(benchmark(workload, "inference", precision, repeats, device, limit))
+    table = pd.concat(frames, ignore_index=True)
+    table = table[table["model"] == "A-ViT packed"]
+    return table[["precision", "batch", "seconds", "rounds"]].assign(overhead=1 / table["speedup"] - 1)
+
+
+def memory_table(
+    name: str, mean_depth: float, batch: int, tasks: Sequence[str], precisions: Sequence[str], device: torch.device
+) -> pd.DataFrame:
+    """Peak memory [MiB] of each model, and its share of DeiT's: one row a task, precision and model."""
+    rows = []
+    for task, precision in itertools.product(tasks, precisions):
+        found = {
+            model: peak_memory(name, model, batch, mean_depth, task, precision, device.type == "cuda")
+            for model in MODELS
+        }
+        for model, mebibytes in found.items():
+            row = {"task": task, "precision": precision, "batch": batch, "model": model}
+            rows.append(row | {"peak_mib": mebibytes, "of_deit": mebibytes / found["DeiT"]})
+    return pd.DataFrame(rows)
 
 
 def depth_sweep(
@@ -317,6 +373,16 @@ def operator_times(workload: Workload, execution: str) -> pd.Series:
             spent[kind] += event.self_cpu_time_total / 1e3 / calls
     spent["all else"] = max(0.0, 1e3 * seconds - sum(spent.values()))
     return pd.Series(spent, name=execution) / len(workload.images)
+
+
+def operator_table(workload: Workload) -> pd.DataFrame:
+    """``operator_times`` of DeiT, masked and packed A-ViT: one row a kind of operator, milliseconds an image."""
+    workload = on_device(workload, torch.device("cpu"))
+    executions = dict(zip(("plain", "masked", "packed"), MODELS, strict=True))
+    table = pd.concat(
+        [operator_times(workload, execution).rename(name) for execution, name in executions.items()], axis=1
+    )
+    return table.rename_axis("operators").reset_index()
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from avit_lib import distributed
 from avit_lib.config import fitting_memory
-from avit_lib.data import ImageTensors, loader
+from avit_lib.data import Images, loader
 from avit_lib.halting import executed_depth
 from avit_lib.models import AViT
 
@@ -42,9 +42,7 @@ class Predictions:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module, data: ImageTensors, batch_size: int = 250, device: str | torch.device = "cpu"
-) -> Predictions:
+def predict(model: nn.Module, data: Images, batch_size: int = 250, device: str | torch.device = "cpu") -> Predictions:
     """Run ``model`` in evaluation mode over ``data``; returns Predictions.
 
     Each of several processes computes a part of the images and gets the predictions of all, every image once. Raises
@@ -94,10 +92,11 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
 
 
 def classification_metrics(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """Accuracy, mean per-class accuracy and macro F1, fractions between 0 and 1."""
+    """Accuracy, mean per-class accuracy (over the classes that have images) and macro F1, fractions between 0 and 1."""
+    by_class = multiclass_accuracy(predicted, labels, classes, average="none")
     return {
         "accuracy": multiclass_accuracy(predicted, labels, classes, average="micro").item(),
-        "accuracy_macro": multiclass_accuracy(predicted, labels, classes, average="macro").item(),
+        "accuracy_macro": by_class[labels.unique()].mean().item(),
         "f1_macro": multiclass_f1_score(predicted, labels, classes, average="macro").item(),
     }
 
@@ -137,10 +136,11 @@ def bootstrap_intervals(
 
 def _from_confusion(confusion: np.ndarray) -> dict[str, float]:
     hits, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    there = true > 0  # small classes are absent from some resamples: that is no mistake of the model
     met = true + predicted > 0  # as torchmetrics: a class neither there nor predicted does not count
     return {
         "accuracy": hits.sum() / confusion.sum(),
-        "accuracy_macro": (hits[met] / true[met].clip(min=1)).mean(),
+        "accuracy_macro": (hits[there] / true[there]).mean(),
         "f1_macro": (2 * hits[met] / (true + predicted)[met]).mean(),
     }
 

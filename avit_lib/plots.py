@@ -352,6 +352,99 @@ def depth_right_wrong(mean_depth: ArrayLike, correct: ArrayLike, layers: int) ->
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
+# --- time -------------------------------------------------------------------------------------------------------------
+
+SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[2]}
+
+
+def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
+    """Measured speed-up of packed A-ViT over DeiT against the ratio of their FLOPs, a point a mean depth."""
+    figure, [[axis]] = subplots(height=3.8)
+    highest = 1.06 * max(sweep["flops_ratio"].max(), sweep["speedup"].max())
+    lowest = min(0.9, 0.95 * sweep["speedup"].min())
+    axis.plot([1, highest], [1, highest], color=MUTED, linestyle="--", linewidth=1.2)
+    axis.annotate("ideal: time follows FLOPs", (0.9 * highest, 0.9 * highest), (-8, 2), textcoords="offset points",
+                  ha="right", color=MUTED)  # fmt: skip
+    axis.axhline(1, color=PALETTE[7], linewidth=1.2)
+    axis.annotate("DeiT", (highest, 1), (-6, 4), textcoords="offset points", ha="right", color=PALETTE[7])
+    axis.plot(sweep["flops_ratio"], sweep["speedup"], color=SPEED_COLOURS["A-ViT packed"], marker="o")
+    for row in sweep.itertuples():
+        axis.annotate(f"depth {row.mean_depth:g}", (row.flops_ratio, row.speedup), (7, -9),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    axis.set(xlabel="FLOPs of DeiT / FLOPs of A-ViT", ylabel="images a second, A-ViT / DeiT", ylim=(lowest, highest))
+    return figure
+
+
+def throughput_by_batch(table: pd.DataFrame) -> Figure:
+    """Images a second against batch size, a line a model; a panel for each task and precision in the table."""
+    panels = list(table.groupby(["task", "precision"], sort=False))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = subplots(rows, columns, 2.9 * rows, sharex=True)
+    for axis, ((task, precision), part) in zip(axes.flat, panels, strict=False):
+        for model, line in part.groupby("model", sort=False):
+            low, high = line["batch"] / line["seconds_high"], line["batch"] / line["seconds_low"]
+            axis.fill_between(line["batch"], low, high, color=SPEED_COLOURS[model], alpha=0.2, linewidth=0)
+            axis.plot(line["batch"], line["images_per_second"], color=SPEED_COLOURS[model], marker="o", label=model)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(part["batch"].unique()), sorted(part["batch"].unique()))
+        axis.set(title=f"{task}, {precision}", ylim=(0, None))
+    for axis in axes[-1]:
+        axis.set_xlabel("batch size [images]")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("images a second")
+    _legend_above(figure, axes[0, 0])
+    return figure
+
+
+def speedup_by_batch(table: pd.DataFrame) -> Figure:
+    """Speed-up over the first model of ``table`` against batch size, a line a model (masked ones dotted)."""
+    figure, [[axis]] = subplots(height=3.4)
+    reference = table["model"].iloc[0]
+    axis.axhline(1, color=MUTED, linewidth=1.2)
+    for model, line in table[table["model"] != reference].groupby("model", sort=False):
+        style = ":" if "masked" in model else "-"
+        axis.plot(line["batch"], line["speedup"], color=model_colour(model), linestyle=style, marker="o", label=model)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(table["batch"].unique()), sorted(table["batch"].unique()))
+    axis.minorticks_off()
+    axis.set(xlabel="batch size [images]", ylabel=f"images a second / {reference}'s", ylim=(0, None))
+    _legend_above(figure, axis)
+    return figure
+
+
+def layer_times(table: pd.DataFrame) -> Figure:
+    """Time of every layer, DeiT's and packed A-ViT's, and the tokens that are left in it."""
+    figure, [[axis]] = subplots(height=3.4)
+    width = 0.38
+    axis.bar(table["layer"] - width / 2, table["deit"], width, color=SPEED_COLOURS["DeiT"], label="DeiT")
+    axis.bar(table["layer"] + width / 2, table["packed"], width, color=SPEED_COLOURS["A-ViT packed"],
+             label="A-ViT packed")  # fmt: skip
+    axis.plot(table["layer"], table["ideal"], color=INK, marker="_", markersize=14, linestyle="none", mew=2,
+              label="DeiT x share of tokens left")  # fmt: skip
+    axis.set(xlabel="layer, and below it the tokens of an image that are left in it", ylabel="time [ms an image]")
+    axis.set_xticks(table["layer"], [f"{row.layer}\n{row.tokens:.0f}" for row in table.itertuples()])
+    axis.grid(axis="x", visible=False)
+    _legend_above(figure, axis)
+    return figure
+
+
+def operator_times(table: pd.DataFrame) -> Figure:
+    """Where the time of plain inference goes: a bar a model, stacked by kind of operator."""
+    figure, [[axis]] = subplots(height=2.6)
+    models = [column for column in table.columns if column != "operators"][::-1]
+    left = np.zeros(len(models))
+    colours = [PALETTE[0], PALETTE[9], PALETTE[8], PALETTE[1], PALETTE[3]]
+    for (_, row), colour in zip(table.iterrows(), colours, strict=True):
+        values = row[models].to_numpy(float)
+        axis.barh(models, values, left=left, color=colour, label=row["operators"], edgecolor="white")
+        left += values
+    axis.set(xlabel="time [ms an image]")
+    axis.grid(axis="y", visible=False)
+    _legend_above(figure, axis)
+    return figure
+
+
 def _grids(depth: ArrayLike) -> np.ndarray:
     """The depth [B, N] of the patch tokens in their places, [B, G, G] float; the class token is left out."""
     patches = np.asarray(depth, dtype=float)[:, 1:]

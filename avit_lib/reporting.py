@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,20 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "
 FIGURE_DPI = 120
 
 
+@dataclass(frozen=True)
+class Collection:
+    """Results that belong to no profile: the name of their folder, what they are, the command that makes them."""
+
+    name: str
+    purpose: str
+    command: str
+    notes: tuple[str, ...] = ()
+
+
 class Results:
     """The results folder of one profile and seed: ``table``, ``figure`` and ``metrics`` write into it."""
 
-    def __init__(self, profile: Profile, seed: int, source: str):
+    def __init__(self, profile: Profile | Collection, seed: int, source: str):
         """``source`` names what makes these results, a notebook say; the clock of their duration starts here."""
         self.profile, self.seed, self.source = profile, seed, source
         self.folder = results_dir(profile.name)
@@ -91,11 +102,13 @@ def to_markdown(frame: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def write_summary(profile: Profile) -> Path:
+def write_summary(profile: Profile | Collection) -> Path:
     """Write results/<profile>/README.md: every table inline, every figure shown, provenance at the end."""
     folder = results_dir(profile.name)
-    lines = [f"# Results of profile `{profile.name}`", "", f"{profile.purpose[0].upper()}{profile.purpose[1:]}.", ""]
-    lines += [f"Made by `make reproduce PROFILE={profile.name}`; this page is generated, do not edit it.", ""]
+    command = profile.command if isinstance(profile, Collection) else f"make reproduce PROFILE={profile.name}"
+    title = f"Results: {profile.name}" if isinstance(profile, Collection) else f"Results of profile `{profile.name}`"
+    lines = [f"# {title}", "", f"{profile.purpose[0].upper()}{profile.purpose[1:]}.", ""]
+    lines += [f"Made by `{command}`; this page is generated, do not edit it.", ""]
     described = []
     for kind, suffix in (("tables", ".md"), ("figures", ".png")):
         lines += [f"## {kind.capitalize()}", ""]

@@ -16,7 +16,7 @@ from torch import nn
 from avit_lib import distributed, evaluation
 from avit_lib.checkpoints import create_model, load_checkpoint, load_pretrained, load_weights, read_json
 from avit_lib.config import Run, StudyError, get_profile
-from avit_lib.data import ImageTensors, TrainingData, test_data, training_data
+from avit_lib.data import Images, TrainingData, test_data, training_data
 from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
 from avit_lib.reporting import Results
 from avit_lib.training import fit, pick_device, seed_everything
@@ -44,9 +44,9 @@ class Study:
         return training_data(self.profile, self.seed)
 
     @cached_property
-    def test(self) -> ImageTensors:
+    def test(self) -> Images:
         """Test images; for the final evaluation only."""
-        return test_data(self.profile)
+        return test_data(self.profile, self.seed)
 
     def folder(self, run: str) -> Path:
         """Where the checkpoints of a run, or candidate of the search, lie."""
@@ -92,7 +92,7 @@ class Study:
         """The training history of a run, one row an epoch."""
         return pd.read_csv(self._checkpoint(name).with_name("history.csv"))
 
-    def predict(self, model: nn.Module, data: ImageTensors) -> evaluation.Predictions:
+    def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
         """What ``model`` says of ``data``."""
         return evaluation.predict(model, data, device=self.device)
 
@@ -121,7 +121,7 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
         "arguments": model_arguments(run, len(data.train.classes)),
         "classes": list(data.train.classes),
         "settings": asdict(run),
-        "images": [len(data.train), data.split["validation_sha256"]],
+        "images": [len(data.train), data.split["sha256"], data.augmentation],
         "start": read_json(start.with_suffix(".json"))["sha256"] if start else run.init,
         "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else run.teacher,
     }

@@ -1,6 +1,7 @@
 """The tables of the study: predictions in, DataFrame out, one row a model, class or image; fractions are 0 to 1."""
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor
 
 from avit_lib.config import Profile, Run
-from avit_lib.data import ImageTensors, pick_per_class
+from avit_lib.data import Images, pick_per_class
+from avit_lib.efficiency import throughput
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics, paired_difference
 from avit_lib.study import Study
 
@@ -34,6 +36,23 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
     return table.assign(flops_saved=1 - table["gflops_per_image"] / flops[plain_run(study.profile).label])
 
 
+def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False) -> pd.DataFrame:
+    """Images a second of the trained models on test images, and speed-up against the plain one: see ``throughput``.
+
+    One row a model and batch size (default: the one it was trained with); ``masked`` adds the models that halt as the
+    paper executes them.
+    """
+    runs = study.profile.runs
+    models = {run.label: (study.load(run.name), "packed") for run in runs}
+    if masked:
+        models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
+    frames = []
+    for batch in batches or [plain_run(study.profile).training.batch_size]:
+        images, _ = study.test.__getitems__(list(range(min(batch, len(study.test)))))
+        frames.append(throughput(models, images.to(study.device)))
+    return pd.concat(frames, ignore_index=True)
+
+
 def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> pd.DataFrame:
     """Accuracy of every model that halts minus the plain one's on the same images, with its 95 % interval."""
     plain = plain_run(profile)
@@ -48,7 +67,7 @@ def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> p
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation and difference tables in words, for people: percentages with their 95 % intervals."""
+    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
     gains = differences.set_index("model")
     rows = []
     for row in evaluation.itertuples():
@@ -62,6 +81,8 @@ def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.Dat
             "mean depth [layers]": f"{row.mean_depth:.2f}",
             "GFLOPs per image": f"{row.gflops_per_image:.4f}",
             "FLOPs saved": f"{row.flops_saved:.1%}",
+            "images a second": f"{row.images_per_second:.0f}",
+            "speed-up": f"{row.speedup:.2f}",
         })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -79,7 +100,7 @@ def plain_run(profile: Profile) -> Run:
     return next(run for run in profile.runs if run.halting is None)
 
 
-def class_counts(splits: dict[str, ImageTensors]) -> pd.DataFrame:
+def class_counts(splits: dict[str, Images]) -> pd.DataFrame:
     """Images of each class, one column for each named set of images."""
     classes = next(iter(splits.values())).classes
     counts = {name: data.labels.bincount(minlength=len(classes)).tolist() for name, data in splits.items()}

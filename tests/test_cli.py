@@ -1,13 +1,17 @@
 """The command line as a new user tries it: a folder of one's own images, then the faults it may have."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from avit_lib import cli
 from avit_lib.cli import main
-from avit_lib.config import data_dir
+from avit_lib.config import PROFILES, Halting, Run, Training, data_dir, get_profile
+from avit_lib.data import training_data
+from avit_lib.reporting import Results
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,43 @@ def test_images_that_do_not_exist(trained, capsys, tmp_path):
     command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--output", str(tmp_path / "a.png")]
     assert main([*command, "--images", "nothing.jpg"]) == 2
     assert "nothing.jpg" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pool(tmp_path, monkeypatch):
+    """A profile on a small Caltech-101: 14 images of each of two classes."""
+    for name, colour in (("ant", "red"), ("bee", "blue")):
+        folder = tmp_path / "data" / "caltech101" / "101_ObjectCategories" / name
+        folder.mkdir(parents=True)
+        for number in range(14):
+            Image.new("RGB", (30, 20), colour).save(folder / f"image_{number:04d}.jpg")
+    run = Run("avit", "A-ViT", "avit_tiny_patch16_224", "random", Training(1, 1e-3, batch_size=4), Halting())
+    profile = replace(get_profile("caltech101"), name="pool", runs=(run,), train_per_class=4, test_per_class=4)
+    monkeypatch.setitem(PROFILES, "pool", profile)
+    monkeypatch.setenv("AVIT_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
+    return profile
+
+
+def test_data_compares_with_the_split_on_record(pool, tmp_path, capsys):
+    command = ["data", "--profile", "pool"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "8 training, 10 validation, 8 test images, 2 classes" in printed and "the same as" not in printed
+    Results(pool, 0, "a test").metrics(training_data(pool, 0).split, "split")
+    assert main(command) == 0
+    assert "the same as in" in capsys.readouterr().out
+    assert main([*command, "--seed", "1"]) == 0  # of which there is no record
+    capsys.readouterr()
+    next((tmp_path / "data").rglob("image_0003.jpg")).unlink()
+    assert main(command) == 2
+    assert "not those on record" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_tested_on_the_split_it_was_trained_on(pool, tmp_path, monkeypatch, capsys):
+    assert main(["fit", "--profile", "pool", "--seed", "3", "--output", str(tmp_path / "run")]) == 0
+    seeds = []
+    test_data = cli.test_data
+    monkeypatch.setattr(cli, "test_data", lambda profile, seed: seeds.append(seed) or test_data(profile, seed))
+    assert main(["test", "--profile", "pool", "--ckpt", str(tmp_path / "run" / "last.safetensors")]) == 0
+    assert seeds == [3]

@@ -66,6 +66,16 @@ def test_classification_metrics_by_hand():
     assert found["f1_macro"] == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)
 
 
+def test_a_class_without_images_does_not_count():
+    found = predictions([0, 0, 2, 1], [0, 0, 1, 1])  # class 2 is predicted once, but has no image
+    assert evaluation.classification_metrics(found.predicted, found.labels, 3)["accuracy_macro"] == 0.75
+    alone = predictions([0, 0, 0, 1], [0, 0, 0, 1])  # class 1 is absent from a third of all resamples
+    assert evaluation.bootstrap_intervals(alone, resamples=200)["accuracy_macro"] == (1.0, 1.0)
+    confused = predictions([0] * 30 + [1, 1], [0] * 31 + [1])
+    low, high = evaluation.bootstrap_intervals(confused, resamples=300)["accuracy_macro"]
+    assert low > 0.85 and high == 1.0
+
+
 def test_predict_and_metrics_of_a_model_that_halts():
     model, data = varied_model(0.5).float(), random_images(10)
     model.train()

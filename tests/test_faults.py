@@ -424,6 +424,11 @@ def test_a_fault_is_one_line_and_loses_nothing(arrange, message, also, leaves, p
         assert {path.name for path in place.output.iterdir()} == FINISHED
 
 
+def sixteen_bit(path: Path) -> None:
+    Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)).save(path.with_suffix(".png"))
+    path.unlink()
+
+
 def palette(path: Path) -> None:
     Image.open(path).convert("P").save(path.with_suffix(".png"))
     path.unlink()
@@ -437,7 +442,7 @@ def cmyk(path: Path) -> None:
     Image.new("CMYK", (40, 30), (0, 0, 0, 200)).save(path)
 
 
-@pytest.mark.parametrize("kind", [cmyk, palette, one_pixel])
+@pytest.mark.parametrize("kind", [cmyk, palette, one_pixel, sixteen_bit])
 def test_unusual_images_are_taken_as_they_are_meant(kind, place):
     kind(place.images / "train" / "dark" / "3.jpg")
     assert main(place.fit("--epochs", 1)) == 0

@@ -1,4 +1,4 @@
-"""The ImageNet profile, dry: its recipe on a generated folder, with a tiny backbone in place of its own."""
+"""The ImageNet profile, dry: its recipe on generated images, with a tiny backbone in place of its own."""
 
 from dataclasses import replace
 
@@ -24,15 +24,17 @@ def avit_dry_patch56_224(num_classes=1000, gamma=5.0, beta=-10.0, eps=0.01, **_)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def generated(tmp_path, monkeypatch):
+    """Noise in the layout of ImageNet: three classes of 14 training and 3 validation images."""
     generator = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 2), ("test", 3)):
+    for split, count in (("train", 14), ("val", 3)):
         for label in ("n01440764", "n01443537", "n01484850"):
-            (tmp_path / split / label).mkdir(parents=True)
+            folder = tmp_path / "imagenet" / split / label
+            folder.mkdir(parents=True)
             for number in range(count):
                 pixels = generator.integers(0, 255, (240, 260, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / label / f"{number}.JPEG")
-    return tmp_path
+                Image.fromarray(pixels).save(folder / f"{number}.JPEG")
+    monkeypatch.setenv("AVIT_DATA", str(tmp_path))
 
 
 def test_the_recipe_is_that_of_the_paper():
@@ -50,7 +52,8 @@ def test_its_models_and_weights_exist(run):
     assert timm.get_pretrained_cfg(run.pretrained).hf_hub_id == f"timm/{run.pretrained}"
 
 
-def test_dry_run(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.usefixtures("generated")
+def test_dry_run(tmp_path, monkeypatch, capsys):
     profile = get_profile("imagenet")
     run = replace(profile.run("avit"), model="avit_dry_patch56_224")
     monkeypatch.setitem(PROFILES, "imagenet", replace(profile, runs=(run,)))
@@ -59,13 +62,13 @@ def test_dry_run(folder, tmp_path, monkeypatch, capsys):
     source = timm.create_model(run.model, num_classes=1000)
     save_checkpoint(tmp_path / f"{run.pretrained}.safetensors", source, run.model, {})
     output = tmp_path / "output"
-    command = ["fit", "--profile", "imagenet", "--data-dir", str(folder), "--epochs", "2", "--output", str(output)]
+    command = ["fit", "--profile", "imagenet", "--epochs", "2", "--output", str(output)]
     assert cli.main([*command, "--device", "cpu"]) == 0
     history = pd.read_csv(output / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and np.isfinite(history["train_loss"]).all()
     model, description = load_checkpoint(output / "last.safetensors")
     assert len(description["run"]["classes"]) == 3
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight, atol=1e-3, rtol=0)
-    test = ["test", "--profile", "imagenet", "--ckpt", str(output / "last.safetensors"), "--data-dir", str(folder)]
+    test = ["test", "--profile", "imagenet", "--ckpt", str(output / "last.safetensors")]
     assert cli.main([*test, "--device", "cpu"]) == 0
     assert '"images": 9' in capsys.readouterr().out

@@ -136,3 +136,22 @@ def test_extremes_are_the_extremes(halting):
     assert images["shallowest"] == [0, 5]
     assert images["deepest"] == [2, 3]
     assert images["widest spread"] == [4, 5]
+
+
+def test_a_hundred_classes_of_one_or_a_few_images():
+    profile, model = get_profile("caltech101"), timm.create_model("avit_nano_patch7_28", num_classes=101)
+    classes = tuple(f"class {number:03d}" for number in range(101))
+    labels = torch.cat([torch.arange(101), torch.arange(50), torch.arange(50)])  # half of them have a single image
+    logits = torch.nn.functional.one_hot((labels + (torch.arange(201) % 10 == 0)) % 101, 101).float()
+    found = Predictions(logits, labels, torch.full((201, 17), 4), torch.zeros(201, 4, 17), 4)
+    study = SimpleNamespace(profile=profile, load=lambda name: model)
+    names = [run.name for run in profile.runs]
+    table = tables.evaluation_table(study, dict.fromkeys(names, found))
+    assert (table["accuracy"] - 180 / 201).abs().max() < 1e-6
+    assert (table["accuracy_macro_low"] < table["accuracy_macro"]).all()
+    assert (table["accuracy_macro"] < table["accuracy_macro_high"]).all()
+    by_class = tables.class_depth_table(found, classes)
+    assert len(by_class) == 101 and by_class["images"].sum() == 201
+    assert tables.confusion(found).shape == (101, 101)
+    assert len(tables.confusion_pairs(found, found, classes, ("one", "other"))) == 10
+    assert len(tables.one_per_class(labels, seed=0)) == 10

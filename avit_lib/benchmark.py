@@ -1,0 +1,81 @@
+"""The benchmark as a whole: what is measured, and the tables and figures that it leaves in results/benchmark."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import timm
+import torch
+
+from avit_lib import efficiency, plots
+from avit_lib.config import StudyError
+from avit_lib.reporting import Collection, Results, hardware, write_summary
+
+COLLECTION = Collection(
+    name="benchmark",
+    purpose="DeiT, masked A-ViT and packed A-ViT side by side: interleaved, warmed up, medians and quartiles of rounds",
+    command="python -m avit_lib benchmark",
+    notes=(
+        "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, the class token in "
+        "the last. Times depend on how many tokens are left where, not on what the weights have learnt.",
+        "Ratios are medians of the ratios within each round. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
+        "bfloat16 means weights and activations in inference, autocast in training.",
+    ),
+)
+SWEEP = (3, 5, 7, 9, 11)  # mean depths, in layers
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured: a model, a mean depth in layers, batch sizes, tasks and precisions; and how often."""
+
+    model: str
+    depth: float
+    batches: tuple[int, ...]
+    tasks: tuple[str, ...]
+    precisions: tuple[str, ...]
+    repeats: int
+    limit: float
+    seed: int = 0
+
+    def __post_init__(self):
+        """Raises StudyError for what cannot be measured."""
+        if self.model not in timm.list_models("avit_*"):
+            raise StudyError(f"no A-ViT is called {self.model!r}; timm.list_models('avit_*') names them")
+        if not 1 <= self.depth <= 12:
+            raise StudyError(f"the mean depth must lie between 1 and 12 layers, not {self.depth}")
+        if min(*self.batches, self.repeats, self.limit) <= 0:
+            raise StudyError("batch sizes, repeats and limit must be positive")
+
+
+def run_benchmark(settings: Benchmark, device: torch.device) -> tuple[pd.DataFrame, Path]:
+    """Measure everything and write it down; returns the table of speeds and the page of all results."""
+    results = Results(COLLECTION, settings.seed, COLLECTION.command)
+    name, depth, repeats, limit = settings.model, settings.depth, settings.repeats, settings.limit
+    kind = device.type
+    middle = sorted(settings.batches)[len(settings.batches) // 2]
+    workload = efficiency.synthetic_workload(name, middle, depth, seed=settings.seed)
+    about = f"{name} on {hardware()}; {workload.describe()}."
+    single = f"Batch {middle}, inference, float32. {about}"
+
+    speed = efficiency.benchmark_all(
+        name, depth, settings.batches, settings.tasks, settings.precisions, repeats, device, limit
+    )
+    results.table(speed, f"speed_{kind}", f"DeiT, masked and packed A-ViT side by side. {about}")
+    results.figure(plots.throughput_by_batch(speed), f"throughput_{kind}", f"Images a second, with quartiles. {about}")
+    overhead = efficiency.overhead_table(name, settings.batches, settings.precisions, repeats, device, limit)
+    results.table(overhead, f"overhead_{kind}", f"Packed inference when no token halts, as a share above DeiT. {about}")
+    sweep = efficiency.depth_sweep(name, SWEEP, middle, repeats, device, limit)
+    results.table(sweep, f"depth_sweep_{kind}", f"Packed A-ViT at several mean depths. {single}")
+    results.figure(plots.speedup_against_flops(sweep), f"speedup_{kind}", f"Speed-up against FLOPs. {single}")
+    workload = efficiency.on_device(workload, device)
+    layers = efficiency.layer_times(workload, repeats)
+    results.table(layers, f"layers_{kind}", f"Milliseconds an image in each layer. {single}")
+    results.figure(plots.layer_times(layers), f"layers_{kind}", f"Time of each layer. {single}")
+    if kind == "cpu":
+        operators = efficiency.operator_table(workload)
+        results.table(operators, "operators_cpu", f"Milliseconds an image in each kind of operator. {single}")
+        results.figure(plots.operator_times(operators), "operators_cpu", f"Where the time goes. {single}")
+    memory = efficiency.memory_table(name, depth, middle, settings.tasks, settings.precisions, device)
+    results.table(memory, f"memory_{kind}", f"Peak memory above weights and images, in MiB. {about}")
+    return speed, write_summary(COLLECTION)
