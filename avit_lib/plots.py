@@ -435,7 +435,7 @@ def operator_times(table: pd.DataFrame) -> Figure:
     models = [column for column in table.columns if column != "operators"][::-1]
     left = np.zeros(len(models))
     colours = [PALETTE[0], PALETTE[9], PALETTE[8], PALETTE[1], PALETTE[3]]
-    for (_, row), colour in zip(table.iterrows(), colours, strict=True):
+    for (_, row), colour in zip(table.iterrows(), colours, strict=False):
         values = row[models].to_numpy(float)
         axis.barh(models, values, left=left, color=colour, label=row["operators"], edgecolor="white")
         left += values

@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from avit_lib.efficiency import MODELS, benchmark, counted_flops, interleaved, synthetic_workload
+from avit_lib import cli
+from avit_lib.config import StudyError
+from avit_lib.efficiency import (
+    MODELS,
+    benchmark,
+    counted_flops,
+    interleaved,
+    layer_times,
+    operator_table,
+    peak_memory,
+    synthetic_workload,
+    throughput,
+    without_halting,
+)
 from avit_lib.evaluation import flops_per_image
 
 CPU = torch.device("cpu")
@@ -47,3 +60,79 @@ def test_the_benchmark_compares_three_models(task):
     assert table.loc["A-ViT masked", "gflops_per_image"] == table.loc["DeiT", "gflops_per_image"]
     assert (table["efficiency"] == table["speedup"] / table["flops_ratio"]).all()
     assert all(torch.equal(old, new) for old, new in zip(before, workload.adaptive.parameters(), strict=True))
+
+
+def test_bfloat16_means_weights_and_activations_in_inference():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    table = benchmark(workload, "inference", "bfloat16", repeats=1, device=CPU)
+    assert len(table) == 3
+    assert next(workload.plain.parameters()).dtype == torch.float32  # the workload itself is as it was
+    with pytest.raises(StudyError, match="the precisions float32, bfloat16"):
+        benchmark(workload, "inference", "float8", repeats=1, device=CPU)
+
+
+def test_a_limit_ends_the_rounds_but_three_are_made():
+    samples = interleaved({"a": lambda: None}, repeats=50, device=CPU, minimum=0.0, limit=0.0)
+    assert len(samples["a"]) == 3
+
+
+def test_without_halting_every_token_is_computed():
+    workload = without_halting(synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=1.0))
+    assert counted_flops(workload.adaptive, workload.images) == counted_flops(workload.plain, workload.images)
+
+
+def test_throughput_is_relative_to_the_first_model():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    models = {"plain": (workload.plain, ""), "masked": (workload.adaptive, "masked")}
+    table = throughput(models, workload.images, repeats=1).set_index("model")
+    assert table.loc["plain", "speedup"] == 1 and (table["images_per_second"] > 0).all() and (table["batch"] == 4).all()
+
+
+def test_tokens_by_layer_are_those_of_the_trace():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
+    with torch.inference_mode():
+        depth = workload.adaptive.forward_with_trace(workload.images)[1].executed_depth
+    table = layer_times(workload, repeats=1)
+    expected = [(depth >= layer).sum().item() / 8 for layer in table["layer"]]
+    assert table["tokens"].tolist() == expected and table["ideal"][0] == table["deit"][0]
+
+
+def test_operators_of_three_models():
+    table = operator_table(synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0))
+    assert list(table.columns) == ["operators", *MODELS]
+    linear = table.set_index("operators").loc["linear layers"]
+    assert (linear > 0).all()
+
+
+def test_memory_of_a_training_step_grows_with_the_batch():
+    small, large = (
+        peak_memory("avit_micro_patch4_28", "DeiT", batch, 7.0, "training", "float32", gpu=False) for batch in (8, 64)
+    )
+    assert large > 20 and large > small
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
+        (["--depth", "13"], "between 1 and 12"),
+        (["--batch", "0"], "positive"),
+    ],
+)
+def test_the_command_names_what_it_cannot_measure(arguments, message, capsys):
+    assert cli.main(["benchmark", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    small = ["--model", "avit_nano_patch7_28", "--batch", "1", "4", "--repeats", "1", "--depth", "2"]
+    assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
+    folder = tmp_path / "benchmark"
+    page = (folder / "README.md").read_text()
+    for name in ("speed_cpu", "overhead_cpu", "depth_sweep_cpu", "layers_cpu", "operators_cpu", "memory_cpu"):
+        assert (folder / "tables" / f"{name}.csv").is_file() and name.replace("_", " ") in page
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
+        "throughput_cpu", "speedup_cpu", "layers_cpu", "operators_cpu",
+    }  # fmt: skip
+    assert "synthetic halting" in page

@@ -37,6 +37,14 @@ def figures(side: int, pixels: int, channels: int, layers: int, classes: int) ->
         "accuracy": [0.9, 0.8, 0.85], "accuracy_low": [0.88, 0.77, 0.83], "accuracy_high": [0.92, 0.82, 0.87],
     })  # fmt: skip
     confusion = generator.integers(0, 50, (classes, classes))
+    speeds = pd.DataFrame([
+        {"task": task, "precision": "float32", "batch": batch, "model": model, "seconds": 0.1 * batch,
+         "seconds_low": 0.09 * batch, "seconds_high": 0.12 * batch, "images_per_second": 10.0, "speedup": 1.0}
+        for task in ("inference", "training") for batch in (1, 256) for model in plots.SPEED_COLOURS
+    ])  # fmt: skip
+    sweep = pd.DataFrame({"mean_depth": [3.0, 11.0], "flops_ratio": [3.5, 1.1], "speedup": [3.0, 0.8]})
+    layer_times = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": 50.0, "deit": 1.0, "packed": 0.5})
+    kinds = pd.DataFrame({"operators": ["linear layers", "all else"], "DeiT": [2.0, 1.0], "A-ViT packed": [1.0, 1.0]})
     pair = {"shallowest": slice(0, 4), "deepest": slice(2, 6)}
     return {
         "sample_grid": plots.sample_grid(images, labels[:6] // 2, names),
@@ -61,6 +69,11 @@ def figures(side: int, pixels: int, channels: int, layers: int, classes: int) ->
         "tokens_alive": plots.tokens_alive(depth, np.minimum(depth, depth[:, :1]), layers),
         "halting_scores": plots.halting_scores(scores, depth, 0.99),
         "depth_by_class": plots.depth_by_class(mean_depth, labels, names, layers),
+        "speedup_by_batch": plots.speedup_by_batch(speeds[speeds["task"] == "inference"]),
+        "throughput_by_batch": plots.throughput_by_batch(speeds),
+        "speedup_against_flops": plots.speedup_against_flops(sweep),
+        "layer_times": plots.layer_times(layer_times.assign(ideal=0.4)),
+        "operator_times": plots.operator_times(kinds),
         "depth_right_wrong": plots.depth_right_wrong(mean_depth, correct, layers),
     }  # fmt: skip
 
