@@ -3,15 +3,18 @@
 PROFILE  ?= fashion
 SEED     ?= 0
 VENV     ?= .venv
+RUN      ?= avit
+NPROC    ?= 1
 PYTHON   ?= python3
 PIP_ARGS ?=
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.avit-setup
 RUNNER := $(BIN)/python -m avit_lib.notebooks
+LAUNCH := $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc-per-node "$(NPROC)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks search sweep test lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks train search sweep test lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -19,6 +22,8 @@ help:  ## List the targets and variables
 	@echo; echo "variables (with their present values):"
 	@echo "  PROFILE=$(PROFILE)  which study: smoke, fashion, ... (see avit_lib/config.py)"
 	@echo "  SEED=$(SEED)  seed of everything random"
+	@echo "  RUN=$(RUN)  what \`make train\` trains: one of the profile's runs"
+	@echo "  NPROC=$(NPROC)  in how many processes, one to a GPU"
 	@echo "  PYTHON=$(PYTHON)  the Python that .venv is made from, 3.10 or newer"
 	@echo "  VENV=$(VENV)  where it lies; in a conda environment: VENV=\$$CONDA_PREFIX"
 	@echo "  PIP_ARGS=$(PIP_ARGS)  more arguments of pip install; without a GPU, for a download of 1 GB in place of 5:"
@@ -49,6 +54,9 @@ reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on a
 
 notebooks: setup  ## Run those notebooks of PROFILE whose results are out of date
 	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --stale
+
+train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
+	@$(LAUNCH) -m avit_lib fit --profile "$(PROFILE)" --seed "$(SEED)" --model "$(RUN)"
 
 search: setup  ## Compare the candidate settings of PROFILE on the validation images (goes on after an interruption)
 	@$(BIN)/python -m avit_lib search --profile "$(PROFILE)" --seed "$(SEED)"

@@ -1,13 +1,20 @@
 """Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
 
+import errno
 import hashlib
+import io
 import json
 import os
+import pickle
+import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -15,18 +22,62 @@ from torch import nn
 import avit_lib.models  # noqa: F401  registers the avit_* models
 from avit_lib.config import StudyError, weights_dir
 
-RESUME = "resume.pt"
 
+def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
+    """Write a file under a temporary name, then move it: a reader sees the old content or the new, never half.
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then move it: a reader sees the old content or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    The old content is kept as ``previous``, if given. Raises StudyError when the disk is full or may not be written
+    to; the old content is then untouched.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it takes the name, or a power cut could leave it empty
+        if previous and path.is_file():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except OSError as error:
+        raise _unwritable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_writable(folder: Path) -> None:
+    """Make ``folder`` and try whether files can be written there; raises StudyError when not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> StudyError:
+    remedy = "free some space" if error.errno == errno.ENOSPC else "name another folder, or allow writing there"
+    return StudyError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
+
+
+def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
+    """Write the state of a training, and after it its SHA-256, atomically; the old file is kept as ``previous``."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_atomically(path, content + hashlib.sha256(content).digest(), previous)
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what ``write_state`` wrote; raises StudyError when the checksum does not fit or more than data is in it."""
+    content = path.read_bytes()
+    content, checksum = content[:-32], content[-32:]
+    if hashlib.sha256(content).digest() != checksum:
+        raise StudyError(f"{path} is damaged: its checksum does not fit")
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise StudyError(f"{path} is not the state of a training ({str(error).splitlines()[0]})") from None
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -87,24 +138,37 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """Load ImageNet weights from $AVIT_WEIGHTS/<timm name>.safetensors, else from timm's hub.
 
-    A classification head of another size is left at its initialisation. Raises StudyError when neither is there.
+    A classification head of another size is left at its initialisation. Raises StudyError when neither is there, or
+    what the hub sent does not have the checksum that the hub publishes.
     """
     path = weights_dir() / f"{timm_name}.safetensors"
-    if path.is_file():
-        weights = _read_weights(path)
-    else:
-        try:
-            weights = timm.create_model(timm_name, pretrained=True).state_dict()
-        except (OSError, RuntimeError) as error:
-            raise StudyError(
-                f"no weights of {timm_name}: {path} is missing and timm's hub is out of reach; "
-                f"put the file there, or name its folder in AVIT_WEIGHTS"
-            ) from error
+    if not path.is_file():
+        path = _download(timm_name, path)
+    weights = _read_weights(path)
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
         if key in weights and weights[key].shape != own[key].shape:
             weights[key] = own[key]
     _load_strictly(model, weights, path)
+
+
+def _download(timm_name: str, wanted: Path) -> Path:
+    """The weights from timm's hub, always as safetensors, in the hub's cache.
+
+    There a file is a link to one that bears the SHA-256 published by the hub as its name.
+    """
+    repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
+    try:
+        path = Path(hf_hub_download(repository, "model.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise StudyError(
+            f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; "
+            f"put the file there, or name its folder in AVIT_WEIGHTS"
+        ) from error
+    published = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
+        raise StudyError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")
+    return path
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Command line: ``python -m avit_lib {fit,test,visualize,benchmark,data,search,sweep}``."""
 
 import argparse
+import io
 import json
 import sys
 from dataclasses import replace
@@ -8,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from avit_lib import evaluation, plots
+from avit_lib import distributed, evaluation, plots
 from avit_lib.benchmark import Benchmark, run_benchmark
-from avit_lib.checkpoints import load_checkpoint, read_json, write_json
+from avit_lib.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile, results_dir
 from avit_lib.data import (
     TrainingData,
@@ -36,9 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        with distributed.processes():
+            options.command(options)
     except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
@@ -47,14 +49,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fit(options: argparse.Namespace) -> None:
-    """Train one model and write its checkpoints, history and test figures into the output folder."""
+    """Train one model and write its checkpoints and history into the output folder, or where the notebooks look."""
     profile, device = get_profile(options.profile), pick_device(options.device)
     run = _configured_run(profile, options)
-    data = _training_data(profile, options)
-    description = describe(run, data, options.ckpt)
-    history = train_run(run, data, options.output, options.ckpt, description, options.seed, device)
+    if options.output:
+        if run.start and not options.ckpt:
+            raise StudyError(f"run {run.name!r} starts from the weights of run {run.start!r}: name them by --ckpt")
+        data = _training_data(profile, options)
+        description = describe(run, data, options.ckpt)
+        output = options.output
+        history = train_run(run, data, output, options.ckpt, description, options.seed, device)
+    else:
+        if options.data_dir or options.ckpt or run != profile.run(run.name):
+            raise StudyError("data, weights or settings of your own need a folder of their own: add --output DIR")
+        study = Study(profile.name, options.seed, device=options.device)
+        output = study.folder(run.name)
+        history = study.train(run.name)
     print(to_markdown(history.tail(1)))
-    print(f"checkpoints and history: {options.output}")
+    print(f"checkpoints and history: {output}")
 
 
 def test(options: argparse.Namespace) -> None:
@@ -74,7 +86,8 @@ def test(options: argparse.Namespace) -> None:
     intervals = evaluation.bootstrap_intervals(predictions, seed=options.seed)
     target = options.ckpt.with_name(f"{options.ckpt.stem}_test.json")
     facts = {"images": len(data), **values, "intervals": intervals}
-    write_json(target, facts | {"provenance": provenance(options.profile, options.seed)})
+    if distributed.rank() == 0:
+        write_json(target, facts | {"provenance": provenance(options.profile, options.seed)})
     print(json.dumps(facts, indent=1))
     print(f"written to {target}", file=sys.stderr)
 
@@ -88,8 +101,9 @@ def visualize(options: argparse.Namespace) -> None:
     with torch.inference_mode():
         _, trace = model.forward_with_trace(images.to(pick_device(options.device)))
     figure = plots.depth_maps(to_pixels(images), trace.depth.cpu(), len(model.blocks), titles)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.output, dpi=150, bbox_inches="tight")
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150, bbox_inches="tight")
+    write_atomically(options.output, png.getvalue())
     print(f"written to {options.output}")
 
 
@@ -135,13 +149,19 @@ def sweep(options: argparse.Namespace) -> None:
     print(f"written to {results_dir(options.profile) / 'tables' / 'sweep.csv'}", file=sys.stderr)
 
 
+def _speaker() -> str:
+    """Which of several processes it is that says something."""
+    return f"process {distributed.rank()}: " if distributed.count() > 1 else ""
+
+
 def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
-    run = profile.run(options.model.lower().replace("-", ""))
+    run = profile.run(options.model.lower())
     changes = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.lr}
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, value in changes.items():
-        if value <= 0:
-            raise StudyError(f"--{name.replace('_', '-')} must be positive, not {value}")
+        if not value > 0:  # nor is NaN
+            option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+            raise StudyError(f"{option} must be positive, not {value}")
     return replace(run, training=replace(run.training, **changes))
 
 
@@ -194,8 +214,16 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("fit", fit, [device, folder], "train a model; the same --output goes on where it stopped")
-    command.add_argument("--model", choices=("DeiT", "AViT"), default="AViT", help="(default: %(default)s)")
-    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="for checkpoints and history.csv")
+    command.add_argument(
+        "--model",
+        default="AViT",
+        metavar="NAME",
+        help="DeiT, AViT or another run of the profile (default: %(default)s)",
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="for checkpoints and history.csv (default: where the notebooks look for those of the profile)",
+    )  # fmt: skip
     command.add_argument(
         "--ckpt", type=Path, metavar="FILE", help=".safetensors to start from (default: the profile's)"
     )

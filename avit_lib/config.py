@@ -1,6 +1,8 @@
 """Profiles: every setting of the study, as frozen dataclasses, and where files are found."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -9,13 +11,25 @@ class StudyError(Exception):
     """A fault that the user can mend; its message is one line that says what is wrong and what to do."""
 
 
+@contextmanager
+def fitting_memory(images: int, remedy: str) -> Iterator[None]:
+    """Turn the error of a CPU or GPU without memory for so many ``images`` at once into a StudyError with a remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = ("out of memory", "allocate memory", "not enough memory")  # torch has no type for a CPU's
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+            raise
+        raise StudyError(f"out of memory with {images} images at once; {remedy}") from None
+
+
 @dataclass(frozen=True)
 class Training:
     """How a model is trained: AdamW, linear warm-up, cosine to zero."""
 
     epochs: int
     learning_rate: float
-    batch_size: int = 64
+    batch_size: int = 64  # of all processes together
     weight_decay: float = 0.05
     warmup_epochs: float = 0.5
     label_smoothing: float = 0.1
@@ -23,6 +37,9 @@ class Training:
     precision: str = "float32"  # or "bfloat16": autocast, where the device computes it natively
     optimizer: str = "adamw"  # a name of timm's
     execution: str = "auto"  # of a model that halts, in training: "auto" is masked, "packed" may be faster
+    ema_decay: float = 0.0  # of the averaged weights, which are then those evaluated and kept; 0: none
+    mixup: float = 0.0  # alpha of Mixup; 0: none
+    cutmix: float = 0.0  # alpha of CutMix; 0: none; with both, each batch takes one of them
 
 
 @dataclass(frozen=True)
@@ -124,6 +141,16 @@ def _three_runs(size: str, deit: Training, avit: Training, avit_finetuned: Train
         Run("avit", "A-ViT", f"avit_{size}", "random", avit, halting),
         Run("avit_finetuned", "A-ViT fine-tuned", f"avit_{size}", "deit", avit_finetuned, halting),
     )
+
+
+def _imagenet_runs(training: Training, halting: Halting) -> tuple:
+    runs = []
+    for suffix, size, letter in (("", "tiny", "T"), ("_small", "small", "S")):
+        weights = f"deit_{size}_patch16_224.fb_in1k"
+        start = {"init": "pretrained", "training": training, "pretrained": weights}
+        runs.append(Run(f"deit{suffix}", f"DeiT-{letter}", f"deit_{size}_patch16_224", **start))
+        runs.append(Run(f"avit{suffix}", f"A-ViT-{letter}", f"avit_{size}_patch16_224", halting=halting, **start))
+    return tuple(runs)
 
 
 def _smoke_candidate(name: str, label: str, halting: Halting, teacher: str = "") -> Run:
@@ -241,6 +268,32 @@ PROFILES = {
         _CALTECH256,
         _CIFAR10,
         _CIFAR100,
+        Profile(
+            name="imagenet",
+            purpose="the paper: ImageNet-1k, A-ViT from DeiT's weights, on several GPUs",
+            dataset="ImageNet",
+            image_size=224,
+            validation_per_class=10,
+            augmentation="standard",
+            runs=_imagenet_runs(
+                # 4 x 128 images; EMA and Mixup with CutMix are those of DeiT, whose recipe the paper follows.
+                Training(
+                    epochs=100,
+                    learning_rate=5e-4,
+                    batch_size=512,
+                    warmup_epochs=5,
+                    precision="bfloat16",
+                    ema_decay=0.99996,
+                    mixup=0.8,
+                    cutmix=1.0,
+                ),
+                Halting(gamma=5.0, beta=-10.0, alpha_ponder=5e-4, alpha_distr=0.1, target_depth=8.0),
+            ),
+            notes=(
+                "The paper's recipe; the plain transformers are trained on by the same one, as a control.",
+                "Validation images are held out of the training set; the official validation images are the test.",
+            ),
+        ),
     )
 }
 

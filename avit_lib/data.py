@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import VisionDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from avit_lib import distributed
 from avit_lib.config import Profile, StudyError, data_dir
 from avit_lib.images import (
     ImageFiles,
@@ -187,13 +188,16 @@ def folder_training_data(
 def loader(data: Images, batch_size: int, shuffle_seed: int | None = None) -> DataLoader:
     """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left out).
 
-    Augmentation draws from torch's global generator. Image files are decoded by worker processes, whose generators are
-    seeded from the loader's: there the draws depend on ``shuffle_seed`` and the number of workers.
+    Of a shuffled batch, each of several processes gets its share. Augmentation draws from torch's global generator.
+    Image files are decoded by worker processes, whose generators are seeded from the loader's: there the draws depend
+    on ``shuffle_seed`` and the number of workers.
     """
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed) if shuffle else None
     drop_last = shuffle and len(data) > batch_size
     workers = worker_count() if isinstance(data, ImageFiles) else 0
+    if shuffle and distributed.count() > 1:
+        data = distributed.Share(data, distributed.rank(), distributed.count())
     return DataLoader(
         data, batch_size, shuffle=shuffle, generator=generator, drop_last=drop_last, collate_fn=_as_it_is,
         num_workers=workers,

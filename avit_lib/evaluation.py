@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from tqdm.auto import tqdm
 
+from avit_lib import distributed
+from avit_lib.config import fitting_memory
 from avit_lib.data import Images, loader
 from avit_lib.halting import executed_depth
 from avit_lib.models import AViT
@@ -41,24 +43,30 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(model: nn.Module, data: Images, batch_size: int = 250, device: str | torch.device = "cpu") -> Predictions:
-    """Run ``model`` in evaluation mode over ``data``; returns Predictions."""
+    """Run ``model`` in evaluation mode over ``data``; returns Predictions.
+
+    Each of several processes computes a part of the images and gets the predictions of all, every image once. Raises
+    StudyError when memory does not suffice for ``batch_size``.
+    """
     device = torch.device(device)
     was_training = model.training
     model.to(device).eval()
     layers, tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens
+    own = data if distributed.count() == 1 else data.select(distributed.part(len(data)))
     outputs = []
-    for images, labels in tqdm(loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None):
-        if isinstance(model, AViT):
-            logits, trace = model.forward_with_trace(images.to(device))
-            depth, scores = trace.depth, trace.halting_scores
-        else:
-            logits = model(images.to(device))
-            depth = torch.full((len(images), tokens), layers)
-            scores = torch.zeros(len(images), layers, tokens)
-        outputs.append((logits.float().cpu(), labels, depth.cpu(), scores.cpu()))
+    with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
+        for images, labels in tqdm(loader(own, batch_size), desc="predicting", unit="batch", leave=False, disable=None):
+            if isinstance(model, AViT):
+                logits, trace = model.forward_with_trace(images.to(device))
+                depth, scores = trace.depth, trace.halting_scores
+            else:
+                logits = model(images.to(device))
+                depth = torch.full((len(images), tokens), layers)
+                scores = torch.zeros(len(images), layers, tokens)
+            outputs.append((logits.float().cpu(), labels, depth.cpu(), scores.cpu()))
     model.train(was_training)
-    logits, labels, depth, scores = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return Predictions(logits, labels, depth, scores, layers)
+    parts = (torch.cat(part) for part in zip(*outputs, strict=True))
+    return Predictions(*(distributed.gather(part, len(data)) for part in parts), layers)
 
 
 def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avit_lib import distributed
 from avit_lib.config import Distillation, Halting
 
 
@@ -28,9 +29,10 @@ def ponder_loss(ponder: Tensor) -> Tensor:
 def halting_distribution(halting_scores: Tensor) -> Tensor:
     """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10).
 
-    The mean is over images and patch tokens; halted tokens count 0, the class token (token 0) is left out.
+    The mean is over images, of all processes, and patch tokens; halted tokens count 0, the class token (token 0) is
+    left out.
     """
-    mean_score = halting_scores[:, :, 1:].mean(dim=(0, 2))
+    mean_score = distributed.mean(halting_scores[:, :, 1:].mean(dim=(0, 2)))
     return mean_score / mean_score.sum()
 
 
@@ -81,7 +83,10 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy with label smoothing and, with a teacher, distillation: all that a plain transformer learns by."""
+    """Cross-entropy with label smoothing and, with a teacher, distillation: all that a plain transformer learns by.
+
+    Labels are classes [B] or, as Mixup makes them, probabilities [B, K].
+    """
 
     label_smoothing: float = 0.0
     teacher: Teacher | None = None

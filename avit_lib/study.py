@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from avit_lib import evaluation
+from avit_lib import distributed, evaluation
 from avit_lib.checkpoints import create_model, load_checkpoint, load_pretrained, load_weights, read_json
 from avit_lib.config import Run, StudyError, get_profile
 from avit_lib.data import Images, TrainingData, test_data, training_data
@@ -65,9 +65,11 @@ class Study:
             "code": fingerprint(sources(TRAINING_MODULES)),
         }
         found = folder / "last.json"
-        if found.is_file() and read_json(found).get("run") != description | {"seed": self.seed}:
+        first = distributed.rank() == 0
+        if first and found.is_file() and read_json(found).get("run") != description | {"seed": self.seed}:
             print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
             shutil.rmtree(folder)
+        distributed.barrier()  # the other processes see the folder as the first one left it
         taught_by = self.load(run.teacher) if teacher else None
         return train_run(run, self.data, folder, start, description, self.seed, self.device, taught_by)
 

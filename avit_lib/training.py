@@ -1,26 +1,37 @@
 """One training loop for every model; it knows of halting only what its loss function returns."""
 
-import io
 import math
-import pickle
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from tqdm.auto import tqdm
 
-from avit_lib.checkpoints import RESUME, read_json, save_checkpoint, write_atomically
-from avit_lib.config import StudyError, Training
+from avit_lib import distributed
+from avit_lib.checkpoints import (
+    make_writable,
+    read_json,
+    read_state,
+    save_checkpoint,
+    write_atomically,
+    write_state,
+)
+from avit_lib.config import StudyError, Training, fitting_memory
 from avit_lib.data import ImageTensors, loader
 from avit_lib.losses import Losses
+
+RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last finished epoch, and the one before it
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
@@ -37,6 +48,11 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return seed * 10_007 + epoch
 
 
+def training_hours(images: int, epochs: int, images_per_second: float) -> float:
+    """Hours for ``epochs`` passes over ``images`` at a measured throughput of all devices together; no evaluation."""
+    return images * epochs / images_per_second / 3600
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device called "cpu", "gpu" or "auto" (a GPU if there is one); raises StudyError when it is not there."""
     if name not in ("cpu", "gpu", "auto"):
@@ -50,6 +66,42 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 where ``precision`` asks for it and the device computes it natively, else a no-op."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" and native)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What training changes and an interruption must not lose.
+
+    The schedule follows from the number of finished epochs, random numbers and the order of the images from the seed.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: ModelEmaV3 | None
+    records: list[dict]  # one a finished epoch
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is evaluated and kept: the averaged one, if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def parts(self) -> dict:
+        """All of it, to be saved."""
+        ema = self.ema.module.state_dict() if self.ema else None
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": ema,
+            "records": self.records,
+        }
+
+    def load(self, parts: dict) -> None:
+        """Take over what ``parts`` returned."""
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        if self.ema:
+            self.ema.module.load_state_dict(parts["ema"])
+        self.records[:] = parts["records"]
 
 
 def fit(
@@ -69,15 +121,20 @@ def fit(
     ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and best.safetensors
     (best by validation accuracy), history.csv and the resume state; with the same ``output``, an interrupted run goes
     on after its last finished epoch and a finished one returns at once. ``description`` (model, arguments, ...) goes
-    into the JSON of each checkpoint; a folder whose description differs is refused. Raises StudyError on that, and
-    when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
+    into the JSON of each checkpoint; a folder whose description differs is refused. Several processes (see
+    ``distributed``) share each batch. Raises StudyError on a refused folder or one that cannot be written, when memory
+    does not suffice and when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
     """
     device = torch.device(device)
     output = Path(output)
-    history = _finished_history(output, description, config, seed)
+    run = description | {"seed": seed}
+    history = _finished_history(output, run, config)
     if history is not None:
         return history
-    output.mkdir(parents=True, exist_ok=True)
+    if len(train.classes) < 2:
+        raise StudyError(f"all training images are of class {train.classes[0]!r}: add a folder of another class")
+    _check_shares(config, len(train))
+    make_writable(output)
     model.to(device)
     updates_per_epoch = len(loader(train, config.batch_size, shuffle_seed=0))
     optimizer = create_optimizer_v2(
@@ -90,95 +147,140 @@ def fit(
         warmup_lr_init=config.learning_rate * 1e-3,
         t_in_epochs=False,
     )
-    records = _resume(output, model, optimizer, description, seed, device)
-    if records:  # the machine may have stopped between the resume state and these
-        _save_checkpoints(output, model, records, description, seed)
-    for epoch in range(len(records) + 1, config.epochs + 1):
+    mix = _mixup(config, len(train.classes))
+    state = _State(model, optimizer, ModelEmaV3(model, config.ema_decay) if config.ema_decay else None, [])
+    _resume(output, state, run, device)
+    distributed.barrier()  # until here all processes only read
+    if state.records:  # the machine may have stopped between the resume state and these
+        _save_checkpoints(output, state, run)
+    for epoch in range(len(state.records) + 1, config.epochs + 1):
         started = time.perf_counter()
-        seed_everything(epoch_seed(seed, epoch))
+        seed_everything(epoch_seed(seed, epoch) + 1_000_003 * distributed.rank())
         batches = loader(train, config.batch_size, shuffle_seed=epoch_seed(seed, epoch))
         first_update = (epoch - 1) * updates_per_epoch
-        parts = _train_epoch(model, batches, loss, optimizer, scheduler, first_update, config, device, epoch)
+        with fitting_memory(config.batch_size, "lower batch_size (--batch-size), or train on more devices"):
+            parts = _train_epoch(state, batches, loss, mix, scheduler, first_update, config, device, epoch)
         record = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
         record |= {f"train_{name}": value for name, value in parts.items()}
-        record |= {f"val_{name}": value for name, value in validate(model).items()}
+        record |= {f"val_{name}": value for name, value in validate(state.result).items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
-        records.append(record)
-        _save_resume_state(output, model, optimizer, records, description, seed)
-        _save_checkpoints(output, model, records, description, seed)
+        state.records.append(record)
+        if distributed.rank() == 0:
+            write_state(output / RESUME, state.parts() | {"run": run}, previous=output / PREVIOUS)
+        _save_checkpoints(output, state, run)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
         print(f"epoch {epoch}/{config.epochs}: {values}", flush=True)
-    (output / RESUME).unlink(missing_ok=True)
-    return pd.DataFrame(records)
+    if distributed.rank() == 0:
+        _tidy(output)
+    return pd.DataFrame(state.records)
 
 
-def _train_epoch(model, batches, loss, optimizer, scheduler, first_update, config, device, epoch) -> dict[str, float]:
+def _train_epoch(state, batches, loss, mix, scheduler, first_update, config, device, epoch) -> dict[str, float]:
     """One pass over the training images; returns the mean of the loss and of each of its parts."""
-    model.train()
+    model = state.model.train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = defaultdict(float)
     bar = tqdm(batches, desc=f"epoch {epoch}/{config.epochs}", unit="batch", leave=False, disable=None)
     for step, (images, labels) in enumerate(bar):
         scheduler.step_update(first_update + step)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if mix:
+            images, labels = mix(images, labels)
         with autocast(config.precision, device):
             losses = loss(model, images, labels, (first_update + step) / (config.epochs * len(batches)))
-        total = losses.total.item()
-        if not math.isfinite(total):
-            raise StudyError(
-                f"the loss became {total} in epoch {epoch}, batch {step + 1}; lower the learning rate and run again "
-                f"(the checkpoints of the last finished epoch are kept)"
-            )
-        optimizer.zero_grad(set_to_none=True)
+        state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        optimizer.step()
+        for parameter in parameters:
+            if parameter.grad is None:  # no token came to its layer: packed execution leaves it out, masked gives zeros
+                parameter.grad = torch.zeros_like(parameter)
+        distributed.average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+        total = losses.total.item()
+        for what, value in (("loss", total), ("gradient", norm)):
+            if not math.isfinite(value):
+                raise StudyError(
+                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning rate and run "
+                    f"again (the checkpoints of the last finished epoch are kept)"
+                )
+        state.optimizer.step()
+        if state.ema:
+            state.ema.update(model)
         sums["loss"] += total
         for name, value in losses.parts.items():
             sums[name] += value.item()
         bar.set_postfix(loss=f"{total:.3f}", refresh=False)
-    return {name: value / len(batches) for name, value in sums.items()}
+    means = distributed.mean(torch.tensor(list(sums.values()), dtype=torch.float64) / len(batches))
+    return dict(zip(sums, means.tolist(), strict=True))
 
 
-def _finished_history(output: Path, description: dict, config: Training, seed: int) -> pd.DataFrame | None:
+def _mixup(config: Training, classes: int) -> Mixup | None:
+    if not config.mixup and not config.cutmix:
+        return None
+    return Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)  # the loss smooths
+
+
+def _check_shares(config: Training, images: int) -> None:
+    """Raises StudyError unless every process gets as many images of a batch as the others, two by two for Mixup."""
+    batch_size, processes = min(config.batch_size, images), distributed.count()
+    if batch_size % processes:
+        raise StudyError(f"{processes} processes cannot share {batch_size} images: make batch_size a multiple of them")
+    if (config.mixup or config.cutmix) and batch_size // processes % 2:
+        raise StudyError(f"Mixup takes images in pairs: make batch_size a multiple of {2 * processes}")
+
+
+def _finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
     """The history of a run that lies finished in ``output``; raises StudyError when another run lies there."""
     if not (output / "last.json").is_file():
         return None
     found = read_json(output / "last.json")
-    if found.get("run") != description | {"seed": seed}:
+    if found.get("run") != run:
         raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
-    return pd.read_csv(output / "history.csv") if found["epoch"] == config.epochs else None
+    if found["epoch"] != config.epochs:
+        return None
+    try:
+        history = pd.read_csv(output / "history.csv")
+    except (OSError, ValueError) as error:
+        raise StudyError(f"{output / 'history.csv'} cannot be read ({error}); delete {output} to train again") from None
+    if distributed.rank() == 0:
+        _tidy(output)
+    return history
 
 
-def _save_resume_state(output, model, optimizer, records, description, seed) -> None:
-    run = description | {"seed": seed}
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "records": records, "run": run}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(output / RESUME, buffer.getvalue())
-
-
-def _save_checkpoints(output, model, records, description, seed) -> None:
+def _save_checkpoints(output: Path, state: _State, run: dict) -> None:
     """Write what follows from the last finished epoch: history, last and, if it is the best so far, best."""
-    facts = {"run": description | {"seed": seed}, "epoch": records[-1]["epoch"], "validation": records[-1]}
+    if distributed.rank() > 0:
+        return
+    records = state.records
+    facts = {"run": run, "epoch": records[-1]["epoch"], "validation": records[-1]}
     best = records[-1]["val_accuracy"] >= max(record["val_accuracy"] for record in records)
     write_atomically(output / "history.csv", pd.DataFrame(records).to_csv(index=False).encode())
     for name in ("best", "last") if best else ("last",):
-        save_checkpoint(output / f"{name}.safetensors", model, description["model"], description["arguments"], **facts)
+        save_checkpoint(output / f"{name}.safetensors", state.result, run["model"], run["arguments"], **facts)
 
 
-def _resume(output, model, optimizer, description, seed, device) -> list[dict]:
-    """Load the resume state of ``output`` into model and optimizer; returns the records of the finished epochs."""
-    path = output / RESUME
-    if not path.is_file():
-        return []
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"{path} is damaged ({reason}); delete it to start this run again") from None
-    if state["run"] != description | {"seed": seed}:
-        raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    print(f"going on after epoch {len(state['records'])} of the run in {output}", flush=True)
-    return state["records"]
+def _resume(output: Path, state: _State, run: dict, device: torch.device) -> None:
+    """Load what an interrupted run left in ``output``, if anything, into ``state``.
+
+    A damaged file is named and the one before it taken; raises StudyError when none is whole, or of another run.
+    """
+    found = [path for path in (output / RESUME, output / PREVIOUS) if path.is_file()]
+    for path in found:
+        try:
+            parts = read_state(path, device)
+        except StudyError as error:
+            print(error, flush=True)
+            continue
+        if parts["run"] != run:
+            raise StudyError(f"{output} holds another run; name another folder, or delete it to start again")
+        state.load(parts)
+        print(f"going on after epoch {len(state.records)} of the run in {output}", flush=True)
+        return
+    if found:
+        names = " and ".join(str(path) for path in found)
+        raise StudyError(f"{names} cannot be read; delete {output} to start again")
+
+
+def _tidy(output: Path) -> None:
+    """Remove what only an unfinished run needs, and what an interruption left half written."""
+    for path in (output / RESUME, output / PREVIOUS, *output.glob("*.tmp")):
+        path.unlink(missing_ok=True)

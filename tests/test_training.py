@@ -1,16 +1,19 @@
 """The training loop: resuming is exact, faults keep what was reached."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import timm
 import torch
 from conftest import random_images
+from safetensors.torch import load_file
 
 from avit_lib.checkpoints import load_checkpoint, read_json
 from avit_lib.config import Halting, StudyError, Training
 from avit_lib.evaluation import metrics, predict
 from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
-from avit_lib.training import fit, pick_device, seed_everything
+from avit_lib.training import fit, pick_device, seed_everything, training_hours
 
 CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)
 PLAIN, ADAPTIVE = "deit_nano_patch7_28", "avit_nano_patch7_28"
@@ -51,20 +54,22 @@ def train(folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validat
     """Train a fresh small model in ``folder``."""
     seed_everything(seed)
     model = timm.create_model(name, drop_rate=0.1, **({"beta": -3.0} if name == ADAPTIVE else {}))
+    model.execution = config.execution
     description = {"model": name, "arguments": {}} | changes
     return fit(model, TRAIN, loss or LOSSES[name], config, folder, validate, description=description, seed=seed)
 
 
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
 @pytest.mark.parametrize("name", [PLAIN, ADAPTIVE])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name):
-    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    expected = train(whole, name)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name, changes):
+    whole, pieces, config = tmp_path / "whole", tmp_path / "pieces", replace(CONFIG, **changes)
+    expected = train(whole, name, config=config)
     with pytest.raises(PowerCut):  # four updates an epoch: in the middle of epoch 2
-        train(pieces, name, loss=stopping(LOSSES[name], 6, power_cut))
+        train(pieces, name, loss=stopping(LOSSES[name], 6, power_cut), config=config)
     assert read_json(pieces / "last.json")["epoch"] == 1
     with pytest.raises(PowerCut):  # and again, in epoch 3
-        train(pieces, name, loss=stopping(LOSSES[name], 5, power_cut))
-    found = train(pieces, name)
+        train(pieces, name, loss=stopping(LOSSES[name], 5, power_cut), config=config)
+    found = train(pieces, name, config=config)
     for file in ("last.safetensors", "best.safetensors"):
         assert (pieces / file).read_bytes() == (whole / file).read_bytes()
     pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
@@ -172,7 +177,7 @@ def test_a_stop_while_the_last_epoch_is_being_saved(tmp_path, blocked):
             obstacle.mkdir()  # the file cannot be written in epoch 3
         return validate(model)
 
-    with pytest.raises(OSError):
+    with pytest.raises(StudyError, match="cannot be written"):
         train(pieces, validate=blocking)
     obstacle.rmdir()
     found = train(pieces)
@@ -181,6 +186,66 @@ def test_a_stop_while_the_last_epoch_is_being_saved(tmp_path, blocked):
     assert load_checkpoint(pieces / "last.safetensors")[1]["epoch"] == 3
     pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"))
     pd.testing.assert_frame_equal(pd.read_csv(pieces / "history.csv"), found)
+
+
+def test_the_averaged_weights_are_those_evaluated_and_kept(tmp_path):
+    trained, evaluated = [], []
+
+    def watching(model):
+        evaluated.append(next(model.parameters()).detach().clone())
+        return {"accuracy": 0.0}
+
+    def loss(model, images, labels, progress):
+        trained.append(next(model.parameters()).detach().clone())  # before the update
+        return LOSSES[PLAIN](model, images, labels, progress)
+
+    train(tmp_path, loss=loss, config=replace(CONFIG, ema_decay=0.75), validate=watching)
+    average = trained[0]
+    for weights in trained[1:5]:  # after each of the four updates of the first epoch
+        average = 0.75 * average + 0.25 * weights
+    torch.testing.assert_close(evaluated[0], average)
+    kept, _ = load_checkpoint(tmp_path / "last.safetensors")
+    assert torch.equal(next(kept.parameters()), evaluated[-1])
+
+
+@pytest.mark.parametrize("name", [PLAIN, ADAPTIVE])
+def test_mixup_gives_the_loss_probabilities(tmp_path, name):
+    seen = []
+
+    def watching(model, images, labels, progress):
+        seen.append(labels)
+        return LOSSES[name](model, images, labels, progress)
+
+    history = train(tmp_path, name, loss=watching, config=replace(CONFIG, mixup=0.8))
+    labels = torch.cat(seen)
+    assert labels.shape == (3 * len(TRAIN), 10)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(len(labels)))
+    assert ((labels > 0.01) & (labels < 0.99)).any()
+    assert history["train_loss"].notna().all()
+
+
+def test_mixup_of_an_odd_batch_is_refused(tmp_path):
+    with pytest.raises(StudyError, match="in pairs: make batch_size a multiple of 2"):
+        train(tmp_path, config=replace(CONFIG, batch_size=15, mixup=0.8))
+
+
+def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path, monkeypatch):
+    # All tokens halt in the second layer: the others get no gradient when packed, and zeros when masked.
+    loss = AdaptiveLoss(Halting(alpha_distr=0.0), 0.1)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, gamma=0.0, beta=0.5))
+    weights = []
+    for execution in ("masked", "packed"):
+        config = replace(CONFIG, execution=execution, weight_decay=0.5)
+        history = train(tmp_path / execution, ADAPTIVE, loss=loss, config=config)
+        assert history["train_depth"].eq(2).all()
+        weights.append(load_file(tmp_path / execution / "last.safetensors"))
+    for name, masked in weights[0].items():
+        torch.testing.assert_close(weights[1][name], masked, msg=name)
+
+
+def test_hours():
+    assert training_hours(images=1_200_000, epochs=3, images_per_second=1000) == 1.0
 
 
 def test_devices():
