@@ -22,7 +22,7 @@ COLLECTION = Collection(
         "bfloat16 means weights and activations in inference, autocast in training.",
     ),
 )
-SWEEP = (3, 5, 7, 9, 11)  # mean depths, in layers
+SWEEP = (0.25, 0.4, 0.6, 0.75, 0.9)  # mean depths, as shares of the layers
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def run_benchmark(settings: Benchmark, device: torch.device) -> tuple[pd.DataFra
     results.figure(plots.throughput_by_batch(speed), f"throughput_{kind}", f"Images a second, with quartiles. {about}")
     overhead = efficiency.overhead_table(name, settings.batches, settings.precisions, repeats, device, limit)
     results.table(overhead, f"overhead_{kind}", f"Packed inference when no token halts, as a share above DeiT. {about}")
-    sweep = efficiency.depth_sweep(name, SWEEP, middle, repeats, device, limit)
+    depths = [round(share * len(workload.adaptive.blocks), 1) for share in SWEEP]
+    sweep = efficiency.depth_sweep(name, depths, middle, repeats, device, limit)
     results.table(sweep, f"depth_sweep_{kind}", f"Packed A-ViT at several mean depths. {single}")
     results.figure(plots.speedup_against_flops(sweep), f"speedup_{kind}", f"Speed-up against FLOPs. {single}")
     workload = efficiency.on_device(workload, device)

@@ -34,7 +34,7 @@ class Training:
     warmup_epochs: float = 0.5
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
-    precision: str = "float32"  # or "bfloat16": autocast, where the device computes it natively
+    precision: str = "float32"  # or "bfloat16": autocast, where the device gains by it
     optimizer: str = "adamw"  # a name of timm's
     execution: str = "auto"  # of a model that halts, in training: "auto" is masked, "packed" may be faster
     ema_decay: float = 0.0  # of the averaged weights, which are then those evaluated and kept; 0: none

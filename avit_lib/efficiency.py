@@ -27,7 +27,6 @@ from avit_lib.config import Halting, StudyError
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.models import AViT
 from avit_lib.packed import packed_layers
-from avit_lib.training import autocast
 
 MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
@@ -124,13 +123,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call of ``functions``, taken in turns so that a drift of the machine hits all alike.
 
-    Each is warmed up twice; a sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds
-    no new round begins, but three are always made.
+    Each is warmed up, twice if it is quick; a sample is the mean of as many calls as fill ``minimum`` seconds. After
+    ``limit`` seconds no new round begins, but three are always made.
     """
     calls = {}
     for name, function in functions.items():
-        _timed(function, 1, device)
-        calls[name] = max(1, round(minimum / _timed(function, 1, device)))
+        seconds = _timed(function, 1, device)
+        if seconds < 10 * minimum:
+            seconds = _timed(function, 1, device)
+        calls[name] = max(1, round(minimum / seconds))
     samples = {name: [] for name in functions}
     started = time.perf_counter()
     for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
@@ -242,7 +243,7 @@ def _step(workload: Workload, name: str, task: str, precision: str, device: torc
 
     def train() -> None:
         model.execution = execution
-        with autocast(precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             total = loss(model.train(), images, labels).total
         optimizer.zero_grad(set_to_none=True)
         total.backward()
