@@ -14,7 +14,7 @@ from avit_lib.reporting import Collection, Results, hardware, write_summary
 COLLECTION = Collection(
     name="benchmark",
     purpose="DeiT, masked A-ViT and packed A-ViT side by side: interleaved, warmed up, medians and quartiles of rounds",
-    command="python -m avit_lib benchmark",
+    command="make benchmark",
     notes=(
         "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, the class token in "
         "the last. Times depend on how many tokens are left where, not on what the weights have learnt.",
@@ -79,4 +79,25 @@ def run_benchmark(settings: Benchmark, device: torch.device) -> tuple[pd.DataFra
         results.figure(plots.operator_times(operators), "operators_cpu", f"Where the time goes. {single}")
     memory = efficiency.memory_table(name, depth, middle, settings.tasks, settings.precisions, device)
     results.table(memory, f"memory_{kind}", f"Peak memory above weights and images, in MiB. {about}")
+    results.table(summary_table(speed, memory), f"summary_{kind}", f"Packed A-ViT against DeiT. {about}")
     return speed, write_summary(COLLECTION)
+
+
+def summary_table(speed: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
+    """The tables of speed and memory in words, for people: one row a task, precision and batch size."""
+    rows = []
+    key = ["task", "precision", "batch"]
+    peaks = memory.set_index([*key, "model"])["of_deit"]
+    for found, part in speed.groupby(key, sort=False):
+        part = part.set_index("model")
+        packed, share = part.loc["A-ViT packed"], peaks.get((*found, "A-ViT packed"))
+        rows.append(dict(zip(key, found, strict=True)) | {
+            "DeiT [images/s]": f"{part.loc['DeiT', 'images_per_second']:.1f}",
+            "masked [images/s]": f"{part.loc['A-ViT masked', 'images_per_second']:.1f}",
+            "packed [images/s]": f"{packed['images_per_second']:.1f}",
+            "speed-up": f"{packed['speedup']:.2f}",
+            "FLOP ratio": f"{packed['flops_ratio']:.2f}",
+            "efficiency": f"{packed['efficiency']:.2f}",
+            "peak memory of DeiT's": "" if share is None else f"{share:.0%}",
+        })  # fmt: skip
+    return pd.DataFrame(rows)

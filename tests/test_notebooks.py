@@ -316,6 +316,27 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
 
 
+def test_the_readme_gets_the_table_of_the_benchmark(project):
+    readme = project / "README.md"
+    readme.write_text("<!-- begin results-benchmark -->\n<!-- end results-benchmark -->\n")
+    table = project / "results" / "benchmark" / "tables" / "summary_cpu.md"
+    table.parent.mkdir(parents=True)
+    table.write_text("| a |\n| ---: |\n| 1 |\n")
+    facts = {
+        "source": "make benchmark",
+        "seed": 0,
+        "commit": "0123456789abcdef",
+        "date": "today",
+        "hardware": "a computer",
+    }
+    table.with_suffix(".json").write_text(json.dumps({"caption": "What it is.", "provenance": facts}))
+    notebooks.stamp_readme(readme)
+    assert (
+        "| 1 |\n\nWhat it is.\n\nMade by `make benchmark`, commit 0123456789, today, on a computer."
+        in readme.read_text()
+    )
+
+
 # ---- the bootstrap cell ----
 
 EXECUTE = """
