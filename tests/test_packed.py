@@ -7,12 +7,13 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import avit_lib  # noqa: F401  registers the models
 from avit_lib.config import StudyError
 from avit_lib.halting import HaltingRule
 from avit_lib.models import run_masked
-from avit_lib.packed import packed_layers, predict_packed, run_packed
+from avit_lib.packed import packed_layers, predict_one, predict_packed, run_packed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -171,6 +172,48 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
         model(images)
 
 
+VARIANTS = [
+    {"class_token_halts": False},
+    {"fuse_halted": True},
+    {"class_token_halts": False, "fuse_halted": True},
+]
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        if function.overloadpacket.__name__ == "index" and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
+            self.names.add("nonzero")  # is what a mask comes to
+        return function(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "repeat_interleave"}
+
+
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=lambda variant: "-".join(variant) or "paper")
+@pytest.mark.parametrize("every_token", [True, False])
+def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, monkeypatch):
+    """No operator whose result the host must know, but the one that reads how many tokens are left."""
+    model = make_model(**variant)
+    tokens, reads, read = model._embed(make_images(6)), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
+    with torch.inference_mode(), Operators() as seen:
+        layers = len(list(packed_layers(model.blocks, tokens, model.rule, every_token, attention="padded")))
+    assert layers >= 4 and len(reads) <= layers
+    assert not seen.names & WAITING
+    with torch.inference_mode(), Operators() as seen:
+        predict_one(model.blocks, tokens[:1], model.rule)
+    assert seen.names & WAITING  # what it would look like
+
+
 def test_stochastic_depth_drops_whole_images():
     """After a block whose paths are dropped or kept by image, the tokens of an image have all moved or all stayed."""
     model = make_model(beta=-1e4, drop_path_rate=0.5).train()
@@ -181,13 +224,6 @@ def test_stochastic_depth_drops_whole_images():
     moved = (before != after).any(dim=1).view(32, 17)
     assert (moved.all(dim=1) | ~moved.any(dim=1)).all()
     assert 0 < moved[:, 0].sum() < 32
-
-
-VARIANTS = [
-    {"class_token_halts": False},
-    {"fuse_halted": True},
-    {"class_token_halts": False, "fuse_halted": True},
-]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant))
