@@ -57,7 +57,9 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 
 def model_colour(label: str) -> tuple[float, float, float]:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    if "fine-tuned" in label:
+    if label.startswith("ToMe"):
+        return PALETTE[4]
+    if "A-ViT" in label and "fine-tuned" in label:
         return PALETTE[1]
     return PALETTE[2] if label.startswith("A-ViT") else PALETTE[0]
 

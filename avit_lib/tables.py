@@ -10,42 +10,66 @@ from torch import Tensor
 
 from avit_lib.config import Profile, Run
 from avit_lib.data import Images, pick_per_class
-from avit_lib.efficiency import throughput
+from avit_lib.efficiency import counted_flops, throughput
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics, paired_difference
 from avit_lib.study import Study
+from avit_lib.tome import TokenMerging
 
 INTERVALS = ("accuracy", "accuracy_macro", "f1_macro")
 
 
 def predict_runs(study: Study) -> dict[str, Predictions]:
-    """What every trained model of the study says of the test images, by the name of its run."""
-    return {run.name: study.predict(study.load(run.name), study.test) for run in study.profile.runs}
+    """What every trained model of the study, and every merged one, says of the test images, by its name."""
+    trained = {run.name: study.load(run.name) for run in study.profile.runs}
+    return {name: study.predict(model, study.test) for name, model in {**trained, **merged_models(study)}.items()}
+
+
+def merged_models(study: Study) -> dict[str, TokenMerging]:
+    """The plain model with token merging, which needs no training: the bar for a model that learns to halt."""
+    plain = plain_run(study.profile).name
+    return {f"ToMe, r = {r}": TokenMerging(study.load(plain), r) for r in study.profile.merging}
 
 
 def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """One row a run: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved."""
+    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
+
+    Merged models have no depth of their own.
+    """
     rows = []
     for run in study.profile.runs:
         values = metrics(study.load(run.name), predictions[run.name])
-        row = {"model": run.label, "init": run.init}
-        for name, (low, high) in bootstrap_intervals(predictions[run.name]).items():
-            row |= {name: values[name], f"{name}_low": low, f"{name}_high": high}
-        rows.append(row | {name: value for name, value in values.items() if name not in INTERVALS})
+        rows.append({"model": run.label, "init": run.init} | _with_intervals(values, predictions[run.name]))
+    for name, model in merged_models(study).items():
+        few = study.test.__getitems__(list(range(8)))[0].to(study.device)
+        values = metrics(model.model, predictions[name])
+        values |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}
+        values["gflops_per_image"] = counted_flops(model, few) / 1e9  # the same for every image
+        init = f"{plain_run(study.profile).name}, not trained"
+        rows.append({"model": name, "init": init} | _with_intervals(values, predictions[name]))
     table = pd.DataFrame(rows)
     flops = table.set_index("model")["gflops_per_image"]
     return table.assign(flops_saved=1 - table["gflops_per_image"] / flops[plain_run(study.profile).label])
+
+
+def _with_intervals(values: dict[str, float], predictions: Predictions) -> dict[str, float]:
+    row = {}
+    for name, (low, high) in bootstrap_intervals(predictions).items():
+        row |= {name: values[name], f"{name}_low": low, f"{name}_high": high}
+    return row | {name: value for name, value in values.items() if name not in INTERVALS}
 
 
 def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False) -> pd.DataFrame:
     """Images a second of the trained models on test images, and speed-up against the plain one: see ``throughput``.
 
     One row a model and batch size (default: the one it was trained with); ``masked`` adds the models that halt as the
-    paper executes them.
+    paper executes them, in place of merged ones.
     """
     runs = study.profile.runs
     models = {run.label: (study.load(run.name), "packed") for run in runs}
     if masked:
         models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
+    else:
+        models |= {name: (model, "") for name, model in merged_models(study).items()}
     frames = []
     for batch in batches or [plain_run(study.profile).training.batch_size]:
         images, _ = study.test.__getitems__(list(range(min(batch, len(study.test)))))
@@ -54,15 +78,15 @@ def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False)
 
 
 def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """Accuracy of every model that halts minus the plain one's on the same images, with its 95 % interval."""
+    """Accuracy of every other model minus the plain one's on the same images, with its 95 % interval."""
     plain = plain_run(profile)
+    labels = {run.name: run.label for run in profile.runs}
     rows = []
-    for run in profile.runs:
-        if run.halting is not None:
-            difference, low, high = paired_difference(predictions[run.name], predictions[plain.name])
-            rows.append(
-                {"model": run.label, "minus": plain.label, "difference": difference, "low": low, "high": high}
-            )  # fmt: skip
+    for name, found in predictions.items():
+        if name != plain.name:
+            difference, low, high = paired_difference(found, predictions[plain.name])
+            row = {"model": labels.get(name, name), "minus": plain.label}
+            rows.append(row | {"difference": difference, "low": low, "high": high})
     return pd.DataFrame(rows)
 
 
@@ -78,7 +102,7 @@ def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.Dat
             "accuracy [%]": _percent_with_interval(row.accuracy, row.accuracy_low, row.accuracy_high),
             "minus DeiT [points]": "" if gain is None else _signed_with_interval(*gain[["difference", "low", "high"]]),
             "macro F1 [%]": _percent_with_interval(row.f1_macro, row.f1_macro_low, row.f1_macro_high),
-            "mean depth [layers]": f"{row.mean_depth:.2f}",
+            "mean depth [layers]": "" if math.isnan(row.mean_depth) else f"{row.mean_depth:.2f}",
             "GFLOPs per image": f"{row.gflops_per_image:.4f}",
             "FLOPs saved": f"{row.flops_saved:.1%}",
             "images a second": f"{row.images_per_second:.0f}",

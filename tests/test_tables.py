@@ -1,5 +1,6 @@
 """The tables, on predictions made by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd
@@ -10,7 +11,7 @@ from conftest import random_images
 
 from avit_lib import tables
 from avit_lib.config import get_profile
-from avit_lib.evaluation import Predictions
+from avit_lib.evaluation import Predictions, predict
 
 CLASSES = ("ant", "bee", "cat")
 
@@ -53,6 +54,31 @@ def test_evaluation_table_compares_with_the_plain_model():
     assert table["flops_saved"][0] == table["flops_saved"][2] == 0
     assert 0.5 < table["flops_saved"][1] < 0.75  # three layers of four, less patch embedding and head
     assert (table["accuracy_low"] <= table["accuracy"]).all() and (table["accuracy"] <= table["accuracy_high"]).all()
+
+
+def test_merged_models_stand_beside_the_trained_ones():
+    profile = replace(get_profile("smoke"), merging=(2, 30))
+    plain = timm.create_model("deit_nano_patch7_28").eval()
+    adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
+    study = SimpleNamespace(
+        profile=profile, load=lambda name: plain if name == "deit" else adaptive, device="cpu", test=random_images(20),
+        predict=predict,
+    )  # fmt: skip
+    predictions = tables.predict_runs(study)
+    assert list(predictions) == ["deit", "avit", "avit_finetuned", "ToMe, r = 2", "ToMe, r = 30"]
+    table = tables.evaluation_table(study, predictions).set_index("model")
+    assert table.loc["ToMe, r = 30", "gflops_per_image"] < table.loc["ToMe, r = 2", "gflops_per_image"]
+    assert table.loc["ToMe, r = 2", "flops_saved"] > 0 and table["mean_depth"].isna().sum() == 2
+    differences = tables.difference_table(profile, predictions)
+    assert list(differences["model"]) == ["A-ViT", "A-ViT fine-tuned", "ToMe, r = 2", "ToMe, r = 30"]
+    speed = tables.speed_table(study, [4])
+    assert list(speed["model"]) == [*profile_labels(profile), "ToMe, r = 2", "ToMe, r = 30"]
+    summary = tables.summary_table(table.reset_index().merge(speed, on="model"), differences)
+    assert list(summary["mean depth [layers]"]) == ["4.00", "4.00", "4.00", "", ""]
+
+
+def profile_labels(profile) -> list[str]:
+    return [run.label for run in profile.runs]
 
 
 def test_differences_are_of_the_adaptive_models(halting, plain):
@@ -144,7 +170,7 @@ def test_a_hundred_classes_of_one_or_a_few_images():
     labels = torch.cat([torch.arange(101), torch.arange(50), torch.arange(50)])  # half of them have a single image
     logits = torch.nn.functional.one_hot((labels + (torch.arange(201) % 10 == 0)) % 101, 101).float()
     found = Predictions(logits, labels, torch.full((201, 17), 4), torch.zeros(201, 4, 17), 4)
-    study = SimpleNamespace(profile=profile, load=lambda name: model)
+    study = SimpleNamespace(profile=replace(profile, merging=()), load=lambda name: model)
     names = [run.name for run in profile.runs]
     table = tables.evaluation_table(study, dict.fromkeys(names, found))
     assert (table["accuracy"] - 180 / 201).abs().max() < 1e-6
