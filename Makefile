@@ -64,7 +64,7 @@ search: setup  ## Compare the candidate settings of PROFILE on the validation im
 sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
 	@$(BIN)/python -m avit_lib sweep --profile "$(PROFILE)" --seed "$(SEED)"
 
-benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (about 20 minutes on 2 cores; leave it alone)
+benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
 	@$(BIN)/python -m avit_lib benchmark --seed "$(SEED)"
 	@$(RUNNER) summary --profile "$(PROFILE)"
 
