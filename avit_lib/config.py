@@ -113,6 +113,8 @@ class Profile:
     augmentation: str = "none"  # of training images; "standard": random crops and mirroring
     smoke: bool = False
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
+    focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
+    dial: tuple[float, ...] = ()  # mean depths in layers to which its beta is turned after training
     search: tuple[Run, ...] = ()  # candidates that `make search` compares on the validation images
     merging: tuple[int, ...] = ()  # tokens that merge in each layer: peers of the models, see ``tome``
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
@@ -179,21 +181,16 @@ def _pretrained_runs(deit: Training, avit: Training, halting: Halting, beyond: H
     )
 
 
-def _deit_candidate(name: str, label: str, epochs: int, learning_rate: float) -> Run:
-    training = Training(epochs, learning_rate, precision="bfloat16")
-    return Run(name, label, _DEIT, "pretrained", training, pretrained=_WEIGHTS)
-
-
-def _avit_candidate(name: str, label: str, halting: Halting, teacher: str = "") -> Run:
-    training = Training(4, 3e-4, precision="bfloat16", execution="packed")
+def _candidate(name: str, label: str, halting: Halting, epochs: int = 4, teacher: str = "") -> Run:
+    training = Training(epochs, 3e-4, precision="bfloat16", execution="packed")
     return Run(name, label, _AVIT, "deit", training, halting, teacher=teacher)
 
 
-# The prototype's settings, from which the search starts.
-_DROP = Halting(beta=-6.0, alpha_ponder=5e-3, target_depth=7.0)
-_STAY = Halting(beta=-6.0, alpha_ponder=1e-2, target_depth=6.0, class_token_halts=False)
+# Where the search starts. A beta of -2.3 is calibrated: with it the untrained halting of the fine-tuned DeiT has a mean
+# depth of 7 layers; -3.4 gives 9, -6 (the prototype's) more than 11.
+_DROP = Halting(beta=-3.4, alpha_ponder=1e-2, alpha_distr=0.02, target_depth=5.0, target_std=4.0)
+_STAY = replace(_DROP, beta=-2.3, alpha_ponder=5e-3, class_token_halts=False)
 _FUSE = replace(_STAY, fuse_halted=True)
-_WIDE = replace(_FUSE, target_depth=5.0, target_std=2.0, alpha_ponder=2e-2, ponder_ramp=0.5)
 
 _CALTECH101 = Profile(
     name="caltech101",
@@ -205,25 +202,15 @@ _CALTECH101 = Profile(
     test_per_class=50,
     augmentation="standard",
     merging=(8, 13, 16),
+    focus="avit_summary",
+    dial=(5.0, 6.0, 8.0, 9.0),
     runs=_pretrained_runs(
         deit=Training(8, 2e-4, precision="bfloat16"),
         avit=Training(4, 3e-4, precision="bfloat16", execution="packed"),
         halting=_DROP,
-        beyond=_WIDE,
+        beyond=_FUSE,
     ),
-    search=(
-        _deit_candidate("deit_2e-4", "DeiT, 8 epochs, 2e-4", 8, 2e-4),
-        _deit_candidate("deit_1e-4", "DeiT, 8 epochs, 1e-4", 8, 1e-4),
-        _avit_candidate("drop", "halted tokens dropped", _DROP),
-        _avit_candidate("drop_wide", "dropped, wide target", replace(_DROP, target_std=2.0, ponder_ramp=0.5)),
-        _avit_candidate("stay", "class token to the end", _STAY),
-        _avit_candidate("fuse", "class token to the end, summary token", _FUSE),
-        _avit_candidate("fuse_wide", "the same, wide and deeper cut, ramped", _WIDE),
-        _avit_candidate("fuse_wide_taught", "the same, taught by DeiT", _WIDE, teacher="deit"),
-        _avit_candidate(
-            "fuse_weak_taught", "the same, weaker target", replace(_WIDE, alpha_distr=0.02), teacher="deit"
-        ),
-    ),
+    search=(_candidate("fuse_taught", "summary token, from depth 7, taught by DeiT", _FUSE, teacher="deit"),),
     sweep=("deit", "avit_summary"),
     notes=(
         "Split: the classic 30 training images a class, then 5 for validation, up to 50 of the rest for test, by seed.",
@@ -272,6 +259,7 @@ PROFILES = {
             test_per_class=20,
             smoke=True,
             merging=(2,),
+            dial=(2.0, 3.0),
             runs=_three_runs(
                 "nano_patch7_28",
                 deit=Training(epochs=2, learning_rate=2e-3, batch_size=32),
@@ -294,6 +282,7 @@ PROFILES = {
             image_size=28,
             validation_per_class=500,
             merging=(2, 3, 4),
+            dial=(5.0, 6.0, 8.0, 9.0),
             runs=_three_runs(
                 "micro_patch4_28",
                 deit=Training(4, learning_rate=1.2e-2, batch_size=128, optimizer="muon"),
@@ -321,6 +310,9 @@ PROFILES = {
             image_size=224,
             validation_per_class=10,
             augmentation="standard",
+            merging=(8, 13, 16),
+            focus="avit",
+            dial=(6.0, 8.0, 9.0, 10.0),
             runs=_imagenet_runs(
                 # 4 x 128 images; EMA and Mixup with CutMix are those of DeiT, whose recipe the paper follows.
                 Training(

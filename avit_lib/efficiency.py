@@ -29,6 +29,7 @@ from avit_lib.models import AViT
 from avit_lib.packed import packed_layers
 
 MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
+TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 # Of the synthetic workload: channel 0 lies where no sigmoid is saturated.
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)
@@ -190,9 +191,17 @@ def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> C
 
 
 def benchmark(
-    workload: Workload, task: str, precision: str, repeats: int, device: torch.device, limit: float = math.inf
+    workload: Workload,
+    task: str,
+    precision: str,
+    repeats: int,
+    device: torch.device,
+    limit: float = math.inf,
+    models: Sequence[str] = MODELS,
 ) -> pd.DataFrame:
-    """DeiT, masked and packed A-ViT side by side on the images of ``workload``, one row each.
+    """DeiT, masked and packed A-ViT, or those of them in ``models``, side by side on the images of ``workload``.
+
+    One row each; DeiT is always among them, since the others are compared with it.
 
     ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW); ``precision`` "float32" or
     "bfloat16" (in inference weights and activations, in training autocast). Columns: seconds (median over rounds),
@@ -200,7 +209,7 @@ def benchmark(
     speedup and flops_ratio against DeiT, efficiency = speedup / flops_ratio, and the number of rounds.
     """
     workload = _prepared(workload, task, precision, device)
-    functions = {name: _step(workload, name, task, precision, device) for name in MODELS}
+    functions = {name: _step(workload, name, task, precision, device) for name in models}
     samples = interleaved(functions, repeats, device, limit=limit)
     batch, few = len(workload.images), workload.images[:8]
     workload.plain.eval(), workload.adaptive.eval()
@@ -209,7 +218,7 @@ def benchmark(
     flops = {"DeiT": plain_flops, "A-ViT masked": plain_flops}
     flops["A-ViT packed"] = counted_flops(workload.adaptive, workload.images)
     rows = []
-    for name in MODELS:
+    for name in models:
         low, middle, high = np.percentile(samples[name], (25, 50, 75))
         rows.append({
             "task": task, "precision": precision, "batch": batch, "model": name, "seconds": middle,
@@ -280,9 +289,8 @@ def overhead_table(
     frames = []
     for precision, batch in itertools.product(precisions, batches):
         workload = without_halting(synthetic_workload(name, batch, mean_depth=1.0))
-        frames.append(benchmark(workload, "inference", precision, repeats, device, limit))
-    table = pd.concat(frames, ignore_index=True)
-    table = table[table["model"] == "A-ViT packed"]
+        frames.append(benchmark(workload, "inference", precision, repeats, device, limit, TIMED))
+    table = _packed_rows(frames)
     return table[["precision", "batch", "seconds", "rounds"]].assign(overhead=1 / table["speedup"] - 1)
 
 
@@ -309,9 +317,14 @@ def depth_sweep(
     frames = []
     for depth in tqdm(depths, desc="depths", unit="depth", leave=False, disable=None):
         workload = synthetic_workload(name, batch, depth)
-        frame = benchmark(workload, "inference", "float32", repeats, device, limit)
-        frames.append(frame[frame["model"] == "A-ViT packed"].assign(mean_depth=depth))
-    return pd.concat(frames, ignore_index=True)
+        frame = benchmark(workload, "inference", "float32", repeats, device, limit, TIMED)
+        frames.append(frame.assign(mean_depth=depth))
+    return _packed_rows(frames)
+
+
+def _packed_rows(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    table = pd.concat(frames, ignore_index=True)
+    return table[table["model"] == "A-ViT packed"].reset_index(drop=True)
 
 
 @torch.inference_mode()

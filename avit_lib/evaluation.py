@@ -146,14 +146,27 @@ def _from_confusion(confusion: np.ndarray) -> dict[str, float]:
 
 
 def paired_difference(
-    first: Predictions, second: Predictions, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    first: Predictions,
+    second: Predictions,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    per_class: bool = False,
 ) -> tuple[float, float, float]:
     """Accuracy of ``first`` minus that of ``second`` on the same images: difference, low and high end (bootstrap).
 
-    Both models are resampled together, so that what is hard for both cancels.
+    Both models are resampled together, so that what is hard for both cancels. ``per_class`` means mean per-class
+    accuracy, as in ``classification_metrics``.
     """
     if not torch.equal(first.labels, second.labels):
         raise ValueError("the two models were evaluated on different images")
     gain = (first.correct.long() - second.correct.long()).numpy()
-    samples = [gain[chosen].mean() for chosen in _resampled(len(gain), resamples, seed)]
-    return (float(gain.mean()), *_percentiles(samples, level))
+    labels = first.labels.numpy() if per_class else np.zeros_like(gain)
+
+    def mean(chosen: np.ndarray) -> float:
+        images = np.bincount(labels[chosen])
+        sums = np.bincount(labels[chosen], weights=gain[chosen])
+        return float((sums[images > 0] / images[images > 0]).mean())
+
+    samples = [mean(chosen) for chosen in _resampled(len(gain), resamples, seed)]
+    return (mean(np.arange(len(gain))), *_percentiles(samples, level))

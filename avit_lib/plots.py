@@ -59,9 +59,9 @@ def model_colour(label: str) -> tuple[float, float, float]:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
     if label.startswith("ToMe"):
         return PALETTE[4]
-    if "A-ViT" in label and "fine-tuned" in label:
-        return PALETTE[1]
-    return PALETTE[2] if label.startswith("A-ViT") else PALETTE[0]
+    if not label.startswith("A-ViT"):
+        return PALETTE[9 if "trained on" in label else 0]
+    return PALETTE[3 if "+" in label else 1 if "fine-tuned" in label else 2]
 
 
 # --- data and training -----------------------------------------------------------------------------------------------
@@ -161,6 +161,56 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
     axis.set_xlim(0, 1.25 * table["gflops_per_image"].max())
     axis.margins(y=0.15)
     axis.yaxis.set_major_formatter(_percent)
+    return figure
+
+
+def accuracy_against_speed(table: pd.DataFrame, points: pd.DataFrame, accuracy: str = "accuracy") -> Figure:
+    """Accuracy against speed-up over DeiT: models of the evaluation ``table``, and one model at several ``points``.
+
+    Points of one model and those of token merging are joined; ``accuracy`` names the column to show.
+    """
+    figure, axes = subplots(height=4.2)
+    axis = axes[0, 0]
+    merged = table["model"].str.startswith("ToMe")
+    for curve, style, meaning in ((table[merged], "s:", "tokens merged"), (points, "o--", "beta")):
+        if len(curve):
+            name = curve["model"].iloc[0].split(",")[0]
+            curve = curve.sort_values("speedup")
+            colour, label = model_colour(name), f"{name}, by {meaning}"
+            axis.plot(curve["speedup"], curve[accuracy], style, color=colour, linewidth=1.2, alpha=0.8, label=label)
+    for row in table[~merged].itertuples():
+        value = getattr(row, accuracy)
+        error = [[value - getattr(row, f"{accuracy}_low")], [getattr(row, f"{accuracy}_high") - value]]
+        colour = model_colour(row.model)
+        axis.errorbar(row.speedup, value, error, fmt="o", color=colour, capsize=4, markersize=9, label=row.model)
+    axis.set(xlabel="speed-up over DeiT, measured", ylabel=accuracy.replace("_macro", ", mean over classes"))
+    axis.yaxis.set_major_formatter(_percent)
+    axis.legend(fontsize=9)
+    return figure
+
+
+def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) -> Figure:
+    """Accuracy by class of two models as arrows, for the ``most`` classes that lose and that gain most.
+
+    ``table`` is that of ``tables.class_accuracy_table``; ``names`` are those of the models before and after.
+    """
+    losing, gaining = table[table["change"] < 0].head(most), table[table["change"] > 0].tail(most)
+    shown = pd.concat([losing, gaining]).iloc[::-1].reset_index(drop=True)
+    figure, axes = subplots(height=1.2 + 0.25 * max(len(shown), 1))
+    axis = axes[0, 0]
+    rows = np.arange(len(shown))
+    axis.hlines(rows, shown["before"], shown["after"], color=MUTED, linewidth=1.5, zorder=1)
+    for column, name, marker in (("before", names[0], "o"), ("after", names[1], "D")):
+        axis.scatter(shown[column], rows, color=model_colour(name), marker=marker, label=name, zorder=2)
+    axis.set_yticks(
+        rows, [f"{row['class'].replace('_', ' ')} ({row.images})" for _, row in shown.iterrows()], fontsize=9
+    )
+    if len(losing) and len(gaining):
+        axis.axhline(len(gaining) - 0.5, color=MUTED, linewidth=1, linestyle=":")
+    axis.set(xlabel="accuracy on the class (in brackets its test images)", ylim=(-0.7, len(shown) - 0.3))
+    axis.xaxis.set_major_formatter(_percent)
+    axis.grid(axis="y", visible=False)
+    _legend_above(figure, axis)
     return figure
 
 

@@ -51,7 +51,7 @@ class Study:
     def folder(self, run: str) -> Path:
         """Where the checkpoints of a run, or candidate of the search, lie."""
         found = self.profile.run(run)
-        return self.checkpoints / ("search" if found in self.profile.search else "") / found.name
+        return self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
 
     def train(self, name: str) -> pd.DataFrame:
         """Train the run called ``name``, or go on with it, or return the history of the finished one.

@@ -2,20 +2,37 @@
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from avit_lib.calibration import calibrated_beta
 from avit_lib.config import Profile, Run
 from avit_lib.data import Images, pick_per_class
 from avit_lib.efficiency import counted_flops, throughput
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics, paired_difference
+from avit_lib.models import AViT
+from avit_lib.published import PUBLISHED, SOURCES
 from avit_lib.study import Study
 from avit_lib.tome import TokenMerging
 
 INTERVALS = ("accuracy", "accuracy_macro", "f1_macro")
+DIFFERENCE = ("difference", "low", "high")
+PUBLISHED_FIGURES = {
+    "accuracy": "accuracy",
+    "f1_macro": "macro F1",
+    "minus_deit": "accuracy minus DeiT's",
+    "mean_depth": "mean depth [layers]",
+    "gflops_per_image": "GFLOPs per image",
+    "speedup": "speed-up over DeiT",
+}
+HALTING_SETTINGS = (
+    "gamma", "beta", "alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "class_token_halts",
+    "fuse_halted",
+)  # fmt: skip
 
 
 def predict_runs(study: Study) -> dict[str, Predictions]:
@@ -26,8 +43,15 @@ def predict_runs(study: Study) -> dict[str, Predictions]:
 
 def merged_models(study: Study) -> dict[str, TokenMerging]:
     """The plain model with token merging, which needs no training: the bar for a model that learns to halt."""
-    plain = plain_run(study.profile).name
-    return {f"ToMe, r = {r}": TokenMerging(study.load(plain), r) for r in study.profile.merging}
+    if not study.profile.merging:
+        return {}
+    plain = study.load(plain_run(study.profile).name)
+    return {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
+
+
+def first_images(study: Study, most: int) -> Tensor:
+    """The first test images [B, C, H, W], at ``most`` so many, on the device of the study."""
+    return study.test[torch.arange(min(most, len(study.test)))][0].to(study.device)
 
 
 def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
@@ -40,10 +64,9 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
         values = metrics(study.load(run.name), predictions[run.name])
         rows.append({"model": run.label, "init": run.init} | _with_intervals(values, predictions[run.name]))
     for name, model in merged_models(study).items():
-        few = study.test.__getitems__(list(range(8)))[0].to(study.device)
         values = metrics(model.model, predictions[name])
         values |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}
-        values["gflops_per_image"] = counted_flops(model, few) / 1e9  # the same for every image
+        values["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
         init = f"{plain_run(study.profile).name}, not trained"
         rows.append({"model": name, "init": init} | _with_intervals(values, predictions[name]))
     table = pd.DataFrame(rows)
@@ -72,35 +95,47 @@ def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False)
         models |= {name: (model, "") for name, model in merged_models(study).items()}
     frames = []
     for batch in batches or [plain_run(study.profile).training.batch_size]:
-        images, _ = study.test.__getitems__(list(range(min(batch, len(study.test)))))
-        frames.append(throughput(models, images.to(study.device)))
+        frames.append(throughput(models, first_images(study, batch)))
     return pd.concat(frames, ignore_index=True)
 
 
 def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """Accuracy of every other model minus the plain one's on the same images, with its 95 % interval."""
-    plain = plain_run(profile)
+    """Accuracy of each model minus a plain one's on the same images, with its 95 % interval; _macro: mean per class."""
     labels = {run.name: run.label for run in profile.runs}
     rows = []
-    for name, found in predictions.items():
-        if name != plain.name:
-            difference, low, high = paired_difference(found, predictions[plain.name])
+    for plain in (run for run in profile.runs if run.halting is None):
+        for name, found in predictions.items():
+            if name == plain.name:
+                continue
             row = {"model": labels.get(name, name), "minus": plain.label}
-            rows.append(row | {"difference": difference, "low": low, "high": high})
+            for suffix in ("", "_macro"):
+                figures = paired_difference(found, predictions[plain.name], per_class=bool(suffix))
+                row |= {f"{part}{suffix}": value for part, value in zip(DIFFERENCE, figures, strict=True)}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
-    gains = differences.set_index("model")
+    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals.
+
+    Mean per-class accuracy and its differences stand there where classes are not equally large.
+    """
+    even = np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])
+    gains = differences.set_index(["model", "minus"])[[name if even else f"{name}_macro" for name in DIFFERENCE]]
     rows = []
     for row in evaluation.itertuples():
-        gain = gains.loc[row.model] if row.model in gains.index else None
+        macro = _percent_with_interval(row.accuracy_macro, row.accuracy_macro_low, row.accuracy_macro_high)
         rows.append({
             "model": row.model,
             "starts from": row.init,
+            **({} if even else {"mean per-class accuracy [%]": macro}),
+            **{
+                f"minus {plain} [points]": _signed_with_interval(*gains.loc[row.model, plain])
+                if (row.model, plain) in gains.index
+                else ""
+                for plain in differences["minus"].unique()
+            },
             "accuracy [%]": _percent_with_interval(row.accuracy, row.accuracy_low, row.accuracy_high),
-            "minus DeiT [points]": "" if gain is None else _signed_with_interval(*gain[["difference", "low", "high"]]),
             "macro F1 [%]": _percent_with_interval(row.f1_macro, row.f1_macro_low, row.f1_macro_high),
             "mean depth [layers]": "" if math.isnan(row.mean_depth) else f"{row.mean_depth:.2f}",
             "GFLOPs per image": f"{row.gflops_per_image:.4f}",
@@ -117,6 +152,79 @@ def _percent_with_interval(value: float, low: float, high: float) -> str:
 
 def _signed_with_interval(value: float, low: float, high: float) -> str:
     return f"{100 * value:+.2f} ({100 * low:+.2f} to {100 * high:+.2f})"
+
+
+def dialled_models(study: Study, images: int = 64) -> dict[str, AViT]:
+    """The focus model turned to other depths by its beta, found on validation images drawn by seed; nothing trained."""
+    run = study.profile.run(study.profile.focus)
+    model = study.load(run.name)
+    validation = study.data.validation
+    chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(study.seed))[:images]
+    pixels = validation[chosen][0].to(study.device)
+    models = {}
+    for wish in study.profile.dial:
+        turned = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
+        turned.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
+    return models
+
+
+def operating_points(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
+    """The focus model as trained and turned to other depths, shallowest first: beta, depth, accuracy, FLOPs, speed.
+
+    Speed-up is over the plain model, measured side by side in batches of the size it was trained with.
+    """
+    plain, run = plain_run(study.profile), study.profile.run(study.profile.focus)
+    models = {run.label: study.load(run.name), **dialled_models(study)}
+    rows = []
+    for name, model in models.items():
+        found = predictions[run.name] if name == run.label else study.predict(model, study.test)
+        rows.append({"model": name, "beta": model.beta} | _with_intervals(metrics(model, found), found))
+    table = pd.DataFrame(rows)
+    full = metrics(study.load(plain.name), predictions[plain.name])["gflops_per_image"]
+    timed = {plain.label: (study.load(plain.name), "")} | {name: (model, "packed") for name, model in models.items()}
+    speed = throughput(timed, first_images(study, plain.training.batch_size))
+    table = table.assign(flops_saved=1 - table["gflops_per_image"] / full)
+    table = table.merge(speed[["model", "images_per_second", "speedup"]], on="model", validate="one_to_one")
+    return table.sort_values("mean_depth", ignore_index=True)
+
+
+def published_table(study: Study, evaluation: pd.DataFrame) -> pd.DataFrame:
+    """Our figures beside published ones, a column each named for its source: other data, so not to be compared."""
+    ours = evaluation.set_index("model")
+    plain = ours.loc[plain_run(study.profile).label]
+    rows = []
+    for run in study.profile.runs:
+        own = ours.loc[run.label].to_dict()
+        own["minus_deit"] = own["accuracy"] - plain["accuracy"]
+        others = [entry for entry in PUBLISHED if entry.run == run.name]
+        for name, words in PUBLISHED_FIGURES.items():
+            row = {"model": run.label, "figure": words, f"ours, {study.profile.dataset}": own[name]}
+            row |= {source: math.nan for source in SOURCES}
+            row |= {entry.source: getattr(entry, name) for entry in others}
+            if any(getattr(entry, name) is not None for entry in others):
+                rows.append(row)
+    return pd.DataFrame(rows).astype({source: float for source in SOURCES})
+
+
+def run_table(profile: Profile) -> pd.DataFrame:
+    """How each run of a profile is trained, one row each; empty where a setting has no meaning for it."""
+    rows = []
+    for run in profile.runs:
+        row = {"model": run.label, "starts from": run.pretrained or run.init, "taught by": run.teacher}
+        row |= {"epochs": run.training.epochs, "learning_rate": run.training.learning_rate}
+        row |= {name: getattr(run.halting, name) if run.halting else "" for name in HALTING_SETTINGS}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def class_accuracy_table(first: Predictions, second: Predictions, classes: tuple[str, ...]) -> pd.DataFrame:
+    """Accuracy on each class of two models, and the change from ``second`` to ``first``, the greatest losses first."""
+    images = first.labels.bincount(minlength=len(classes))
+    hits = [found.labels[found.correct].bincount(minlength=len(classes)) for found in (second, first)]
+    table = pd.DataFrame({"class": classes, "images": images.tolist()})
+    table["before"], table["after"] = ((count / images).tolist() for count in hits)
+    table = table[table["images"] > 0].assign(change=table["after"] - table["before"])
+    return table.sort_values(["change", "class"], ignore_index=True)
 
 
 def plain_run(profile: Profile) -> Run:
@@ -221,9 +329,12 @@ def one_per_class(labels: Tensor, seed: int, most: int = 10) -> Tensor:
     return chosen[labels[chosen].argsort()]
 
 
-def some_per_class(labels: Tensor, seed: int, each: int = 10) -> Tensor:
-    """Indices of ``each`` random images of every class, by seed."""
-    return pick_per_class(labels, each, torch.Generator().manual_seed(seed))
+def some_per_class(labels: Tensor, seed: int, each: int = 10, most: int = 10) -> Tensor:
+    """Indices of ``each`` random images of every class, by seed; of ``most`` classes, evenly spread, if more."""
+    chosen = pick_per_class(labels, each, torch.Generator().manual_seed(seed))
+    classes = labels.unique()
+    shown = classes[torch.linspace(0, len(classes) - 1, min(most, len(classes))).round().long()]
+    return chosen[torch.isin(labels[chosen], shown)]
 
 
 def depth_extremes(predictions: Predictions, classes: tuple[str, ...], count: int = 8) -> pd.DataFrame:
