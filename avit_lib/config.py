@@ -115,7 +115,7 @@ class Profile:
     notes: tuple[str, ...] = field(default=())  # where the numbers come from
     focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
     dial: tuple[float, ...] = ()  # mean depths in layers to which its beta is turned after training
-    search: tuple[Run, ...] = ()  # candidates that `make search` compares on the validation images
+    search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
     merging: tuple[int, ...] = ()  # tokens that merge in each layer: peers of the models, see ``tome``
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
@@ -186,11 +186,15 @@ def _candidate(name: str, label: str, halting: Halting, epochs: int = 4, teacher
     return Run(name, label, _AVIT, "deit", training, halting, teacher=teacher)
 
 
-# Where the search starts. A beta of -2.3 is calibrated: with it the untrained halting of the fine-tuned DeiT has a mean
-# depth of 7 layers; -3.4 gives 9, -6 (the prototype's) more than 11.
-_DROP = Halting(beta=-3.4, alpha_ponder=1e-2, alpha_distr=0.02, target_depth=5.0, target_std=4.0)
-_STAY = replace(_DROP, beta=-2.3, alpha_ponder=5e-3, class_token_halts=False)
-_FUSE = replace(_STAY, fuse_halted=True)
+# Of a beta: the fine-tuned DeiT's mean depth, untrained, is 7 layers with -2.3, 9 with -3.4, more than 11 with -6.
+_HALTING = Halting(beta=-3.4, alpha_ponder=5e-3, ponder_ramp=0.5, alpha_distr=0.02, target_depth=6.0, target_std=4.0)
+_FUSED = replace(_HALTING, class_token_halts=False, fuse_halted=True)
+_CALTECH101_RUNS = _pretrained_runs(
+    deit=Training(8, 2e-4, precision="bfloat16"),
+    avit=Training(8, 3e-4, precision="bfloat16", execution="packed"),
+    halting=_HALTING,
+    beyond=_FUSED,
+)
 
 _CALTECH101 = Profile(
     name="caltech101",
@@ -204,13 +208,16 @@ _CALTECH101 = Profile(
     merging=(8, 13, 16),
     focus="avit_summary",
     dial=(5.0, 6.0, 8.0, 9.0),
-    runs=_pretrained_runs(
-        deit=Training(8, 2e-4, precision="bfloat16"),
-        avit=Training(4, 3e-4, precision="bfloat16", execution="packed"),
-        halting=_DROP,
-        beyond=_FUSE,
+    runs=_CALTECH101_RUNS,
+    search=(
+        *_CALTECH101_RUNS,
+        _candidate(
+            "fuse_taught",
+            "summary token, from depth 7, taught by DeiT",
+            replace(_FUSED, beta=-2.3, ponder_ramp=0.0, target_depth=5.0),
+            teacher="deit",
+        ),
     ),
-    search=(_candidate("fuse_taught", "summary token, from depth 7, taught by DeiT", _FUSE, teacher="deit"),),
     sweep=("deit", "avit_summary"),
     notes=(
         "Split: the classic 30 training images a class, then 5 for validation, up to 50 of the rest for test, by seed.",

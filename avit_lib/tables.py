@@ -1,13 +1,13 @@
 """The tables of the study: predictions in, DataFrame out, one row a model, class or image; fractions are 0 to 1."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from avit_lib.calibration import calibrated_beta
 from avit_lib.config import Profile, Run
@@ -81,11 +81,13 @@ def _with_intervals(values: dict[str, float], predictions: Predictions) -> dict[
     return row | {name: value for name, value in values.items() if name not in INTERVALS}
 
 
-def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False) -> pd.DataFrame:
+def speed_table(
+    study: Study, batches: Iterable[int] = (), masked: bool = False, others: Mapping[str, nn.Module] | None = None
+) -> pd.DataFrame:
     """Images a second of the trained models on test images, and speed-up against the plain one: see ``throughput``.
 
     One row a model and batch size (default: the one it was trained with); ``masked`` adds the models that halt as the
-    paper executes them, in place of merged ones.
+    paper executes them, in place of merged ones; ``others`` are timed beside them.
     """
     runs = study.profile.runs
     models = {run.label: (study.load(run.name), "packed") for run in runs}
@@ -93,6 +95,7 @@ def speed_table(study: Study, batches: Iterable[int] = (), masked: bool = False)
         models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
     else:
         models |= {name: (model, "") for name, model in merged_models(study).items()}
+    models |= {name: (model, "packed") for name, model in (others or {}).items()}
     frames = []
     for batch in batches or [plain_run(study.profile).training.batch_size]:
         frames.append(throughput(models, first_images(study, batch)))
@@ -168,21 +171,20 @@ def dialled_models(study: Study, images: int = 64) -> dict[str, AViT]:
     return models
 
 
-def operating_points(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """The focus model as trained and turned to other depths, shallowest first: beta, depth, accuracy, FLOPs, speed.
+def operating_points(
+    study: Study, predictions: dict[str, Predictions], turned: Mapping[str, AViT], speed: pd.DataFrame
+) -> pd.DataFrame:
+    """The focus model as trained and ``turned`` to other depths, shallowest first: beta, depth, accuracy, FLOPs, speed.
 
-    Speed-up is over the plain model, measured side by side in batches of the size it was trained with.
+    ``turned`` is what ``dialled_models`` gave, ``speed`` the table of ``speed_table`` with them.
     """
     plain, run = plain_run(study.profile), study.profile.run(study.profile.focus)
-    models = {run.label: study.load(run.name), **dialled_models(study)}
     rows = []
-    for name, model in models.items():
-        found = predictions[run.name] if name == run.label else study.predict(model, study.test)
+    for name, model in {run.label: study.load(run.name), **turned}.items():
+        found = study.predict(model, study.test) if name in turned else predictions[run.name]
         rows.append({"model": name, "beta": model.beta} | _with_intervals(metrics(model, found), found))
-    table = pd.DataFrame(rows)
     full = metrics(study.load(plain.name), predictions[plain.name])["gflops_per_image"]
-    timed = {plain.label: (study.load(plain.name), "")} | {name: (model, "packed") for name, model in models.items()}
-    speed = throughput(timed, first_images(study, plain.training.batch_size))
+    table = pd.DataFrame(rows)
     table = table.assign(flops_saved=1 - table["gflops_per_image"] / full)
     table = table.merge(speed[["model", "images_per_second", "speedup"]], on="model", validate="one_to_one")
     return table.sort_values("mean_depth", ignore_index=True)

@@ -144,6 +144,14 @@ def test_paired_difference():
     assert mirrored == pytest.approx((-difference, -high, -low))
 
 
+def test_paired_difference_per_class_weighs_small_classes_like_large_ones():
+    labels = [0] * 8 + [1] * 2
+    first, second = predictions(labels, labels), predictions([0] * 9 + [1], labels)
+    assert evaluation.paired_difference(first, second, resamples=50)[0] == pytest.approx(0.1)
+    difference, low, high = evaluation.paired_difference(first, second, resamples=50, per_class=True)
+    assert difference == pytest.approx(0.25) and 0 <= low <= difference <= high <= 0.5
+
+
 def test_paired_difference_wants_the_same_images():
     with pytest.raises(ValueError, match="different images"):
         evaluation.paired_difference(predictions([0, 1], [0, 1]), predictions([0, 1], [1, 0]))

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from avit_lib import plots
+from avit_lib.config import get_profile
 
 # (patches a side, pixels a side, channels, layers, classes)
 STUDIES = {
@@ -36,6 +37,10 @@ def figures(side: int, pixels: int, channels: int, layers: int, classes: int) ->
         "model": ["DeiT", "A-ViT", "A-ViT fine-tuned"], "gflops_per_image": [1.2, 0.8, 0.7],
         "accuracy": [0.9, 0.8, 0.85], "accuracy_low": [0.88, 0.77, 0.83], "accuracy_high": [0.92, 0.82, 0.87],
     })  # fmt: skip
+    speedups = models.assign(speedup=[1.0, 1.5, 1.6], model=["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"])
+    points = speedups[1:2].assign(model="A-ViT fine-tuned, depth 4")
+    before, after = generator.random((2, classes))
+    changes = pd.DataFrame({"class": names, "images": 9, "before": before, "after": after, "change": after - before})
     confusion = generator.integers(0, 50, (classes, classes))
     speeds = pd.DataFrame([
         {"task": task, "precision": "float32", "batch": batch, "model": model, "seconds": 0.1 * batch,
@@ -59,6 +64,8 @@ def figures(side: int, pixels: int, channels: int, layers: int, classes: int) ->
         "confusion_change": plots.confusion_change(confusion, confusion.T, names),
         "accuracy_by_depth": plots.accuracy_by_depth(groups, layers),
         "accuracy_against_flops": plots.accuracy_against_flops(models),
+        "accuracy_against_speed": plots.accuracy_against_speed(speedups, points),
+        "class_change": plots.class_change(changes.sort_values("change"), ("DeiT", "A-ViT")),
         "depth_maps": plots.depth_maps(images, depth[:6], layers, list(names[:6])),
         "depth_extremes": plots.depth_extremes(
             {name: images[part] for name, part in pair.items()}, {name: depth[part] for name, part in pair.items()},
@@ -158,6 +165,17 @@ def test_models_keep_their_colours():
     colours = [plots.model_colour(label) for label in ("DeiT", "A-ViT", "A-ViT fine-tuned")]
     assert len(set(colours)) == 3
     assert plots.model_colour("DeiT-T") == colours[0] and plots.model_colour("A-ViT-T fine-tuned") == colours[2]
+    labels = [run.label for run in get_profile("caltech101").runs]
+    assert len({plots.model_colour(label) for label in (*labels, "ToMe, r = 8")}) == len(labels) + 1
+
+
+def test_classes_that_lose_and_gain_most_are_shown():
+    changes = pd.DataFrame({
+        "class": ["ant", "bee", "cat", "dog"], "images": 4, "before": [1.0, 0.75, 0.5, 0.5],
+        "after": [0.0, 0.5, 0.5, 1.0], "change": [-1.0, -0.25, 0.0, 0.5],
+    })  # fmt: skip
+    shown = [tick.get_text() for tick in plots.class_change(changes, ("DeiT", "A-ViT"), 1).axes[0].get_yticklabels()]
+    assert shown == ["dog (4)", "ant (4)"]
 
 
 def test_a_notebook_shows_a_figure_as_png_without_pyplot():

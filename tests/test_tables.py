@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import random_images
+from conftest import random_images, varied_model
 
 from avit_lib import tables
 from avit_lib.config import get_profile
@@ -90,6 +90,65 @@ def test_differences_are_of_the_adaptive_models(halting, plain):
     assert table["low"][1] <= -1 / 6 <= table["high"][1] <= 0
 
 
+def test_differences_are_from_every_plain_model(halting, plain):
+    profile = get_profile("caltech101")
+    found = {"deit": plain, "deit_longer": halting, "avit": halting}
+    table = tables.difference_table(profile, found).set_index(["minus", "model"])
+    labels = [profile.run(name).label for name in found]
+    assert set(table.index) == {
+        (labels[0], labels[1]),
+        (labels[0], labels[2]),
+        (labels[1], labels[0]),
+        (labels[1], labels[2]),
+    }
+    assert table.loc[(labels[1], labels[2]), "difference"] == 0
+    assert table.loc[(labels[0], labels[2]), ["difference", "difference_macro"]].tolist() == pytest.approx([-1 / 6] * 2)
+
+
+def test_accuracy_by_class_of_two_models(halting, plain):
+    table = tables.class_accuracy_table(halting, plain, (*CLASSES, "dog"))
+    assert table["class"].tolist() == ["bee", "ant", "cat"]  # the dog has no images
+    assert table["before"].tolist() == [1, 1, 1] and table["change"].tolist() == [-0.5, 0, 0]
+
+
+def test_every_run_is_described_by_its_settings():
+    table = tables.run_table(get_profile("caltech101")).set_index("model")
+    assert (table["gamma"] == "").tolist() == [run.halting is None for run in get_profile("caltech101").runs]
+    assert set(table["taught by"]) == {"", "deit"}
+
+
+def test_published_figures_stand_beside_ours():
+    study = SimpleNamespace(profile=get_profile("fashion"))
+    labels = [run.label for run in study.profile.runs]
+    ours = pd.DataFrame({
+        "model": labels, "accuracy": [0.9, 0.8, 0.95], "f1_macro": 0.5, "mean_depth": 6.0, "gflops_per_image": 1.0,
+        "speedup": 2.0,
+    })  # fmt: skip
+    table = tables.published_table(study, ours).set_index(["model", "figure"])
+    row = table.loc[("A-ViT", "accuracy minus DeiT's")]
+    assert row["ours, FashionMNIST"] == pytest.approx(-0.1) and row["paper, ImageNet"] == pytest.approx(-0.003)
+    assert table.loc[("DeiT", "accuracy"), "report, Caltech-256"] == pytest.approx(0.7322)
+    assert table.notna().any(axis=1).all() and ("DeiT", "mean depth [layers]") not in table.index
+
+
+def test_a_model_is_turned_to_other_depths():
+    profile = replace(get_profile("smoke"), merging=(), dial=(2.0, 3.0))
+    plain, model = timm.create_model("deit_nano_patch7_28").eval(), varied_model(depth=4).float()
+    study = SimpleNamespace(
+        profile=profile, seed=0, device="cpu", test=random_images(40), predict=predict,
+        data=SimpleNamespace(validation=random_images(30, seed=1)),
+        load=lambda name: plain if name == "deit" else model,
+    )  # fmt: skip
+    turned = tables.dialled_models(study)
+    assert model.beta == -1.0 and turned["A-ViT fine-tuned, depth 2"].beta > turned["A-ViT fine-tuned, depth 3"].beta
+    speed = tables.speed_table(study, [8], others=turned)
+    points = tables.operating_points(study, tables.predict_runs(study), turned, speed)
+    assert points["mean_depth"].is_monotonic_increasing and len(points) == 3
+    depth = points.set_index("model")["mean_depth"]
+    assert depth["A-ViT fine-tuned, depth 2"] == pytest.approx(2, abs=0.3)
+    assert points["flops_saved"].is_monotonic_decreasing and (points["images_per_second"] > 0).all()
+
+
 def test_class_counts_of_several_sets():
     table = tables.class_counts({"train": random_images(7, classes=3), "validation": random_images(3, classes=3)})
     assert table["train"].tolist() == [3, 2, 2]
@@ -153,7 +212,8 @@ def test_images_are_chosen_by_seed_one_a_class():
     assert not torch.equal(chosen, tables.one_per_class(labels, seed=4))
     assert len(chosen) == 10 and (labels[chosen].diff() > 0).all()
     assert labels[tables.one_per_class(labels, seed=3, most=30)].tolist() == list(range(20))
-    assert labels[tables.some_per_class(labels, seed=3, each=2)].bincount().tolist() == [2] * 20
+    assert labels[tables.some_per_class(labels, seed=3, each=2, most=20)].bincount().tolist() == [2] * 20
+    assert labels[tables.some_per_class(labels, seed=3, each=2, most=3)].unique().tolist() == [0, 10, 19]
 
 
 def test_extremes_are_the_extremes(halting):
