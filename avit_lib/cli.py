@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from avit_lib import distributed, evaluation, plots
@@ -70,33 +71,37 @@ def fit(options: argparse.Namespace) -> None:
 
 
 def test(options: argparse.Namespace) -> None:
-    """Evaluate a checkpoint on the test images: a table, and the same as JSON beside the checkpoint."""
-    model, description = load_checkpoint(options.ckpt, pick_device(options.device))
+    """Evaluate a checkpoint on the test images: a table, and the same as JSON, printed and beside the checkpoint."""
+    if options.batch_size < 1:
+        raise StudyError(f"--batch-size must be positive, not {options.batch_size}")
+    checkpoint = options.ckpt or _profile_checkpoint(options)
+    model, description = load_checkpoint(checkpoint, pick_device(options.device))
+    _check_kind(model, options.model, checkpoint)
     if options.data_dir:
         classes = description["run"]["classes"]
         data = folder_data(options.data_dir, "test", _image_size(model), model.in_chans, classes)
     else:
         data = test_data(get_profile(options.profile), description["run"]["seed"])
     if list(data.classes) != description["run"]["classes"]:
-        raise StudyError(
-            f"{options.ckpt} was trained for other classes than those of the test images; check --data-dir"
-        )
-    predictions = evaluation.predict(model, data, device=pick_device(options.device))
+        raise StudyError(f"{checkpoint} was trained for other classes than those of the test images; check --data-dir")
+    predictions = evaluation.predict(model, data, options.batch_size, pick_device(options.device))
     values = evaluation.metrics(model, predictions)
     intervals = evaluation.bootstrap_intervals(predictions, seed=options.seed)
-    target = options.ckpt.with_name(f"{options.ckpt.stem}_test.json")
+    target = checkpoint.with_name(f"{checkpoint.stem}_test.json")
     facts = {"images": len(data), **values, "intervals": intervals}
     if distributed.rank() == 0:
         write_json(target, facts | {"provenance": provenance(options.profile, options.seed)})
+        print(to_markdown(pd.DataFrame([{"images": len(data)} | values])), file=sys.stderr)
     print(json.dumps(facts, indent=1))
     print(f"written to {target}", file=sys.stderr)
 
 
 def visualize(options: argparse.Namespace) -> None:
     """Draw images, where the model stopped looking, and what it still saw, into one PNG."""
-    model, description = load_checkpoint(options.ckpt, pick_device(options.device))
+    checkpoint = options.ckpt or _profile_checkpoint(options)
+    model, description = load_checkpoint(checkpoint, pick_device(options.device))
     if not isinstance(model, AViT):
-        raise StudyError(f"{options.ckpt} is a model that does not halt; name a checkpoint of an A-ViT")
+        raise StudyError(f"{checkpoint} is a model that does not halt; name a checkpoint of an A-ViT")
     images, titles = _chosen_images(options, model, description["run"])
     with torch.inference_mode():
         _, trace = model.forward_with_trace(images.to(pick_device(options.device)))
@@ -154,6 +159,19 @@ def _speaker() -> str:
     return f"process {distributed.rank()}: " if distributed.count() > 1 else ""
 
 
+def _profile_checkpoint(options: argparse.Namespace) -> Path:
+    """The checkpoint of the run --model in the profile, of the one the notebooks look into if none is named."""
+    study = Study(options.profile, options.seed, device=options.device)
+    return study.checkpoint(options.model.lower() if options.model else study.profile.focus)
+
+
+def _check_kind(model: torch.nn.Module, name: str | None, checkpoint: Path) -> None:
+    """Raise StudyError when --model names the other of the two kinds than ``checkpoint`` holds."""
+    kind = "AViT" if isinstance(model, AViT) else "DeiT"
+    if name and name.lower() in ("avit", "deit") and name.lower() != kind.lower():
+        raise StudyError(f"{checkpoint} is of kind {kind}, not {name}; correct --model or leave it out")
+
+
 def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
     run = profile.run(options.model.lower())
     changes = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.lr}
@@ -206,6 +224,15 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the data of the profile)",
     )  # fmt: skip
 
+    trained = argparse.ArgumentParser(add_help=False)
+    trained.add_argument(
+        "--ckpt", type=Path, metavar="FILE", help="a .safetensors that fit wrote (default: the profile's, of --model)"
+    )
+    trained.add_argument(
+        "--model", metavar="NAME",
+        help="DeiT, AViT or another run of the profile (default: the one the notebooks look into)",
+    )  # fmt: skip
+
     def add(name: str, function, parents: list, description: str) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name, parents=[common, *parents], help=description, description=description[0].upper() + description[1:]
@@ -231,14 +258,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: the profile's)")
     command.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the profile's)")
 
-    command = add("test", test, [device, folder], "accuracy, F1, depth and GFLOPs of a checkpoint on the test images")
-    command.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a .safetensors that fit wrote")
-
-    command = add("visualize", visualize, [device], "draw where an A-ViT stopped looking")
-    command.add_argument("--ckpt", type=Path, required=True, metavar="FILE", help="a .safetensors that fit wrote")
+    description = "accuracy, F1, depth and GFLOPs of a checkpoint on the test images"
+    command = add("test", test, [device, folder, trained], description)
     command.add_argument(
-        "--images", nargs="+", default=["0", "1", "2", "3", "5", "6"], metavar="I",
-        help="numbers of test images, or paths of image files (default: 0 1 2 3 5 6)",
+        "--batch-size", type=int, default=250, metavar="N", help="images at once (default: %(default)s)"
+    )
+
+    command = add("visualize", visualize, [device, trained], "draw where an A-ViT stopped looking")
+    command.add_argument(
+        "--images", nargs="+", default=["22", "29", "40", "43", "76", "109"], metavar="I",
+        help="numbers of test images, or paths of image files (default: 22 29 40 43 76 109)",
     )  # fmt: skip
     command.add_argument("--output", type=Path, default="halting.png", metavar="FILE", help="(default: %(default)s)")
 

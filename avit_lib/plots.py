@@ -218,21 +218,23 @@ def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) ->
 
 
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
-    """Images [B, C, H, W] with the depth [B, N] of their tokens: the image, its depth map, the image under a veil.
+    """Images [B, C, H, W] with the depth [B, N] of their tokens, in four rows.
 
-    The maps' colours span the depths shown, the same for all. The veil is the thicker the earlier a token halted; it
-    spans them too, but for the outer 2 percent at either end.
+    The image; its depth map, whose colours span the depths shown, the same for all; the image under a veil that is the
+    thicker the earlier a token halted (spanning them too, but for the outer 2 percent at either end); and what is left
+    in the last layer.
     """
     count, grids = len(images), _grids(depth)
     shallowest, deepest = np.percentile(grids, (2, 98))
     veil = ((deepest - grids) / max(deepest - shallowest, 1)).clip(0, 1)
-    figure, axes = subplots(3, count, 3 * (WIDTH - 0.9) / count + 0.9, "compressed")
-    for name, row in zip(("image", "depth", "veiled\nby depth"), axes, strict=True):
+    figure, axes = subplots(4, count, 4 * (WIDTH - 0.9) / count + 0.9, "compressed")
+    for name, row in zip(("image", "depth", "veiled\nby depth", "in the\nlast layer"), axes, strict=True):
         _row_title(row[0], name)
     for index in range(count):
         _picture(axes[0, index], _channels_last(images[index]))
         _depth_map(axes[1, index], grids[index], _span(grids))
         _picture(axes[2, index], _veiled(images[index], veil[index]))
+        _picture(axes[3, index], _veiled(images[index], (grids[index] < layers).astype(float)))
         if titles is not None:
             axes[0, index].set_title(_wrapped(titles[index], count), fontsize=9)
     _depth_bar(figure, axes, _span(grids), layers)

@@ -59,7 +59,7 @@ class Study:
         What was trained by other settings, or by other code, is trained again from scratch.
         """
         run, folder = self.profile.run(name), self.folder(name)
-        start, teacher = (self._checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
+        start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
         description = describe(run, self.data, start, teacher) | {
             "profile": self.profile.name,
             "code": fingerprint(sources(TRAINING_MODULES)),
@@ -81,22 +81,23 @@ class Study:
 
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
-        start = self._checkpoint(run.start) if run.start else None
+        start = self.checkpoint(run.start) if run.start else None
         return initial_model(run, len(self.data.train.classes), start, self.seed)
 
     def load(self, name: str) -> nn.Module:
         """The trained model of a run, after its last epoch; raises StudyError naming the command when it is missing."""
-        return load_checkpoint(self._checkpoint(name), self.device)[0]
+        return load_checkpoint(self.checkpoint(name), self.device)[0]
 
     def history(self, name: str) -> pd.DataFrame:
         """The training history of a run, one row an epoch."""
-        return pd.read_csv(self._checkpoint(name).with_name("history.csv"))
+        return pd.read_csv(self.checkpoint(name).with_name("history.csv"))
 
     def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
         """What ``model`` says of ``data``."""
         return evaluation.predict(model, data, device=self.device)
 
-    def _checkpoint(self, name: str) -> Path:
+    def checkpoint(self, name: str) -> Path:
+        """The trained weights of a run; raises StudyError naming the command when they are missing."""
         path = self.folder(name) / "last.safetensors"
         if not path.is_file():
             raise StudyError(

@@ -5,6 +5,7 @@ import pandas as pd
 from avit_lib.config import StudyError, get_profile
 from avit_lib.search import figures
 from avit_lib.study import Study
+from avit_lib.tables import dialled_models
 
 CAPTION = (
     "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
@@ -14,6 +15,8 @@ CAPTION = (
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
     """Train the runs that a profile declares for its sweep, once a seed, evaluate them on the test images.
+
+    The run that the notebooks look into, if it is among them, is turned to the profile's other depths as well.
 
     Writes tables/sweep and returns it; an interrupted sweep goes on where training stopped. ``seed`` is that of the
     study, whose own checkpoints serve for it; those of others lie in checkpoints/seed<k>. Raises StudyError when the
@@ -30,7 +33,11 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
             print(f"seed {k}: {chosen.run(name).label}", flush=True)
             study.train_chain(name)
             model = study.load(name)
-            rows.append({"model": chosen.run(name).label, "seed": k} | figures(model, study.predict(model, study.test)))
+            models = {chosen.run(name).label: model}
+            if name == chosen.focus:
+                models |= dialled_models(study)
+            for label, model in models.items():
+                rows.append({"model": label, "seed": k} | figures(model, study.predict(model, study.test)))
     return results.table(sweep_table(pd.DataFrame(rows)), "sweep", CAPTION)
 
 

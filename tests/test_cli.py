@@ -43,10 +43,30 @@ def test_fit_writes_checkpoints_and_history(trained):
 def test_test_reports_the_figures(trained, folder, capsys):
     checkpoint = trained / "last.safetensors"
     assert main(["test", "--profile", "smoke", "--ckpt", str(checkpoint), "--data-dir", str(folder)]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["images"] == 8
+    shown = capsys.readouterr()
+    printed = json.loads(shown.out)
+    assert printed["images"] == 8 and "| images | accuracy |" in shown.err
     assert 0 <= printed["accuracy"] <= 1 and 1 <= printed["mean_depth"] <= 4
     assert json.loads((trained / "last_test.json").read_text())["accuracy"] == printed["accuracy"]
+
+
+def test_a_checkpoint_of_the_other_kind_is_refused(trained, folder, capsys):
+    checkpoint = str(trained / "last.safetensors")
+    command = ["test", "--profile", "smoke", "--ckpt", checkpoint, "--data-dir", str(folder), "--model"]
+    assert main([*command, "DeiT"]) == 2
+    assert "is of kind AViT, not DeiT" in capsys.readouterr().err
+    assert main([*command, "avit"]) == 0
+
+
+def test_without_a_checkpoint_the_profile_s_is_taken(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    assert main(["visualize", "--profile", "smoke", "--images", "0", "--output", str(tmp_path / "a.png")]) == 2
+    assert "A-ViT fine-tuned has not been trained in profile smoke" in capsys.readouterr().err
+    assert main(["fit", "--profile", "smoke", "--model", "DeiT"]) == 0
+    capsys.readouterr()
+    assert main(["test", "--profile", "smoke", "--model", "DeiT", "--batch-size", "64"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean_depth"] == 4
+    assert (tmp_path / "smoke" / "checkpoints" / "deit" / "last_test.json").is_file()
 
 
 def test_visualize_draws_images_of_the_user(trained, folder, tmp_path):
@@ -70,6 +90,7 @@ def test_data_describes_the_split(capsys):
         (["test", "--ckpt", "none.safetensors"], "none.json is missing"),
         (["fit", "--output", "x", "--data-dir", "nowhere"], "nowhere/train holds no images"),
         (["fit", "--output", "x", "--profile", "smoke", "--batch-size", "0"], "--batch-size must be positive"),
+        (["test", "--ckpt", "none.safetensors", "--batch-size", "0"], "--batch-size must be positive"),
         (["fit", "--output", "x", "--profile", "smoke", "--device", "tpu"], "unknown device 'tpu'"),
     ],
 )

@@ -199,8 +199,10 @@ def test_the_sweep_trains_every_seed_once(results, trained):
     assert (results / "checkpoints" / "seed1" / "deit" / "last.safetensors").is_file()
     assert not (results / "checkpoints" / "seed0").exists()
     table = pd.read_csv(results / "tables" / "sweep.csv")
-    assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned"] and table["seeds"].tolist() == ["0 1", "0 1"]
+    turned = ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
+    assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned", *turned] and set(table["seeds"]) == {"0 1"}
     assert table["accuracy_std"].gt(0).any() and table["flops_saved"][0] == 0 < table["flops_saved"][1]
+    assert table["mean_depth"][2] < table["mean_depth"][3]
     before = (results / "tables" / "sweep.csv").read_bytes()
     del trained[:]
     assert main(command) == 0
