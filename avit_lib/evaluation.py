@@ -74,7 +74,8 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
 
     One multiply-add counts as one FLOP, as in the paper (DeiT-T: 1.3 G); norms, activations and softmax are left out.
     Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
-    n_l^2 * 2D. A summary token of halted tokens counts as one token more.
+    n_l^2 * 2D. A summary token of halted tokens counts as one token more; where halted tokens merge, so does the
+    comparison of those that halt with the patches that go on, D each.
     """
     block = model.blocks[0]
     width = model.embed_dim
@@ -88,6 +89,9 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
         if getattr(model, "fuse_halted", False):
             active = active + (active > 0)
         total += active * linear + 2 * active**2 * width
+        if getattr(model, "merge_halted", False):
+            stay = (executed > layer).sum(dim=1).double()
+            total += (active - stay) * (stay - 1).clamp(min=0) * width
     return total
 
 

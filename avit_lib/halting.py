@@ -7,18 +7,20 @@ Symbols of the paper stand beside the lines that compute them.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """When a token halts, and what becomes of it; the last two settings go past the paper."""
+    """When a token halts, and what becomes of it; the last three settings go past the paper."""
 
     gamma: float
     beta: float
     eps: float
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
     fuse_halted: bool = False  # True: halted tokens live on in one summary token an image (see ``fuse``)
+    merge_halted: bool = False  # True: each halted token joins the most similar one that goes on (see ``join``)
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,27 @@ def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple
     """
     together = fused + number
     return (fused * summary + total) / together.clamp(min=1), together
+
+
+def most_similar(leaving: Tensor, staying: Tensor, takers: Tensor) -> Tensor:
+    """For each of the tokens [..., H, D] the index [..., H] of the most similar (cosine) of others [..., A, D].
+
+    Only those are eligible for which ``takers`` [..., A] is True; where there is none, the index means nothing.
+    """
+    leaving, staying = (F.normalize(tokens.detach(), dim=-1) for tokens in (leaving, staying))
+    similarity = leaving @ staying.transpose(-1, -2)
+    return similarity.masked_fill(~takers[..., None, :], -torch.inf).argmax(dim=-1)
+
+
+def join(tokens: Tensor, size: Tensor, joining: Tensor, weight: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """Let tokens ``joining`` [K, D] become part of those at rows ``into`` [K] of ``tokens`` [T, D].
+
+    ``size`` [T] and ``weight`` [K] say how many tokens each stands for (a weight of 0: it joins nobody). The mean takes
+    their place; returns tokens and size anew. Such a token is attended to as ``size`` equal ones would be: log size is
+    added to its attention logits (proportional attention, Bolya et al. 2023).
+    """
+    gain = torch.zeros_like(size).index_add(0, into, weight)
+    together = size + gain
+    moved = torch.zeros_like(tokens, dtype=size.dtype).index_add(0, into, weight[:, None] * joining)
+    change = (moved - gain[:, None] * tokens) / together[:, None]
+    return (tokens + change).to(tokens.dtype), together

@@ -4,6 +4,7 @@
 """
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -11,7 +12,16 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from avit_lib.config import StudyError
-from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, halting_step, initial_state
+from avit_lib.halting import (
+    HaltingRule,
+    HaltingTrace,
+    fuse,
+    halting_score,
+    halting_step,
+    initial_state,
+    join,
+    most_similar,
+)
 from avit_lib.packed import predict_packed, run_packed
 
 
@@ -26,26 +36,30 @@ class AViT(VisionTransformer):
 
     def __init__(
         self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
-        class_token_halts: bool = True, fuse_halted: bool = False, **kwargs,
+        class_token_halts: bool = True, fuse_halted: bool = False, merge_halted: bool = False, **kwargs,
     ):  # fmt: skip
         """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps.
 
-        Two variants that go past the paper: ``class_token_halts=False`` lets the class token run to the last layer,
-        ``fuse_halted=True`` lets halted tokens live on in one summary token an image.
+        Variants that go past the paper: ``class_token_halts=False`` lets the class token run to the last layer; halted
+        tokens live on, with ``fuse_halted=True`` in one summary token an image, with ``merge_halted=True`` each in the
+        most similar patch that goes on.
         """
         refused = [name for name in ("class_token", "global_pool") if kwargs.get(name, "token") not in (True, "token")]
         refused += [name for name in ("reg_tokens", "patch_drop_rate") if kwargs.get(name)]
         if refused:
             raise StudyError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
+        if fuse_halted and merge_halted:
+            raise StudyError("halted tokens are either fused or merged; leave out fuse_halted or merge_halted")
         super().__init__(*args, **kwargs)
         self.gamma, self.beta, self.eps = gamma, beta, eps
-        self.class_token_halts, self.fuse_halted = class_token_halts, fuse_halted
+        self.class_token_halts, self.fuse_halted, self.merge_halted = class_token_halts, fuse_halted, merge_halted
         self.execution = "auto"
 
     @property
     def rule(self) -> HaltingRule:
         """When a token halts, and what becomes of it."""
-        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.fuse_halted)
+        variant = (self.class_token_halts, self.fuse_halted, self.merge_halted)
+        return HaltingRule(self.gamma, self.beta, self.eps, *variant)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
@@ -80,12 +94,17 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
     """
     state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
     summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
+    size = torch.ones_like(state.cumulative)  # how many tokens each stands for
     representation = 0.0
     scores, weights = [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens, summary = _masked_block(block, tokens, active, summary, fused if rule.fuse_halted else None)
+        if rule.merge_halted:
+            bias = torch.where(active, size, 0.0).log()  # of a halted token -inf
+            tokens = block(tokens, attn_mask=_no_empty_rows(bias, active)[:, None, None, :].to(tokens.dtype))
+        else:
+            tokens, summary = _masked_block(block, tokens, active, summary, fused if rule.fuse_halted else None)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
@@ -98,10 +117,28 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
             summary, fused = fuse(summary, fused, total, number)
         class_weight = weight[:, :1]  # w of the class token
         representation = representation + class_weight[..., None] * tokens[:, :1]
+        if rule.merge_halted and layer < len(blocks):
+            tokens, size = _merge_masked(tokens, size, active & ~state.active, state.active)
         scores.append(torch.where(active, score, 0.0))
         weights.append(class_weight)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
+
+
+def _no_empty_rows(bias: Tensor, active: Tensor) -> Tensor:
+    """The bias of keys [B, N], 0 where no token is active: a row of keys all masked would give NaN."""
+    return torch.where(active.any(dim=1, keepdim=True), bias, 0.0)
+
+
+def _merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Let each token [B, N, D] that ``halts`` join the most similar active patch of its image, if there is one."""
+    images, count, width = tokens.shape
+    takers = F.pad(active[:, 1:], (1, 0))  # not the class token
+    into = most_similar(tokens, tokens, takers) + count * torch.arange(images, device=tokens.device)[:, None]
+    weight = torch.where(halts & takers.any(dim=1, keepdim=True), size, 0.0)
+    flat = tokens.flatten(0, 1)
+    merged, size = join(flat, size.flatten(), flat, weight.flatten(), into.flatten())
+    return merged.view(images, count, width), size.view(images, count)
 
 
 def _masked_block(

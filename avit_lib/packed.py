@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, trace_of
+from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, join, most_similar, trace_of
 
 
 @dataclass(frozen=True)
@@ -134,24 +134,40 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 # --- tokens leave -----------------------------------------------------------------------------------------------------
 
 
-def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
+@dataclass(frozen=True)
+class Departed:
+    """The K tokens that left the buffer in a layer; those of one image follow each other."""
+
+    rows: Tensor  # [K] where they lay in it
+    segment: Tensor  # [K] their image in the new layout; S or more: it has no tokens left
+    slot: Tensor  # [K] the how-many-th of its image each of them is
+    most: int  # that an image lost
+
+
+def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None, Departed | None]:
     """Let the tokens go for which ``keep`` [T] is False.
 
-    Returns the new layout and which rows of the buffer stay, in their new order (None: all, as they lie). The numbers
-    of tokens that are left come to the host: the only synchronisation of a layer.
+    Returns the new layout, which rows of the buffer stay, in their new order, and who left (None, None: all stay as
+    they lie). The numbers of tokens that are left come to the host: the only synchronisation of a layer.
     """
     counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()
     total = sum(lengths)
     if total == len(keep):
-        return layout, None
+        return layout, None, None
+    lost = layout.counts - counts
+    most = max(before - after for before, after in zip(layout.lengths, lengths, strict=True))
     counts, by_length = counts.sort(descending=True, stable=True)
     place = by_length.argsort()  # of each image in the new order
     segment = place[layout.segment]
-    rows = torch.where(keep, segment, len(lengths)).argsort(stable=True)[:total]  # those that go come last
+    order = torch.where(keep, segment, len(lengths)).argsort(stable=True)  # those that go come last
+    rows, gone = order[:total], order[total:]
+    slot = torch.arange(len(gone), device=gone.device) - (lost.cumsum(0) - lost)[layout.segment[gone]]
+    departed = Departed(gone, segment[gone], slot, most)
     lengths = tuple(sorted(filter(None, lengths), reverse=True))
     counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
-    return Layout(layout.index[rows], segment[rows], images, counts.cumsum(0) - counts, counts, lengths), rows
+    layout = Layout(layout.index[rows], segment[rows], images, counts.cumsum(0) - counts, counts, lengths)
+    return layout, rows, departed
 
 
 # --- Algorithm 1 on the buffer ----------------------------------------------------------------------------------------
@@ -165,15 +181,17 @@ def packed_layers(
     Yields after each layer the layout of the buffer, the tokens [T, D] in it, their scores h [T] and their output
     weights w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has
     halted: nothing can change its representation any more. With ``rule.fuse_halted`` each image has one token more, its
-    last: the summary, which lies in the buffer as long as the image does.
+    last: the summary, which lies in the buffer as long as the image does. With ``rule.merge_halted`` tokens that leave
+    join others.
     """
     if rule.fuse_halted:
         tokens = F.pad(tokens, (0, 0, 0, 1))
     buffer, layout = tokens.flatten(0, 1), full_layout(*tokens.shape[:2], tokens.device)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
     fused = cumulative.new_zeros(len(tokens))  # how many tokens each summary stands for
+    size = None  # how many tokens each one stands for [T]; None: one, nothing has merged
     for layer, block in enumerate(blocks, start=1):
-        bias = _summary_bias(layout, fused) if rule.fuse_halted else None
+        bias = _summary_bias(layout, fused) if rule.fuse_halted else None if size is None else size.log()
         buffer = packed_block(block, buffer, layout, attention, bias)
         score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
         remainder = 1 - cumulative  # R
@@ -188,16 +206,21 @@ def packed_layers(
             keep = keep & _more_than_a_summary(layout, active)
         if not every_token:
             keep = keep & active[layout.starts][layout.segment]  # does the class token go on?
-        layout, rows = split_off(layout, keep)
+        layout, rows, departed = split_off(layout, keep)
         if not layout.lengths:
             return
         if rows is not None:
-            buffer, cumulative = buffer.index_select(0, rows), cumulative.index_select(0, rows)
+            cumulative, before = cumulative.index_select(0, rows), buffer
+            buffer = buffer.index_select(0, rows)
+            if rule.merge_halted:
+                sizes = torch.ones_like(score) if size is None else size
+                weight, size = sizes[departed.rows], sizes[rows]
+                buffer, size = _merge(buffer, size, layout, before[departed.rows], weight, departed, tokens.shape[1])
 
 
 def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
-    if len(tokens) == 1 and tokens.device.type == "cpu" and not rule.fuse_halted:
+    if len(tokens) == 1 and tokens.device.type == "cpu" and not (rule.fuse_halted or rule.merge_halted):
         return predict_one(blocks, tokens, rule)
     representation = 0.0 * tokens[:, 0]
     for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False, attention=attention):
@@ -286,3 +309,29 @@ def _more_than_a_summary(layout: Layout, active: Tensor) -> Tensor:
     """Whether other tokens of the same image are active, for every token [T]."""
     tokens = torch.zeros_like(layout.counts).index_add_(0, layout.segment, active.long())
     return (tokens > 1)[layout.segment]
+
+
+# --- halted tokens join others ----------------------------------------------------------------------------------------
+
+
+def _merge(
+    buffer: Tensor, size: Tensor, layout: Layout, leaving: Tensor, weight: Tensor, departed: Departed, per_image: int
+) -> tuple[Tensor, Tensor]:
+    """Let the tokens ``leaving`` [K, D], each standing for ``weight`` [K], join the most similar patch of their image.
+
+    ``buffer`` [T, D] and ``size`` [T] are of those that stay. Both sides are padded, an image a row; the last row is
+    for images that are gone, whose tokens join nobody.
+    """
+    images, longest = len(layout.lengths), layout.lengths[0]
+    image = departed.segment.clamp(max=images)
+    place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]  # in its image
+    padded = buffer.new_zeros(images + 1, longest, buffer.shape[1])
+    padded = padded.index_put((layout.segment, place), buffer.detach())
+    takers = torch.zeros(images + 1, longest, dtype=torch.bool, device=buffer.device)
+    takers = takers.index_put((layout.segment, place), layout.index % per_image > 0)  # not the class token
+    padded_leaving = buffer.new_zeros(images + 1, departed.most, buffer.shape[1])
+    padded_leaving = padded_leaving.index_put((image, departed.slot), leaving.detach())
+    into = most_similar(padded_leaving, padded, takers)[image, departed.slot]
+    welcome = takers.any(dim=1)[image]
+    into = torch.where(welcome, F.pad(layout.starts, (0, 1))[image] + into, 0)
+    return join(buffer, size, leaving, torch.where(welcome, weight, 0.0), into)

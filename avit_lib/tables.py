@@ -31,7 +31,7 @@ PUBLISHED_FIGURES = {
 }
 HALTING_SETTINGS = (
     "gamma", "beta", "alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "class_token_halts",
-    "fuse_halted",
+    "fuse_halted", "merge_halted",
 )  # fmt: skip
 
 

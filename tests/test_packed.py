@@ -176,6 +176,8 @@ VARIANTS = [
     {"class_token_halts": False},
     {"fuse_halted": True},
     {"class_token_halts": False, "fuse_halted": True},
+    {"merge_halted": True},
+    {"class_token_halts": False, "merge_halted": True},
 ]
 
 
