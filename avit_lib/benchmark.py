@@ -1,5 +1,6 @@
 """The benchmark as a whole: what is measured, and the tables and figures that it leaves in results/benchmark."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import timm
 import torch
 
 from avit_lib import efficiency, plots
-from avit_lib.config import StudyError
+from avit_lib.config import StudyError, get_profile
 from avit_lib.reporting import Collection, Results, hardware, write_summary
+from avit_lib.training import training_hours
 
 COLLECTION = Collection(
     name="benchmark",
@@ -22,6 +24,7 @@ COLLECTION = Collection(
         "bfloat16 means weights and activations in inference, autocast in training.",
     ),
 )
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training
 SWEEP = (0.25, 0.4, 0.6, 0.75, 0.9)  # mean depths, as shares of the layers
 
 
@@ -80,7 +83,31 @@ def run_benchmark(settings: Benchmark, device: torch.device) -> tuple[pd.DataFra
     memory = efficiency.memory_table(name, depth, middle, settings.tasks, settings.precisions, device)
     results.table(memory, f"memory_{kind}", f"Peak memory above weights and images, in MiB. {about}")
     results.table(summary_table(speed, memory), f"summary_{kind}", f"Packed A-ViT against DeiT. {about}")
+    if "training" in settings.tasks:
+        results.table(cost_table(speed), f"cost_{kind}", f"{COST_CAPTION} {about}")
     return speed, write_summary(COLLECTION)
+
+
+COST_CAPTION = (
+    "Hours of training in the imagenet profile on several devices like this one, at the speed of the largest batch "
+    "measured, as if they lost nothing by working together; evaluation not counted."
+)
+
+
+def cost_table(speed: pd.DataFrame, devices: Sequence[int] = (1, 4, 8)) -> pd.DataFrame:
+    """Hours that the imagenet profile takes, from the images a second of training: a row a model and precision."""
+    profile = get_profile("imagenet")
+    images = IMAGENET_IMAGES - 1000 * profile.validation_per_class
+    training = speed[speed["task"] == "training"]
+    rows = []
+    for (precision, model), part in training.groupby(["precision", "model"], sort=False):
+        fastest = part.loc[part["batch"].idxmax(), "images_per_second"]
+        row = {"model": model, "precision": precision, "images_per_second": fastest}
+        for count in devices:
+            hours = training_hours(images, profile.runs[0].training.epochs, count * fastest)
+            row[f"hours on {count}"] = round(hours, 1)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def summary_table(speed: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:

@@ -300,18 +300,19 @@ def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
 def stamp_readme(readme: Path) -> None:
     """Put the table of each profile between the markers results-<profile> of README.md, where both are there.
 
-    Likewise that of the benchmark, measured on a CPU.
+    Likewise those of the benchmark, measured on a CPU: its summary, and the cost of training on ImageNet.
     """
-    tables = {name: README_TABLE for name in PROFILES} | {"benchmark": "summary_cpu"}
-    for name, table_name in tables.items():
+    places = [(f"results-{name}", name, README_TABLE) for name in PROFILES]
+    places += [("results-benchmark", "benchmark", "summary_cpu"), ("cost", "benchmark", "cost_cpu")]
+    for marker, name, table_name in places:
         table = results_dir(name) / "tables" / f"{table_name}.md"
-        if readme.is_file() and f"<!-- begin results-{name} -->" in readme.read_text() and table.is_file():
+        if readme.is_file() and f"<!-- begin {marker} -->" in readme.read_text() and table.is_file():
             described = read_json(table.with_suffix(".json"))
             facts = described["provenance"]
             made = f"make reproduce PROFILE={name} SEED={facts['seed']}" if name in PROFILES else facts["source"]
             line = f"Made by `{made}`, commit {facts['commit'][:10]}, {facts['date']}, on {facts['hardware']}."
             note = "" if name in PROFILES else f"\n\n{described['caption']}"
-            reporting.stamp(readme, f"results-{name}", f"{table.read_text().strip()}{note}\n\n{line}")
+            reporting.stamp(readme, marker, f"{table.read_text().strip()}{note}\n\n{line}")
 
 
 def summarise(profile: Profile) -> None:

@@ -117,7 +117,7 @@ def write_summary(profile: Profile | Collection) -> Path:
             described.append((path, facts["provenance"]))
             lines += [f"### {path.stem.replace('_', ' ')}", "", facts["caption"], ""]
             if kind == "tables":
-                lines += [path.read_text().strip(), "", f"[CSV]({kind}/{path.stem}.csv)", ""]
+                lines += [*_foldable(path.read_text().strip()), "", f"[CSV]({kind}/{path.stem}.csv)", ""]
             else:
                 lines += [f"![{path.stem}]({kind}/{path.name})", ""]
     lines += ["## Provenance", "", to_markdown(_provenance_table(described)), ""]
@@ -128,6 +128,15 @@ def write_summary(profile: Profile | Collection) -> Path:
     target = folder / "README.md"
     write_atomically(target, ("\n".join(lines).rstrip() + "\n").encode())
     return target
+
+
+def _foldable(table: str, most: int = 40) -> list[str]:
+    """The lines of a Markdown table; one of more than ``most`` is folded away until a reader opens it."""
+    lines = table.splitlines()
+    rows = len(lines) - 2
+    if rows <= most:
+        return lines
+    return ["<details>", f"<summary>{rows} rows</summary>", "", *lines, "", "</details>"]
 
 
 def stamp(document: Path, name: str, content: str) -> None:

@@ -1,9 +1,11 @@
 """The benchmark's workloads do what they say; how fast they are is no matter for tests."""
 
+import pandas as pd
 import pytest
 import torch
 
 from avit_lib import cli
+from avit_lib.benchmark import cost_table
 from avit_lib.config import StudyError
 from avit_lib.efficiency import (
     MODELS,
@@ -136,3 +138,14 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
         "throughput_cpu", "speedup_cpu", "layers_cpu", "operators_cpu",
     }  # fmt: skip
     assert "synthetic halting" in page
+
+
+def test_the_cost_of_imagenet_follows_from_the_largest_batch():
+    speed = pd.DataFrame({
+        "task": ["training", "training", "training", "inference"], "precision": "float32", "batch": [8, 64, 64, 256],
+        "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"], "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
+    })  # fmt: skip
+    table = cost_table(speed).set_index("model")
+    hours = 1_271_167 * 100 / 1271.167 / 3600
+    assert table.loc["DeiT", "hours on 1"] == pytest.approx(hours, abs=0.05)
+    assert table.loc["A-ViT packed", "hours on 4"] == pytest.approx(hours / 8, abs=0.05)

@@ -56,6 +56,15 @@ def test_flops_by_hand():
     assert evaluation.flops_per_image(model, depth).item() == sum(by_layer) + 16 * 49 * 16 + 10 * 16
 
 
+def test_merging_costs_the_comparison_of_who_halts_with_the_patches_that_go_on():
+    depth = torch.tensor([[2] * 5 + [1] * 12])
+    dropped, merged = (
+        evaluation.flops_per_image(timm.create_model("avit_nano_patch7_28", merge_halted=merging), depth).item()
+        for merging in (False, True)
+    )
+    assert merged - dropped == 12 * 4 * 16
+
+
 def test_classification_metrics_by_hand():
     #         class 0: 2 of 3 right; class 1: 1 of 1; class 2: 0 of 1
     labels = torch.tensor([0, 0, 0, 1, 2])
