@@ -140,7 +140,7 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
     assert "synthetic halting" in page
 
 
-def test_the_cost_of_imagenet_follows_from_the_largest_batch():
+def test_the_cost_of_imagenet_follows_from_the_fastest_batch():
     speed = pd.DataFrame({
         "task": ["training", "training", "training", "inference"], "precision": "float32", "batch": [8, 64, 64, 256],
         "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"], "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
