@@ -245,15 +245,15 @@ _CALTECH101 = Profile(
         "Classes of fewer than 40 images keep their training images and share the rest; inline_skate, the smallest, "
         "has 31 images: 29, 1 and 1. Mean per-class accuracy weighs every class alike, however few its test images.",
         "BACKGROUND_Google is not a class, as in torchvision.",
-        "beta: calibrated on the fine-tuned DeiT, so that before training the mean depth is about 9 (halted tokens lost) or "
-        "7.5 layers (merged), where accuracy has suffered but little. gamma 5 is the paper's; with 1 all tokens halted "
-        "within two or three layers.",
-        "alpha_ponder grows over the first half of training; a wide target (deviation 4) and a small alpha_distr let tokens "
-        "differ in depth.",
-        "Learning rate: 3e-4 (in the search) fitted the training images and lost the others, so it is lower. Mixup with "
-        "the teacher's answers to the mixed images: the fine-tuned DeiT already knows the training images by heart.",
-        "Merging: tables/search has a summary token of all halted tokens in its place, which lost more at the same depth. "
-        "The search is short, every candidate one run of one seed.",
+        "beta: calibrated on the fine-tuned DeiT, so that before training the mean depth is about 9 layers where "
+        "halted tokens are lost and a little over 7 where they merge. gamma 5 is the paper's; with 1 and less, "
+        "tokens halt nearly together.",
+        "alpha_ponder grows over the first half of training; a wide target (deviation 4) and a small alpha_distr "
+        "let tokens differ in depth.",
+        "Learning rate: 3e-4 (in the search) fitted the training images and lost the others, so it is lower. Mixup, "
+        "with the teacher's answers to mixed images: the fine-tuned DeiT knows the training images by heart.",
+        "Merging: the search has a summary token of all halted tokens in its place, which lost more at the same "
+        "depth. The search is short, every candidate one run of one seed.",
     ),
 )
 _CALTECH256 = replace(
