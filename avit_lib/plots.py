@@ -149,18 +149,22 @@ def accuracy_against_flops(table: pd.DataFrame) -> Figure:
     """Accuracy with its interval against computation, one point for each row of the evaluation table."""
     figure, axes = subplots(height=3.4)
     axis = axes[0, 0]
+    named = set()
     for row in table.itertuples():
-        colour = model_colour(row.model)
+        name, _, setting = row.model.partition(", ")  # ToMe, r = 8
         error = [[row.accuracy - row.accuracy_low], [row.accuracy_high - row.accuracy]]
-        axis.errorbar(row.gflops_per_image, row.accuracy, error, fmt="o", color=colour, capsize=4, markersize=8)
-        axis.annotate(
-            row.model, (row.gflops_per_image, row.accuracy), (9, 0), textcoords="offset points",
-            va="center", color=INK, fontsize=10,
+        axis.errorbar(
+            row.gflops_per_image, row.accuracy, error, fmt="o", color=model_colour(name), capsize=4, markersize=8,
+            label=None if name in named else name,
         )  # fmt: skip
+        place = (row.gflops_per_image, row.accuracy_high)
+        axis.annotate(setting, place, (0, 4), textcoords="offset points", ha="center", color=INK, fontsize=9)
+        named.add(name)
     axis.set(xlabel="computation [GFLOPs per image]", ylabel="accuracy")
-    axis.set_xlim(0, 1.25 * table["gflops_per_image"].max())
+    axis.set_xlim(0, 1.1 * table["gflops_per_image"].max())
     axis.margins(y=0.15)
     axis.yaxis.set_major_formatter(_percent)
+    _legend_above(figure, axis)
     return figure
 
 
@@ -572,7 +576,8 @@ def _wrapped(text: str, columns: int) -> str:
 
 def _legend_above(figure: Figure, axis: Axes) -> None:
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    rows = 1 + sum(len(label) + 7 for label in labels) // 110  # what fits beside each other
+    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
 
 
 def _error(frame: pd.DataFrame, middle: str, low: str, high: str) -> np.ndarray:
