@@ -72,8 +72,7 @@ def fit(options: argparse.Namespace) -> None:
 
 def test(options: argparse.Namespace) -> None:
     """Evaluate a checkpoint on the test images: a table, and the same as JSON, printed and beside the checkpoint."""
-    if options.batch_size < 1:
-        raise StudyError(f"--batch-size must be positive, not {options.batch_size}")
+    _check_positive("--batch-size", options.batch_size)
     checkpoint = options.ckpt or _profile_checkpoint(options)
     model, description = load_checkpoint(checkpoint, pick_device(options.device))
     _check_kind(model, options.model, checkpoint)
@@ -172,14 +171,18 @@ def _check_kind(model: torch.nn.Module, name: str | None, checkpoint: Path) -> N
         raise StudyError(f"{checkpoint} is of kind {kind}, not {name}; correct --model or leave it out")
 
 
+def _check_positive(option: str, value: float) -> None:
+    """Raise StudyError unless ``value`` is positive; NaN is not."""
+    if not value > 0:
+        raise StudyError(f"{option} must be positive, not {value}")
+
+
 def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
     run = profile.run(options.model.lower())
     changes = {"epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.lr}
     changes = {name: value for name, value in changes.items() if value is not None}
     for name, value in changes.items():
-        if not value > 0:  # nor is NaN
-            option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
-            raise StudyError(f"{option} must be positive, not {value}")
+        _check_positive("--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}", value)
     return replace(run, training=replace(run.training, **changes))
 
 

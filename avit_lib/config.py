@@ -203,6 +203,7 @@ _CALTECH101_RUNS = _pretrained_runs(
     halting=replace(_HALTING, alpha_ponder=1e-2),
     merging=replace(_HALTING, beta=-2.5, alpha_ponder=2e-3, class_token_halts=False, merge_halted=True),
 )
+_CALTECH101_DEIT, *_, _CALTECH101_MERGED = _CALTECH101_RUNS
 
 _CALTECH101 = Profile(
     name="caltech101",
@@ -218,7 +219,7 @@ _CALTECH101 = Profile(
     dial=(5.0, 6.0, 6.5, 7.5, 9.0),
     runs=_CALTECH101_RUNS,
     search=(
-        _CALTECH101_RUNS[0],
+        _CALTECH101_DEIT,
         Run(
             "fuse_taught",
             "summary token, from depth 7, taught by DeiT",
@@ -237,7 +238,7 @@ _CALTECH101 = Profile(
             _FUSED,
             teacher="deit",
         ),
-        _CALTECH101_RUNS[4],
+        _CALTECH101_MERGED,
     ),
     sweep=("deit", "avit_merged"),
     notes=(

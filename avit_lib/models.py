@@ -94,17 +94,13 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
     """
     state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
     summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
-    size = torch.ones_like(state.cumulative)  # how many tokens each stands for
+    size = torch.ones_like(state.cumulative) if rule.merge_halted else None  # how many tokens each stands for
     representation = 0.0
     scores, weights = [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        if rule.merge_halted:
-            bias = torch.where(active, size, 0.0).log()  # of a halted token -inf
-            tokens = block(tokens, attn_mask=_no_empty_rows(bias, active)[:, None, None, :].to(tokens.dtype))
-        else:
-            tokens, summary = _masked_block(block, tokens, active, summary, fused if rule.fuse_halted else None)
+        tokens, summary = _masked_block(block, tokens, active, size, summary, fused if rule.fuse_halted else None)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
@@ -125,11 +121,6 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
     return representation.to(tokens.dtype), trace
 
 
-def _no_empty_rows(bias: Tensor, active: Tensor) -> Tensor:
-    """The bias of keys [B, N], 0 where no token is active: a row of keys all masked would give NaN."""
-    return torch.where(active.any(dim=1, keepdim=True), bias, 0.0)
-
-
 def _merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Let each token [B, N, D] that ``halts`` join the most similar active patch of its image, if there is one."""
     images, count, width = tokens.shape
@@ -142,16 +133,18 @@ def _merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -
 
 
 def _masked_block(
-    block: torch.nn.Module, tokens: Tensor, active: Tensor, summary: Tensor, fused: Tensor | None
+    block: torch.nn.Module, tokens: Tensor, active: Tensor, size: Tensor | None, summary: Tensor, fused: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """A block on tokens [B, N, D] of which only the ``active`` are attended, and on the summary token if there is one.
 
-    ``summary`` [B, 1, D] stands for ``fused`` [B, 1, 1] halted tokens; returns both after the block.
+    A token stands for ``size`` [B, N] of them (None: for one), ``summary`` [B, 1, D] for ``fused`` [B, 1, 1] halted
+    ones; returns tokens and summary after the block.
     """
     if fused is None:
         # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
         keys = active | ~active.any(dim=1, keepdim=True)
-        return block(tokens, attn_mask=keys[:, None, None, :]), summary
+        mask = keys if size is None else torch.where(keys, size, 0.0).log().to(tokens.dtype)
+        return block(tokens, attn_mask=mask[:, None, None, :]), summary
     tokens = torch.cat([tokens, summary.to(tokens.dtype)], dim=1)
     bias = torch.cat([active, fused[..., 0]], dim=1).log()  # of an active token log 1 = 0, of a halted one -inf
     tokens = block(tokens, attn_mask=bias[:, None, None, :].to(tokens.dtype))

@@ -139,8 +139,7 @@ class Departed:
     """The K tokens that left the buffer in a layer; those of one image follow each other."""
 
     rows: Tensor  # [K] where they lay in it
-    segment: Tensor  # [K] their image in the new layout; S or more: it has no tokens left
-    slot: Tensor  # [K] the how-many-th of its image each of them is
+    segment: Tensor  # [T] of every token that was in it, the image in the new layout; S or more: it has no tokens left
     most: int  # that an image lost
 
 
@@ -155,15 +154,12 @@ def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None, Depa
     total = sum(lengths)
     if total == len(keep):
         return layout, None, None
-    lost = layout.counts - counts
     most = max(before - after for before, after in zip(layout.lengths, lengths, strict=True))
     counts, by_length = counts.sort(descending=True, stable=True)
     place = by_length.argsort()  # of each image in the new order
     segment = place[layout.segment]
     order = torch.where(keep, segment, len(lengths)).argsort(stable=True)  # those that go come last
-    rows, gone = order[:total], order[total:]
-    slot = torch.arange(len(gone), device=gone.device) - (lost.cumsum(0) - lost)[layout.segment[gone]]
-    departed = Departed(gone, segment[gone], slot, most)
+    rows, departed = order[:total], Departed(order[total:], segment, most)
     lengths = tuple(sorted(filter(None, lengths), reverse=True))
     counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
     layout = Layout(layout.index[rows], segment[rows], images, counts.cumsum(0) - counts, counts, lengths)
@@ -210,12 +206,12 @@ def packed_layers(
         if not layout.lengths:
             return
         if rows is not None:
-            cumulative, before = cumulative.index_select(0, rows), buffer
-            buffer = buffer.index_select(0, rows)
+            cumulative = cumulative.index_select(0, rows)
             if rule.merge_halted:
-                sizes = torch.ones_like(score) if size is None else size
-                weight, size = sizes[departed.rows], sizes[rows]
-                buffer, size = _merge(buffer, size, layout, before[departed.rows], weight, departed, tokens.shape[1])
+                size = torch.ones_like(score) if size is None else size
+                buffer, size = _merge(buffer, size, rows, departed, layout, *tokens.shape[:2])
+            else:
+                buffer = buffer.index_select(0, rows)
 
 
 def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None) -> Tensor:
@@ -315,23 +311,27 @@ def _more_than_a_summary(layout: Layout, active: Tensor) -> Tensor:
 
 
 def _merge(
-    buffer: Tensor, size: Tensor, layout: Layout, leaving: Tensor, weight: Tensor, departed: Departed, per_image: int
+    buffer: Tensor, size: Tensor, rows: Tensor, departed: Departed, layout: Layout, batch: int, per_image: int
 ) -> tuple[Tensor, Tensor]:
-    """Let the tokens ``leaving`` [K, D], each standing for ``weight`` [K], join the most similar patch of their image.
+    """Let the tokens that have ``departed`` join the most similar patch of their image among those that stay.
 
-    ``buffer`` [T, D] and ``size`` [T] are of those that stay. Both sides are padded, an image a row; the last row is
-    for images that are gone, whose tokens join nobody.
+    From the buffer and the sizes, [T, D] and [T], of the layer before to those of the new ``layout``, the ``rows`` that
+    stay. Both sides are padded, an image a row; the last row is for images that are gone, whose tokens join nobody.
     """
+    leaving, weight = buffer[departed.rows], size[departed.rows]
+    buffer, size = buffer.index_select(0, rows), size.index_select(0, rows)
     images, longest = len(layout.lengths), layout.lengths[0]
-    image = departed.segment.clamp(max=images)
+    image, number = departed.segment[departed.rows], torch.arange(len(leaving), device=buffer.device)
+    first = torch.full((batch,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
+    slot, image = number - first[image], image.clamp(max=images)  # where each stands among those its image lost
     place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]  # in its image
     padded = buffer.new_zeros(images + 1, longest, buffer.shape[1])
     padded = padded.index_put((layout.segment, place), buffer.detach())
     takers = torch.zeros(images + 1, longest, dtype=torch.bool, device=buffer.device)
     takers = takers.index_put((layout.segment, place), layout.index % per_image > 0)  # not the class token
     padded_leaving = buffer.new_zeros(images + 1, departed.most, buffer.shape[1])
-    padded_leaving = padded_leaving.index_put((image, departed.slot), leaving.detach())
-    into = most_similar(padded_leaving, padded, takers)[image, departed.slot]
+    padded_leaving = padded_leaving.index_put((image, slot), leaving.detach())
+    into = most_similar(padded_leaving, padded, takers)[image, slot]
     welcome = takers.any(dim=1)[image]
     into = torch.where(welcome, F.pad(layout.starts, (0, 1))[image] + into, 0)
     return join(buffer, size, leaving, torch.where(welcome, weight, 0.0), into)
