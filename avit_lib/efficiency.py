@@ -339,12 +339,12 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     times = {"deit": np.zeros((repeats + 1, layers)), "packed": np.zeros((repeats + 1, layers))}
     tokens = np.zeros(layers)
     for turn in range(repeats + 1):  # the first is for warming up
-        x = adaptive._embed(images)
+        x = adaptive.embed(images)
         before = _now(device)
         for layer, block in enumerate(plain.blocks):
             x = block(x)
             before, times["deit"][turn, layer] = _now(device), _now(device) - before
-        x = adaptive._embed(images)
+        x = adaptive.embed(images)
         before = _now(device)
         for layer, (layout, *_) in enumerate(packed_layers(adaptive.blocks, x, adaptive.rule, every_token=False)):
             tokens[layer] = sum(layout.lengths) / len(images)

@@ -64,12 +64,12 @@ class AViT(VisionTransformer):
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
         run = run_packed if self._packs() else run_masked
-        representation, trace = run(self.blocks, self._embed(images), self.rule)
+        representation, trace = run(self.blocks, self.embed(images), self.rule)
         return self.forward_head(self.norm(representation)), trace
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The normalised representation [B, 1, D] of images [B, C, H, W]."""
-        tokens = self._embed(images)
+        tokens = self.embed(images)
         if self._packs():
             return self.norm(predict_packed(self.blocks, tokens, self.rule))
         return self.norm(run_masked(self.blocks, tokens, self.rule)[0])
@@ -78,7 +78,8 @@ class AViT(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W]."""
         return self.forward_head(self.forward_features(images))
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens [B, N, D] that enter the first layer, class token first, of images [B, C, H, W]."""
         return self.norm_pre(self._pos_embed(self.patch_embed(images)))
 
     def _packs(self) -> bool:
@@ -100,7 +101,10 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens, summary = _masked_block(block, tokens, active, size, summary, fused if rule.fuse_halted else None)
+        if rule.fuse_halted:
+            tokens, summary = _block_with_summary(block, tokens, active, summary, fused)
+        else:
+            tokens = masked_block(block, tokens, active, size)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
@@ -114,14 +118,14 @@ def run_masked(blocks: torch.nn.Sequential, tokens: Tensor, rule: HaltingRule) -
         class_weight = weight[:, :1]  # w of the class token
         representation = representation + class_weight[..., None] * tokens[:, :1]
         if rule.merge_halted and layer < len(blocks):
-            tokens, size = _merge_masked(tokens, size, active & ~state.active, state.active)
+            tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
         scores.append(torch.where(active, score, 0.0))
         weights.append(class_weight)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
 
 
-def _merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+def merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Let each token [B, N, D] that ``halts`` join the most similar active patch of its image, if there is one."""
     images, count, width = tokens.shape
     takers = F.pad(active[:, 1:], (1, 0))  # not the class token
@@ -132,19 +136,21 @@ def _merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) -
     return merged.view(images, count, width), size.view(images, count)
 
 
-def _masked_block(
-    block: torch.nn.Module, tokens: Tensor, active: Tensor, size: Tensor | None, summary: Tensor, fused: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """A block on tokens [B, N, D] of which only the ``active`` are attended, and on the summary token if there is one.
+def masked_block(block: torch.nn.Module, tokens: Tensor, active: Tensor, size: Tensor | None) -> Tensor:
+    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended.
 
-    A token stands for ``size`` [B, N] of them (None: for one), ``summary`` [B, 1, D] for ``fused`` [B, 1, 1] halted
-    ones; returns tokens and summary after the block.
+    Each counts in attention as ``size`` [B, N] of them would; None: as one.
     """
-    if fused is None:
-        # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
-        keys = active | ~active.any(dim=1, keepdim=True)
-        mask = keys if size is None else torch.where(keys, size, 0.0).log().to(tokens.dtype)
-        return block(tokens, attn_mask=mask[:, None, None, :]), summary
+    # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
+    keys = active | ~active.any(dim=1, keepdim=True)
+    mask = keys if size is None else torch.where(keys, size, 0.0).log().to(tokens.dtype)
+    return block(tokens, attn_mask=mask[:, None, None, :])
+
+
+def _block_with_summary(
+    block: torch.nn.Module, tokens: Tensor, active: Tensor, summary: Tensor, fused: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A block on the active tokens [B, N, D] and the summary [B, 1, D] of ``fused`` [B, 1, 1] halted ones."""
     tokens = torch.cat([tokens, summary.to(tokens.dtype)], dim=1)
     bias = torch.cat([active, fused[..., 0]], dim=1).log()  # of an active token log 1 = 0, of a halted one -inf
     tokens = block(tokens, attn_mask=bias[:, None, None, :].to(tokens.dtype))

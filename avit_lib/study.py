@@ -16,12 +16,15 @@ from torch import nn
 from avit_lib import distributed, evaluation
 from avit_lib.checkpoints import create_model, load_checkpoint, load_pretrained, load_weights, read_json
 from avit_lib.config import Run, StudyError, get_profile
-from avit_lib.data import Images, TrainingData, test_data, training_data
-from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
+from avit_lib.data import Images, TrainingData, loader, test_data, training_data
+from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher, target_distribution
+from avit_lib.redundancy import fit_channel, hold_channel
 from avit_lib.reporting import Results
-from avit_lib.training import fit, pick_device, seed_everything
+from avit_lib.training import finished_history, fit, pick_device, seed_everything
 
-TRAINING_MODULES = ("data", "losses", "models", "training")  # a change in these, or below them, means training again
+# A change in these, or in what they import, means training again.
+TRAINING_MODULES = ("data", "losses", "models", "redundancy", "training")
+FIT_IMAGES = 512  # training images on which the start of halting is fitted
 
 
 class Study:
@@ -82,7 +85,7 @@ class Study:
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
         start = self.checkpoint(run.start) if run.start else None
-        return initial_model(run, len(self.data.train.classes), start, self.seed)
+        return initial_model(run, self.data, start, self.seed, self.device)
 
     def load(self, name: str) -> nn.Module:
         """The trained model of a run, after its last epoch; raises StudyError naming the command when it is missing."""
@@ -128,14 +131,19 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
     }
 
 
-def initial_model(run: Run, classes: int, start: Path | None, seed: int) -> nn.Module:
+def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, device: torch.device) -> nn.Module:
     """The model of a run as its training starts: from the checkpoint ``start``, or as ``run.init`` says."""
     seed_everything(seed)
-    model = create_model(run.model, model_arguments(run, classes))
+    model = create_model(run.model, model_arguments(run, len(data.train.classes)))
     if start is not None:
         load_weights(model, start)
     elif run.init == "pretrained":
         load_pretrained(model, run.pretrained)
+    model.to(device)
+    if run.halting and run.halting.fitted:
+        images, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
+        shares = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
+        fit_channel(model, images.to(device), shares)
     return model
 
 
@@ -157,9 +165,14 @@ def train_run(
         raise StudyError(
             f"{run.label} learns from the run {run.teacher!r}: train it by `make notebooks` of its profile"
         )
+    history = finished_history(folder, description | {"seed": seed}, run.training)
+    if history is not None:  # before a start is fitted for nothing
+        return history
     taught_by = None if teacher is None else Teacher(teacher, run.distillation)
-    model = initial_model(run, len(data.train.classes), start, seed)
+    model = initial_model(run, data, start, seed, device)
     if run.halting:
+        if run.halting.fitted:
+            hold_channel(model)
         model.execution = run.training.execution
         loss = AdaptiveLoss(run.halting, run.training.label_smoothing, taught_by)
     else:

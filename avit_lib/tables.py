@@ -31,7 +31,7 @@ PUBLISHED_FIGURES = {
 }
 HALTING_SETTINGS = (
     "gamma", "beta", "alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "class_token_halts",
-    "fuse_halted", "merge_halted",
+    "fuse_halted", "merge_halted", "fitted",
 )  # fmt: skip
 
 
@@ -216,6 +216,17 @@ def run_table(profile: Profile) -> pd.DataFrame:
         row |= {"epochs": run.training.epochs, "learning_rate": run.training.learning_rate}
         row |= {name: getattr(run.halting, name) if run.halting else "" for name in HALTING_SETTINGS}
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def start_table(study: Study) -> pd.DataFrame:
+    """What each model that halts does on the validation images before it is trained: accuracy, depth, GFLOPs."""
+    rows = []
+    for run in filter(lambda run: run.halting and run.init != "random", study.profile.runs):
+        model = study.initial_model(run)
+        found = metrics(model, study.predict(model, study.data.validation))
+        columns = ("accuracy", "mean_depth", "gflops_per_image")
+        rows.append({"model": run.label} | {f"val_{name}": found[name] for name in columns})
     return pd.DataFrame(rows)
 
 

@@ -131,7 +131,7 @@ def fit(
     device = torch.device(device)
     output = Path(output)
     run = description | {"seed": seed}
-    history = _finished_history(output, run, config)
+    history = finished_history(output, run, config)
     if history is not None:
         return history
     if len(train.classes) < 2:
@@ -231,7 +231,7 @@ def _check_shares(config: Training, images: int) -> None:
         raise StudyError(f"Mixup takes images in pairs: make batch_size a multiple of {2 * processes}")
 
 
-def _finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
+def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
     """The history of a run that lies finished in ``output``; raises StudyError when another run lies there."""
     if not (output / "last.json").is_file():
         return None

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import avit_lib  # noqa: F401  registers the models
 from avit_lib.config import StudyError
 from avit_lib.halting import HaltingRule
-from avit_lib.models import _merge_masked, run_masked
+from avit_lib.models import merge_masked, run_masked
 from avit_lib.packed import packed_layers, predict_one, predict_packed, run_packed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -127,7 +127,7 @@ def test_one_token_in_all():
 @pytest.mark.parametrize("attention", ["buckets", "padded"])
 def test_every_attention_gives_the_same(attention):
     model, images = make_model(), make_images(6)
-    tokens = model._embed(images)
+    tokens = model.embed(images)
     expected, trace = run_masked(model.blocks, tokens, model.rule)
     got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention=attention)
     torch.testing.assert_close(got, expected)
@@ -205,7 +205,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_no
 def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, monkeypatch):
     """No operator whose result the host must know, but the one that reads how many tokens are left."""
     model = make_model(**variant)
-    tokens, reads, read = model._embed(make_images(6)), [], torch.Tensor.tolist
+    tokens, reads, read = model.embed(make_images(6)), [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
     with torch.inference_mode(), Operators() as seen:
         layers = len(list(packed_layers(model.blocks, tokens, model.rule, every_token, attention="padded")))
@@ -219,7 +219,7 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, 
 def test_stochastic_depth_drops_whole_images():
     """After a block whose paths are dropped or kept by image, the tokens of an image have all moved or all stayed."""
     model = make_model(beta=-1e4, drop_path_rate=0.5).train()
-    tokens = model._embed(make_images(32))
+    tokens = model.embed(make_images(32))
     before, after = [buffer for _, buffer, _, _ in packed_layers(model.blocks, tokens, model.rule, every_token=True)][
         -2:
     ]
@@ -240,7 +240,7 @@ def test_variants(variant, beta, batch):
 @pytest.mark.parametrize("attention", ["buckets", "padded"])
 def test_every_attention_knows_the_summary(attention):
     model, images = make_model(fuse_halted=True), make_images(6)
-    tokens = model._embed(images)
+    tokens = model.embed(images)
     expected, trace = run_masked(model.blocks, tokens, model.rule)
     got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention)
     torch.testing.assert_close(got, expected)
@@ -253,7 +253,7 @@ def test_the_summary_is_the_mean_of_all_that_halted_and_hidden_before():
     for block in model.blocks:
         for last in (block.attn.proj, block.mlp.fc2):
             torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    tokens = model._embed(make_images(3))
+    tokens = model.embed(make_images(3))
     seen = list(packed_layers(model.blocks, tokens, model.rule, every_token=True))
     halted = 0
     for layout, buffer, _, _ in seen[1:]:
@@ -279,10 +279,10 @@ def test_merging_keeps_the_mean_of_all_patches():
     for block in model.blocks:
         for last in (block.attn.proj, block.mlp.fc2):
             torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    tokens = model._embed(make_images(3))
+    tokens = model.embed(make_images(3))
     halts = torch.zeros(3, 17, dtype=torch.bool)
     halts[0, 1:9], halts[1, 1:] = True, True  # of the second image all patches, which then join nobody
-    merged, size = _merge_masked(tokens, torch.ones(3, 17, dtype=torch.float64), halts, ~halts)
+    merged, size = merge_masked(tokens, torch.ones(3, 17, dtype=torch.float64), halts, ~halts)
     total = ((size * ~halts)[..., None] * merged).sum(dim=1)
     torch.testing.assert_close(total[[0, 2]], tokens.sum(dim=1)[[0, 2]])
     torch.testing.assert_close(total[1], tokens[1, 0])

@@ -131,6 +131,16 @@ def test_published_figures_stand_beside_ours():
     assert table.notna().any(axis=1).all() and ("DeiT", "mean depth [layers]") not in table.index
 
 
+def test_starts_are_those_of_models_that_halt_and_start_from_trained_weights():
+    models = {"avit_finetuned": varied_model(depth=4).float()}
+    study = SimpleNamespace(
+        profile=get_profile("smoke"), predict=predict, data=SimpleNamespace(validation=random_images(30)),
+        initial_model=lambda run: models[run.name],
+    )  # fmt: skip
+    (row,) = tables.start_table(study).to_dict("records")
+    assert row["model"] == "A-ViT fine-tuned" and 1 < row["val_mean_depth"] < 4
+
+
 def test_a_model_is_turned_to_other_depths():
     profile = replace(get_profile("smoke"), merging=(), dial=(2.0, 3.0))
     plain, model = timm.create_model("deit_nano_patch7_28").eval(), varied_model(depth=4).float()
