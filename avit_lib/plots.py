@@ -61,7 +61,9 @@ def model_colour(label: str) -> tuple[float, float, float]:
         return PALETTE[4]
     if not label.startswith("A-ViT"):
         return PALETTE[9 if "trained on" in label else 0]
-    return PALETTE[3 if "+" in label else 1 if "fine-tuned" in label else 2]
+    if "+" in label or "fitted" in label:
+        return PALETTE[3]
+    return PALETTE[1 if "fine-tuned" in label else 2]
 
 
 # --- data and training -----------------------------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def accuracy_against_speed(table: pd.DataFrame, points: pd.DataFrame, accuracy: 
     merged = table["model"].str.startswith("ToMe")
     for curve, style, meaning in ((table[merged], "s:", "tokens merged"), (points, "o--", "beta")):
         if len(curve):
-            name = curve["model"].iloc[0].split(",")[0]
+            name = curve["model"].iloc[0].split(", depth")[0].split(", r =")[0]
             curve = curve.sort_values("speedup")
             colour, label = model_colour(name), f"{name}, by {meaning}"
             axis.plot(curve["speedup"], curve[accuracy], style, color=colour, linewidth=1.2, alpha=0.8, label=label)
