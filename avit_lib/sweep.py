@@ -9,7 +9,8 @@ from avit_lib.tables import dialled_models
 
 CAPTION = (
     "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
-    "decides on the validation images, the order of the training images and all random weights."
+    "decides on the split (of official data, only on the validation images), the order of the training images and all "
+    "random weights. minus_...: difference in mean per-class accuracy, of the same seed."
 )
 
 
@@ -38,7 +39,20 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
                 models |= dialled_models(study)
             for label, model in models.items():
                 rows.append({"model": label, "seed": k} | figures(model, study.predict(model, study.test)))
-    return results.table(sweep_table(pd.DataFrame(rows)), "sweep", CAPTION)
+    plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
+    figures_by_seed = with_differences(pd.DataFrame(rows), plain)
+    results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
+    return results.table(sweep_table(figures_by_seed), "sweep", CAPTION)
+
+
+def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
+    """``rows`` with, for each reference (label to name), a column minus_<name>: accuracy_macro minus its, same seed."""
+    of_model = rows.set_index("seed").groupby("model")["accuracy_macro"]
+    columns = {
+        f"minus_{name}": rows["accuracy_macro"] - rows["seed"].map(of_model.get_group(label))
+        for label, name in references.items()
+    }
+    return rows.assign(**columns)
 
 
 def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from avit_lib.checkpoints import read_json
 from avit_lib.cli import main
 from avit_lib.config import PROFILES, Halting, StudyError
 from avit_lib.study import Study
-from avit_lib.sweep import sweep_table
+from avit_lib.sweep import sweep_table, with_differences
 
 SMOKE = PROFILES["smoke"]
 COMMAND = ["search", "--profile", "smoke"]
@@ -203,6 +203,8 @@ def test_the_sweep_trains_every_seed_once(results, trained):
     assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned", *turned] and set(table["seeds"]) == {"0 1"}
     assert table["accuracy_std"].gt(0).any() and table["flops_saved"][0] == 0 < table["flops_saved"][1]
     assert table["mean_depth"][2] < table["mean_depth"][3]
+    seeds = pd.read_csv(results / "tables" / "sweep_seeds.csv")
+    assert len(seeds) == 8 and set(seeds["minus_deit"][seeds["model"] == "DeiT"]) == {0.0}
     before = (results / "tables" / "sweep.csv").read_bytes()
     del trained[:]
     assert main(command) == 0
@@ -215,3 +217,9 @@ def test_mean_and_deviation_by_hand():
     assert table["model"].tolist() == ["b", "a"] and table["seeds"].tolist() == ["0 1", "0"]
     assert table["accuracy"].tolist() == [0.625, 0.25]
     assert table["accuracy_std"][0] == pytest.approx(0.125 * 2**0.5) and pd.isna(table["accuracy_std"][1])
+
+
+def test_differences_are_of_the_same_seed():
+    rows = pd.DataFrame({"model": ["b", "a"] * 2, "seed": [1, 1, 0, 0], "accuracy_macro": [0.5, 0.75, 0.25, 0.125]})
+    found = with_differences(rows, {"b": "plain"})
+    assert found["minus_plain"].tolist() == [0, 0.25, 0, -0.125] and found.columns[:3].tolist() == list(rows)
