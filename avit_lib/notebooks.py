@@ -300,16 +300,19 @@ def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
 def stamp_readme(readme: Path) -> None:
     """Put the table of each profile between the markers results-<profile> of README.md, where both are there.
 
-    Likewise those of the benchmark, measured on a CPU: its summary, and the cost of training on ImageNet.
+    Likewise its sweep over seeds, between those called sweep-<profile>; and the benchmark's, measured on a CPU: its
+    summary, and the cost of training on ImageNet.
     """
     places = [(f"results-{name}", name, README_TABLE) for name in PROFILES]
+    places += [(f"sweep-{name}", name, "sweep_summary") for name in PROFILES]
     places += [("results-benchmark", "benchmark", "summary_cpu"), ("cost", "benchmark", "cost_cpu")]
     for marker, name, table_name in places:
         table = results_dir(name) / "tables" / f"{table_name}.md"
         if readme.is_file() and f"<!-- begin {marker} -->" in readme.read_text() and table.is_file():
             described = read_json(table.with_suffix(".json"))
             facts = described["provenance"]
-            made = f"make reproduce PROFILE={name} SEED={facts['seed']}" if name in PROFILES else facts["source"]
+            command = "sweep" if marker.startswith("sweep") else "reproduce"
+            made = f"make {command} PROFILE={name} SEED={facts['seed']}" if name in PROFILES else facts["source"]
             line = f"Made by `{made}`, commit {facts['commit'][:10]}, {facts['date']}, on {facts['hardware']}."
             note = "" if name in PROFILES else f"\n\n{described['caption']}"
             reporting.stamp(readme, marker, f"{table.read_text().strip()}{note}\n\n{line}")

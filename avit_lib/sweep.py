@@ -42,7 +42,9 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
     plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
-    return results.table(sweep_table(figures_by_seed), "sweep", CAPTION)
+    table = results.table(sweep_table(figures_by_seed), "sweep", CAPTION)
+    results.table(summary_table(table, plain), "sweep_summary", "The sweep over seeds: mean ± standard deviation.")
+    return table
 
 
 def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
@@ -62,3 +64,26 @@ def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
     for name in figures.columns.drop(["model", "seed"]):
         columns |= {name: groups[name].mean(), f"{name}_std": groups[name].std()}
     return pd.DataFrame(columns).reset_index()
+
+
+def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
+    """The sweep in words, for people: mean and deviation, with the differences from each reference (label to name)."""
+    columns = {
+        "model": sweep["model"],
+        "seeds": sweep["seeds"],
+        "mean per-class accuracy [%]": _mean_and_deviation(sweep, "accuracy_macro", ".1f"),
+    }
+    for label, name in references.items():
+        difference = _mean_and_deviation(sweep, f"minus_{name}", "+.2f")
+        columns[f"minus {label} [points]"] = difference.mask(sweep["model"] == label, "")
+    columns["accuracy [%]"] = _mean_and_deviation(sweep, "accuracy", ".1f")
+    columns["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format)
+    columns["FLOPs saved [%]"] = _mean_and_deviation(sweep, "flops_saved", ".1f")
+    return pd.DataFrame(columns)
+
+
+def _mean_and_deviation(sweep: pd.DataFrame, name: str, form: str) -> pd.Series:
+    """A fraction in percent, as words: its mean in format ``form`` and the deviation with as many digits."""
+    means, deviations = (100 * sweep[column] for column in (name, f"{name}_std"))
+    pairs = zip(means, deviations, strict=True)
+    return pd.Series([f"{mean:{form}} ± {deviation:{form.strip('+')}}" for mean, deviation in pairs], sweep.index)

@@ -314,6 +314,11 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     text = readme.read_text()
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
+    readme.write_text("<!-- begin sweep-fashion -->\nold\n<!-- end sweep-fashion -->\n")
+    for suffix in (".md", ".json"):
+        table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
+    notebooks.stamp_readme(readme)
+    assert "Made by `make sweep PROFILE=fashion SEED=0`, commit" in readme.read_text()
 
 
 def test_the_readme_gets_the_table_of_the_benchmark(project):

@@ -12,7 +12,7 @@ from avit_lib.checkpoints import read_json
 from avit_lib.cli import main
 from avit_lib.config import PROFILES, Halting, StudyError
 from avit_lib.study import Study
-from avit_lib.sweep import sweep_table, with_differences
+from avit_lib.sweep import summary_table, sweep_table, with_differences
 
 SMOKE = PROFILES["smoke"]
 COMMAND = ["search", "--profile", "smoke"]
@@ -223,3 +223,12 @@ def test_differences_are_of_the_same_seed():
     rows = pd.DataFrame({"model": ["b", "a"] * 2, "seed": [1, 1, 0, 0], "accuracy_macro": [0.5, 0.75, 0.25, 0.125]})
     found = with_differences(rows, {"b": "plain"})
     assert found["minus_plain"].tolist() == [0, 0.25, 0, -0.125] and found.columns[:3].tolist() == list(rows)
+
+
+def test_the_sweep_in_words():
+    rows = pd.DataFrame({"model": ["D", "A"] * 2, "seed": [0, 0, 1, 1], "accuracy_macro": [0.5, 0.46, 0.52, 0.5]})
+    rows = rows.assign(accuracy=0.75, mean_depth=6.0, flops_saved=0.25)
+    words = summary_table(sweep_table(with_differences(rows, {"D": "deit"})), {"D": "deit"})
+    assert words["minus D [points]"].tolist() == ["", "-3.00 ± 1.41"] and words["seeds"].tolist() == ["0 1"] * 2
+    assert words["mean per-class accuracy [%]"].tolist() == ["51.0 ± 1.4", "48.0 ± 2.8"]
+    assert words["FLOPs saved [%]"].tolist() == ["25.0 ± 0.0"] * 2
