@@ -216,7 +216,7 @@ def packed_layers(
 
 def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
-    if len(tokens) == 1 and tokens.device.type == "cpu" and not (rule.fuse_halted or rule.merge_halted):
+    if len(tokens) == 1 and tokens.device.type == "cpu" and not rule.fuse_halted:
         return predict_one(blocks, tokens, rule)
     representation = 0.0 * tokens[:, 0]
     for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False, attention=attention):
@@ -232,19 +232,27 @@ def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Ten
     """
     dtype = tokens.dtype
     cumulative = torch.zeros_like(halting_score(tokens, rule.gamma, rule.beta))  # cumul
-    representation = 0.0 * tokens[:, :1]
+    size = torch.ones_like(cumulative[0])  # how many tokens each one stands for
+    representation, mask = 0.0 * tokens[:, :1], None
     for layer, block in enumerate(blocks, start=1):
-        tokens = block(tokens)
+        tokens = block(tokens, attn_mask=mask)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if not rule.class_token_halts:
             score = F.pad(score[:, 1:], (1, 0))
         remainder, cumulative = 1 - cumulative[:, :1, None], cumulative + score  # R, cumul += h
-        if layer == len(blocks) or cumulative[0, 0] >= 1 - rule.eps:
+        active = cumulative[0] < 1 - rule.eps  # m
+        if layer == len(blocks) or not active[0]:
             return (representation + remainder * tokens[:, :1]).to(dtype)
         representation = representation + score[:, :1, None] * tokens[:, :1]
-        if cumulative.max() >= 1 - rule.eps:
-            active = cumulative[0] < 1 - rule.eps  # m
-            tokens, cumulative = tokens[:, active], cumulative[:, active]
+        if active.all():
+            continue
+        leaving, weight = tokens[0, ~active], size[~active]
+        tokens, cumulative, size = tokens[:, active], cumulative[:, active], size[active]
+        if rule.merge_halted and len(size) > 1:  # without patches that go on they join nobody
+            into = 1 + most_similar(leaving, tokens[0, 1:], torch.ones_like(size[1:], dtype=torch.bool))
+            merged, size = join(tokens[0], size, leaving, weight, into)
+            tokens = merged[None]
+        mask = size.log().to(dtype)[None, None, None] if rule.merge_halted else None
     raise ValueError("there are no layers")
 
 
