@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from avit_lib.benchmark import Benchmark, run_benchmark
 from avit_lib.checkpoints import load_checkpoint, read_json, write_atomically, write_json
 from avit_lib.config import PROFILES, Profile, Run, StudyError, data_dir, get_profile, results_dir
 from avit_lib.data import (
+    Images,
     TrainingData,
     check_split,
     folder_data,
@@ -57,11 +59,12 @@ def fit(options: argparse.Namespace) -> None:
         if run.start and not options.ckpt:
             raise StudyError(f"run {run.name!r} starts from the weights of run {run.start!r}: name them by --ckpt")
         data = _training_data(profile, options)
-        description = describe(run, data, options.ckpt)
+        teacher = _teacher(options, run, list(data.train.classes), device)
+        description = describe(run, data, options.ckpt, options.teacher)
         output = options.output
-        history = train_run(run, data, output, options.ckpt, description, options.seed, device)
+        history = train_run(run, data, output, options.ckpt, description, options.seed, device, teacher)
     else:
-        if options.data_dir or options.ckpt or run != profile.run(run.name):
+        if options.data_dir or options.ckpt or options.teacher or run != profile.run(run.name):
             raise StudyError("data, weights or settings of your own need a folder of their own: add --output DIR")
         study = Study(profile.name, options.seed, device=options.device)
         output = study.folder(run.name)
@@ -76,13 +79,7 @@ def test(options: argparse.Namespace) -> None:
     checkpoint = options.ckpt or _profile_checkpoint(options)
     model, description = load_checkpoint(checkpoint, pick_device(options.device))
     _check_kind(model, options.model, checkpoint)
-    if options.data_dir:
-        classes = description["run"]["classes"]
-        data = folder_data(options.data_dir, "test", _image_size(model), model.in_chans, classes)
-    else:
-        data = test_data(get_profile(options.profile), description["run"]["seed"])
-    if list(data.classes) != description["run"]["classes"]:
-        raise StudyError(f"{checkpoint} was trained for other classes than those of the test images; check --data-dir")
+    data = _test_set(options, test_data, model, description["run"])
     predictions = evaluation.predict(model, data, options.batch_size, pick_device(options.device))
     values = evaluation.metrics(model, predictions)
     intervals = evaluation.bootstrap_intervals(predictions, seed=options.seed)
@@ -186,6 +183,20 @@ def _configured_run(profile: Profile, options: argparse.Namespace) -> Run:
     return replace(run, training=replace(run.training, **changes))
 
 
+def _teacher(options: argparse.Namespace, run: Run, classes: list[str], device: torch.device) -> torch.nn.Module | None:
+    """The model of --teacher, if the run has one; raises StudyError when only one of the two says so."""
+    if not options.teacher:
+        if run.teacher:
+            raise StudyError(f"run {run.name!r} learns from run {run.teacher!r}: name its weights by --teacher")
+        return None
+    if not run.teacher:
+        raise StudyError(f"run {run.name!r} has no teacher; leave out --teacher")
+    teacher, description = load_checkpoint(options.teacher, device)
+    if description["run"]["classes"] != classes:
+        raise StudyError(f"{options.teacher} was trained for other classes than those of the training images")
+    return teacher
+
+
 def _training_data(profile: Profile, options: argparse.Namespace) -> TrainingData:
     if not options.data_dir:
         return training_data(profile, options.seed)
@@ -201,11 +212,25 @@ def _chosen_images(options: argparse.Namespace, model: AViT, run: dict) -> tuple
     if not numbers:
         images = [read_image(path, _image_size(model), model.in_chans) for path in options.images]
         return torch.stack(images), [Path(path).stem for path in options.images]
-    data = test_images(get_profile(options.profile), run["seed"])
+    data = _test_set(options, test_images, model, run)
     if (highest := max(int(number) for number in numbers)) >= len(data):
         raise StudyError(f"there is no test image {highest}; the numbers go from 0 to {len(data) - 1}")
     chosen = [data[int(number)] for number in numbers]
     return torch.stack([image for image, _ in chosen]), [run["classes"][label] for _, label in chosen]
+
+
+def _test_set(
+    options: argparse.Namespace, of_profile: Callable[[Profile, int], Images], model: torch.nn.Module, run: dict
+) -> Images:
+    """The test images under --data-dir, else ``of_profile``; raises StudyError when the model knows other classes."""
+    if options.data_dir:
+        return folder_data(options.data_dir, "test", _image_size(model), model.in_chans, run["classes"])
+    data = of_profile(get_profile(options.profile), run["seed"])
+    if list(data.classes) != run["classes"]:
+        raise StudyError(
+            f"the model was trained for other classes than those of the profile {options.profile}; add --data-dir DIR"
+        )
+    return data
 
 
 def _image_size(model: torch.nn.Module) -> int:
@@ -229,8 +254,9 @@ def _parser() -> argparse.ArgumentParser:
 
     trained = argparse.ArgumentParser(add_help=False)
     trained.add_argument(
-        "--ckpt", type=Path, metavar="FILE", help="a .safetensors that fit wrote (default: the profile's, of --model)"
-    )
+        "--ckpt", type=Path, metavar="FILE",
+        help="a .safetensors that fit wrote, its .json beside it (default: the profile's, of --model)",
+    )  # fmt: skip
     trained.add_argument(
         "--model", metavar="NAME",
         help="DeiT, AViT or another run of the profile (default: the one the notebooks look into)",
@@ -257,6 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--ckpt", type=Path, metavar="FILE", help=".safetensors to start from (default: the profile's)"
     )
+    command.add_argument(
+        "--teacher", type=Path, metavar="FILE",
+        help=".safetensors of the model that teaches, for runs that have one (default: the profile's)",
+    )  # fmt: skip
     command.add_argument("--epochs", type=int, metavar="N", help="passes over the images (default: the profile's)")
     command.add_argument("--batch-size", type=int, metavar="N", help="images in a step (default: the profile's)")
     command.add_argument("--lr", type=float, metavar="X", help="peak learning rate (default: the profile's)")
@@ -267,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=250, metavar="N", help="images at once (default: %(default)s)"
     )
 
-    command = add("visualize", visualize, [device, trained], "draw where an A-ViT stopped looking")
+    command = add("visualize", visualize, [device, folder, trained], "draw where an A-ViT stopped looking")
     command.add_argument(
         "--images", nargs="+", default=["22", "29", "40", "43", "76", "109"], metavar="I",
         help="numbers of test images, or paths of image files (default: 22 29 40 43 76 109)",

@@ -40,6 +40,21 @@ def test_fit_writes_checkpoints_and_history(trained):
     assert written == {"best.safetensors", "best.json", "last.safetensors", "last.json", "history.csv"}
 
 
+def test_a_model_is_taught_by_another_on_images_of_the_user(folder, trained, tmp_path, capsys):
+    fit = ["fit", "--profile", "smoke", "--data-dir", str(folder), "--epochs", "1"]
+    assert main([*fit, "--model", "DeiT", "--output", str(tmp_path / "deit")]) == 0
+    deit, taught = str(tmp_path / "deit" / "last.safetensors"), tmp_path / "taught"
+    fit += ["--model", "taught", "--ckpt", deit, "--output", str(taught)]
+    assert main(fit) == 2
+    assert "learns from run 'deit': name its weights by --teacher" in capsys.readouterr().err
+    assert main([*fit, "--teacher", deit]) == 0
+    assert "train_distillation" in (taught / "history.csv").read_text().splitlines()[0]
+    assert main([*fit, "--teacher", str(trained / "last.safetensors")]) == 2  # is another teacher
+    assert "holds another run" in capsys.readouterr().err
+    assert main([*fit[:-1], str(tmp_path / "other"), "--model", "avit", "--teacher", deit]) == 2
+    assert "has no teacher" in capsys.readouterr().err
+
+
 def test_test_reports_the_figures(trained, folder, capsys):
     checkpoint = trained / "last.safetensors"
     assert main(["test", "--profile", "smoke", "--ckpt", str(checkpoint), "--data-dir", str(folder)]) == 0
@@ -76,6 +91,19 @@ def test_visualize_draws_images_of_the_user(trained, folder, tmp_path):
     assert main(command) == 0
     with Image.open(output) as picture:
         assert min(picture.size) > 100
+
+
+def test_numbers_of_images_are_those_of_the_folder_or_refused(trained, folder, tmp_path, capsys):
+    """Of the profile's test images, whose classes are others, none is drawn."""
+    output = tmp_path / "halting.png"
+    command = ["visualize", "--profile", "smoke", "--ckpt", str(trained / "last.safetensors"), "--output", str(output)]
+    assert main([*command, "--images", "0"]) == 2
+    assert "other classes than those of the profile smoke; add --data-dir" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*command, "--data-dir", str(folder), "--images", "0", "7"]) == 0
+    assert output.is_file()
+    assert main([*command, "--data-dir", str(folder), "--images", "8"]) == 2
+    assert "numbers go from 0 to 7" in capsys.readouterr().err
 
 
 def test_data_describes_the_split(capsys):
