@@ -30,6 +30,7 @@ else:
     import tomli as tomllib
 
 KERNEL = "python3"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
 README_TABLE = "04_summary"  # the table of each profile that README.md shows
 
@@ -242,12 +243,15 @@ class _Echo:
 
 
 def tidy(text: str, root: Path) -> str:
-    """An executed notebook without times of day and without paths of this machine."""
+    """An executed notebook without times of day, paths of this machine and progress bars that are over."""
     notebook = nbformat.reads(text, as_version=4)
     notebook.metadata.pop("papermill", None)
+    notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         for output in cell.get("outputs", []):
             texts = output if "text" in output else output.get("data", {})
             for key, value in texts.items():

@@ -94,6 +94,16 @@ def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environme
     assert "papermill" not in json.loads(copy)["metadata"]
 
 
+def test_the_copy_is_without_progress_bars_that_are_over(project):
+    bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), leave=False, desc='bar'): print('step')\n'value'"
+    write(project, "01_one", bar)
+    assert run() == 0
+    copy = nbformat.read(executed(project, "01_one"), as_version=4)
+    assert "widgets" not in copy.metadata
+    kinds = [output.output_type for output in copy.cells[-1].outputs]
+    assert "display_data" not in kinds and {"stream", "execute_result"} <= set(kinds)
+
+
 def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     write(project, "01_one", "print('good')")
     write(project, "02_two", "print('never reached')")
