@@ -10,7 +10,7 @@ PIP_ARGS ?=
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.avit-setup
-RUNNER := $(BIN)/python -m avit_lib.notebooks
+AVIT   := $(BIN)/python -m avit_lib
 LAUNCH := $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc-per-node "$(NPROC)")
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "variables (with their present values):"
-	@echo "  PROFILE=$(PROFILE)  which study: smoke, fashion, ... (see avit_lib/config.py)"
+	@echo "  PROFILE=$(PROFILE)  which study: smoke, fashion, ... or a TOML file of your own (avit_lib/study/profiles)"
 	@echo "  SEED=$(SEED)  seed of everything random"
 	@echo "  RUN=$(RUN)  what \`make train\` trains: one of the profile's runs"
 	@echo "  NPROC=$(NPROC)  in how many processes, one to a GPU"
@@ -50,23 +50,23 @@ lab: setup  ## Open the notebooks in JupyterLab
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
 
 reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on after an interruption)
-	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --fresh
+	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)" --fresh
 
 notebooks: setup  ## Run those notebooks of PROFILE whose results are out of date
-	@$(RUNNER) run --profile "$(PROFILE)" --seed "$(SEED)" --stale
+	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)"
 
 train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
 	@$(LAUNCH) -m avit_lib fit --profile "$(PROFILE)" --seed "$(SEED)" --model "$(RUN)"
 
 search: setup  ## Compare the candidate settings of PROFILE on the validation images (goes on after an interruption)
-	@$(BIN)/python -m avit_lib search --profile "$(PROFILE)" --seed "$(SEED)"
+	@$(AVIT) search --profile "$(PROFILE)" --seed "$(SEED)"
 
 sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
-	@$(BIN)/python -m avit_lib sweep --profile "$(PROFILE)" --seed "$(SEED)"
+	@$(AVIT) sweep --profile "$(PROFILE)" --seed "$(SEED)"
 
 benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
-	@$(BIN)/python -m avit_lib benchmark --seed "$(SEED)"
-	@$(RUNNER) summary --profile "$(PROFILE)"
+	@$(AVIT) benchmark --seed "$(SEED)"
+	@$(AVIT) readme --profile "$(PROFILE)"
 
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	$(BIN)/python -m pytest
@@ -76,12 +76,13 @@ test: lint  ## Check the style, run the tests, run every notebook in the smoke p
 lint: setup  ## Check the style of code and notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-logo --quiet
 
 readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
-	@$(RUNNER) summary --profile "$(PROFILE)"
+	@$(AVIT) readme --profile "$(PROFILE)"
 
 badges: setup  ## Stamp the repository's address (from pyproject.toml) into the notebooks
-	@$(RUNNER) stamp
+	@$(AVIT) badges
 
 lock:  ## Write requirements.lock from what is installed in .venv
 	@{ echo "# The exact versions the study was tested with, as constraints for pip. Written by \`make lock\`:"; \

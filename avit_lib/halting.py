@@ -7,7 +7,6 @@ Symbols of the paper stand beside the lines that compute them.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,8 +18,8 @@ class HaltingRule:
     beta: float
     eps: float
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
-    fuse_halted: bool = False  # True: halted tokens live on in one summary token an image (see ``fuse``)
-    merge_halted: bool = False  # True: each halted token joins the most similar one that goes on (see ``join``)
+    fuse_halted: bool = False  # True: halted tokens live on in one summary token an image (``merging.fuse``)
+    merge_halted: bool = False  # True: each halted token joins the most similar one that goes on (``merging.join``)
 
 
 @dataclass(frozen=True)
@@ -111,38 +110,3 @@ def trace_of(halting_scores: Tensor, depth: Tensor) -> HaltingTrace:
     halts = layer[:, 0] == depth[:, :1]
     weights = torch.where(halts, remainder[:, :1], before[:, :, 0])  # w of the class token
     return HaltingTrace(depth, depth + remainder, halting_scores, weights)  # rho = N_k + R
-
-
-def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens that halt in a layer into the summary token of their image: the mean of all that ever halted.
-
-    ``summary`` [..., D] stands for ``fused`` [..., 1] tokens so far; ``number`` more of sum ``total`` join it. Returns
-    both anew. The summary is computed on like a token, and attended to as ``fused`` equal tokens would be: with the
-    logarithm of their number added to its attention logits, which at 0 hides it.
-    """
-    together = fused + number
-    return (fused * summary + total) / together.clamp(min=1), together
-
-
-def most_similar(leaving: Tensor, staying: Tensor, takers: Tensor) -> Tensor:
-    """For each of the tokens [..., H, D] the index [..., H] of the most similar (cosine) of others [..., A, D].
-
-    Only those are eligible for which ``takers`` [..., A] is True; where there is none, the index means nothing.
-    """
-    leaving, staying = (F.normalize(tokens.detach(), dim=-1) for tokens in (leaving, staying))
-    similarity = leaving @ staying.transpose(-1, -2)
-    return similarity.masked_fill(~takers[..., None, :], -torch.inf).argmax(dim=-1)
-
-
-def join(tokens: Tensor, size: Tensor, joining: Tensor, weight: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
-    """Let tokens ``joining`` [K, D] become part of those at rows ``into`` [K] of ``tokens`` [T, D].
-
-    ``size`` [T] and ``weight`` [K] say how many tokens each stands for (a weight of 0: it joins nobody). The mean takes
-    their place; returns tokens and size anew. Such a token is attended to as ``size`` equal ones would be: log size is
-    added to its attention logits (proportional attention, Bolya et al. 2023).
-    """
-    gain = torch.zeros_like(size).index_add(0, into, weight)
-    together = size + gain
-    moved = torch.zeros_like(tokens, dtype=size.dtype).index_add(0, into, weight[:, None] * joining)
-    change = (moved - gain[:, None] * tokens) / together[:, None]
-    return (tokens + change).to(tokens.dtype), together

@@ -3,14 +3,12 @@
 Beyond the paper, a teacher may add alpha * L_distillation to L_task, and alpha_p may grow from 0 as training goes on.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from avit_lib import distributed
-from avit_lib.config import Distillation, Halting
 
 
 @dataclass(frozen=True)
@@ -26,13 +24,18 @@ def ponder_loss(ponder: Tensor) -> Tensor:
     return ponder.mean()
 
 
-def halting_distribution(halting_scores: Tensor) -> Tensor:
+def same(value: Tensor) -> Tensor:
+    """The mean of ``value`` over the processes of a training, when there is one process."""
+    return value
+
+
+def halting_distribution(halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same) -> Tensor:
     """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10).
 
-    The mean is over images, of all processes, and patch tokens; halted tokens count 0, the class token (token 0) is
-    left out.
+    The mean is over images, of all processes by ``average``, and patch tokens; halted tokens count 0, the class token
+    (token 0) is left out.
     """
-    mean_score = distributed.mean(halting_scores[:, :, 1:].mean(dim=(0, 2)))
+    mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))
     return mean_score / mean_score.sum()
 
 
@@ -73,7 +76,8 @@ class Teacher:
     """A trained model in evaluation mode whose logits another model learns to give; it learns nothing itself."""
 
     model: nn.Module
-    settings: Distillation
+    alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
+    temperature: float = 1.0  # T
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
@@ -99,27 +103,33 @@ class TaskLoss:
         task = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         if self.teacher is None:
             return Losses(task, {"task": task})
-        settings = self.teacher.settings
-        distillation = distillation_loss(logits, self.teacher.logits(images), settings.temperature)
-        return Losses(task + settings.alpha * distillation, {"task": task, "distillation": distillation})
+        distillation = distillation_loss(logits, self.teacher.logits(images), self.teacher.temperature)
+        return Losses(task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation})
 
 
 @dataclass(frozen=True)
 class AdaptiveLoss:
-    """The A-ViT objective; the one place where the terms of halting are weighted (equation 8)."""
+    """The A-ViT objective; the one place where the terms of halting are weighted (equation 8; defaults: the paper's).
 
-    halting: Halting
-    label_smoothing: float = 0.0
-    teacher: Teacher | None = None
+    ``task`` is L_task. In training by several processes ``average`` is the mean over them, with a gradient.
+    """
+
+    alpha_ponder: float = 5e-4  # alpha_p
+    ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    alpha_distr: float = 0.1  # alpha_d
+    target_depth: float = 8.0  # mu, in layers
+    target_std: float = 1.0
+    kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
+    task: TaskLoss = TaskLoss()
+    average: Callable[[Tensor], Tensor] = same
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""
         logits, trace = model.forward_with_trace(images)
-        layers = trace.halting_scores.shape[1]
-        target = target_distribution(self.halting.target_depth, self.halting.target_std, layers, images.device)
-        task = TaskLoss(self.label_smoothing, self.teacher).of_logits(logits, images, labels)
+        target = target_distribution(self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device)
+        task = self.task.of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)
-        distr = distribution_loss(halting_distribution(trace.halting_scores), target, self.halting.kl_direction)
-        alpha_ponder = self.halting.alpha_ponder * ramp(progress, self.halting.ponder_ramp)
-        total = task.total + alpha_ponder * ponder + self.halting.alpha_distr * distr
+        distr = distribution_loss(halting_distribution(trace.halting_scores, self.average), target, self.kl_direction)
+        alpha_ponder = self.alpha_ponder * ramp(progress, self.ponder_ramp)
+        total = task.total + alpha_ponder * ponder + self.alpha_distr * distr
         return Losses(total, task.parts | {"ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()})

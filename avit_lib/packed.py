@@ -7,7 +7,7 @@ The active tokens of all images lie one after another in a single buffer [T, D]:
 Linear layers, norms and MLPs work on single tokens and never notice; attention runs inside each image (``ATTENTION``
 holds the ways to do that). After each layer the tokens that halted leave: one gather closes the gaps and, on the way,
 sorts the images by their number of tokens, so that equal ones lie side by side. Results, trace and gradients are those
-of masked execution (``models.run_masked``): a halted token is attended by nobody there, and gone here.
+of masked execution (``model.run_masked``): a halted token is attended by nobody there, and gone here.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avit_lib.halting import HaltingRule, HaltingTrace, fuse, halting_score, join, most_similar, trace_of
+from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, trace_of
+from avit_lib.merging import fuse, join, most_similar
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def run_packed(
 ) -> tuple[Tensor, HaltingTrace]:
     """The representation [B, 1, D] and the trace of the embedded tokens [B, N, D], every token to its own halting.
 
-    Equal to ``models.run_masked`` up to rounding, in gradients too.
+    Equal to ``model.run_masked`` up to rounding, in gradients too.
     """
     images, real, width = tokens.shape
     per_image = real + rule.fuse_halted

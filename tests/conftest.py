@@ -1,12 +1,16 @@
-"""What several tests share: small data, a small model whose tokens halt at many depths, and a blocked network."""
+"""What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
 
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import timm
 import torch
 from torchvision.transforms import v2
 
 from avit_lib.data import ImageTensors
-from avit_lib.models import AViT
+from avit_lib.model import AViT
+from avit_lib.training import read_json
 
 torch.set_num_threads(1)
 
@@ -44,6 +48,28 @@ def bright_and_dark(patch: int = 7) -> torch.Tensor:
     brightness[2], brightness[3] = 20.0, -20.0
     pixels = brightness.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return pixels + 0.1 * torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+
+
+def finished_epochs(folder: Path) -> int:
+    """How many epochs the history of a run in ``folder`` has so far."""
+    return len((folder / "history.csv").read_text().splitlines()) - 1 if (folder / "history.csv").is_file() else 0
+
+
+def content(folder: Path) -> dict:
+    """What a run left: weights byte for byte, all else without the seconds."""
+    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    for path in folder.glob("*.json"):
+        found[path.name] = read_json(path)
+        found[path.name].get("validation", {}).pop("seconds", None)
+        found[path.name].pop("provenance", None)
+    found["history.csv"] = pd.read_csv(folder / "history.csv").drop(columns="seconds").to_csv()
+    return found
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    """The runs in both folders left the same."""
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert content(folder) == content(whole)
 
 
 @pytest.fixture

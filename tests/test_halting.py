@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.halting import HaltingTrace, halting_score, halting_step, initial_state, join, most_similar
+from avit_lib.halting import HaltingTrace, halting_score, halting_step, initial_state
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -173,33 +173,3 @@ def test_executed_depth_ends_with_the_class_token():
     nothing = torch.zeros(2, 4)
     trace = HaltingTrace(depth, nothing, nothing, nothing)
     assert trace.executed_depth.tolist() == [[2, 1, 2, 2], [4, 1, 3, 4]]
-
-
-# --- halted tokens merge ----------------------------------------------------------------------------------------------
-
-
-def test_the_most_similar_is_chosen_by_direction_among_those_that_may_take():
-    leaving = torch.tensor([[3.0, 0.1], [0.0, -1.0]])
-    staying = torch.tensor([[10.0, 9.0], [0.1, 0.0], [0.2, -9.0]])
-    assert most_similar(leaving, staying, torch.tensor([True, True, True])).tolist() == [1, 2]
-    assert most_similar(leaving, staying, torch.tensor([True, False, True])).tolist() == [0, 2]
-
-
-def test_tokens_join_as_a_mean_weighted_by_size():
-    tokens, size = torch.tensor([[1.0, 0.0], [5.0, 5.0]]), torch.tensor([3.0, 1.0])
-    joining, weight = torch.tensor([[5.0, 4.0], [9.0, 9.0]]), torch.tensor([1.0, 0.0])
-    merged, together = join(tokens, size, joining, weight, torch.tensor([0, 1]))
-    assert merged.tolist() == [[2.0, 1.0], [5.0, 5.0]] and together.tolist() == [4.0, 1.0]
-
-
-@quick
-@given(seed=st.integers(0, 1000))
-def test_joining_loses_nothing(seed):
-    generator = torch.Generator().manual_seed(seed)
-    tokens, joining = (torch.randn(n, 3, generator=generator, dtype=torch.float64) for n in (5, 7))
-    size, weight = (torch.randint(1, 9, (n,), generator=generator).double() for n in (5, 7))
-    into = torch.randint(0, 5, (7,), generator=generator)
-    merged, together = join(tokens, size, joining, weight, into)
-    assert together.sum() == size.sum() + weight.sum()
-    before = (size[:, None] * tokens).sum(dim=0) + (weight[:, None] * joining).sum(dim=0)
-    torch.testing.assert_close((together[:, None] * merged).sum(dim=0), before)

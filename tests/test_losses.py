@@ -1,7 +1,6 @@
 """The three terms of the objective against hand computations."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from conftest import bright_and_dark, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.config import Distillation, Halting
 from avit_lib.losses import (
     AdaptiveLoss,
     TaskLoss,
@@ -90,8 +88,8 @@ def test_task_loss_by_hand(label_smoothing):
 @pytest.mark.parametrize("direction", ["paper", "code"])
 def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     model, images = varied_model(0.5), bright_and_dark()
-    halting = Halting(alpha_ponder=0.25, alpha_distr=0.5, target_depth=3.0, kl_direction=direction)
-    losses = AdaptiveLoss(halting, label_smoothing=0.1)(model, images, LABELS)
+    weights = {"alpha_ponder": 0.25, "alpha_distr": 0.5, "target_depth": 3.0, "kl_direction": direction}
+    losses = AdaptiveLoss(**weights, task=TaskLoss(0.1))(model, images, LABELS)
     parts = losses.parts
     expected = parts["task"] + 0.25 * parts["ponder"] + 0.5 * parts["distr"]
     torch.testing.assert_close(losses.total, expected)
@@ -109,8 +107,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
 @pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1), (-30.0, None)])
 def test_gradients_are_finite_at_the_extremes(direction, beta, depth):
     model = varied_model(0.5, beta=beta).float()
-    halting = replace(Halting(), kl_direction=direction, target_depth=3.0)
-    losses = AdaptiveLoss(halting)(model, bright_and_dark().float(), LABELS)
+    losses = AdaptiveLoss(kl_direction=direction, target_depth=3.0)(model, bright_and_dark().float(), LABELS)
     losses.total.backward()
     assert depth is None or losses.parts["depth"].item() == depth
     assert losses.total.isfinite()
@@ -152,9 +149,9 @@ def test_distillation_pulls_towards_the_teacher_alike_at_every_temperature():
 def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
     model, images = varied_model(0.5), bright_and_dark()
     other = varied_model(0.0, beta=-3.0)
-    teacher = Teacher(other, Distillation(alpha=0.25, temperature=2.0))
-    loss = TaskLoss(0.1) if not adaptive else AdaptiveLoss(Halting(target_depth=3.0), 0.1)
-    alone, taught = loss(model, images, LABELS), replace(loss, teacher=teacher)(model, images, LABELS)
+    tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25, temperature=2.0))
+    objectives = [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks] if adaptive else tasks
+    alone, taught = (objective(model, images, LABELS) for objective in objectives)
     expected = distillation_loss(model(images), other(images), 2.0)
     assert taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5) and expected > 1e-3
     assert taught.total.item() == pytest.approx((alone.total + 0.25 * expected).item(), rel=1e-5)
@@ -171,7 +168,7 @@ def test_ramp():
 
 def test_the_ponder_weight_grows_with_progress():
     model, images = varied_model(0.5), bright_and_dark()
-    loss = AdaptiveLoss(Halting(alpha_ponder=0.5, target_depth=3.0, ponder_ramp=0.4))
+    loss = AdaptiveLoss(alpha_ponder=0.5, target_depth=3.0, ponder_ramp=0.4)
     start, later, end = (loss(model, images, LABELS, progress) for progress in (0.0, 0.1, 1.0))
     ponder = end.parts["ponder"]
     assert (end.total - start.total).item() == pytest.approx(0.5 * ponder.item(), rel=1e-4)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import avit_lib  # noqa: F401  registers the models
-from avit_lib.config import StudyError
+from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule
-from avit_lib.models import merge_masked, run_masked
+from avit_lib.model import run_masked
 from avit_lib.packed import packed_layers, predict_one, predict_packed, run_packed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -162,13 +162,13 @@ def test_lower_precision_within_its_tolerance(dtype):
 def test_packed_in_evaluation_masked_in_training(monkeypatch):
     model, images = make_model(), make_images(2)
     calls = []
-    monkeypatch.setattr("avit_lib.models.run_packed", lambda *a, **k: calls.append("packed") or run_packed(*a, **k))
-    monkeypatch.setattr("avit_lib.models.run_masked", lambda *a, **k: calls.append("masked") or run_masked(*a, **k))
+    monkeypatch.setattr("avit_lib.model.run_packed", lambda *a, **k: calls.append("packed") or run_packed(*a, **k))
+    monkeypatch.setattr("avit_lib.model.run_masked", lambda *a, **k: calls.append("masked") or run_masked(*a, **k))
     model.eval().forward_with_trace(images)
     model.train().forward_with_trace(images)
     assert calls == ["packed", "masked"]
     model.execution = "zipped"
-    with pytest.raises(StudyError, match="zipped"):
+    with pytest.raises(UserError, match="zipped"):
         model(images)
 
 
@@ -273,22 +273,6 @@ def test_dropout_of_attention_still_runs():
     assert torch.isfinite(logits).all()
 
 
-def test_merging_keeps_the_mean_of_all_patches():
-    """With blocks that change nothing, tokens that stand for many add up to all tokens of the image."""
-    model = make_model(merge_halted=True, class_token_halts=False, beta=-1.0)
-    for block in model.blocks:
-        for last in (block.attn.proj, block.mlp.fc2):
-            torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    tokens = model.embed(make_images(3))
-    halts = torch.zeros(3, 17, dtype=torch.bool)
-    halts[0, 1:9], halts[1, 1:] = True, True  # of the second image all patches, which then join nobody
-    merged, size = merge_masked(tokens, torch.ones(3, 17, dtype=torch.float64), halts, ~halts)
-    total = ((size * ~halts)[..., None] * merged).sum(dim=1)
-    torch.testing.assert_close(total[[0, 2]], tokens.sum(dim=1)[[0, 2]])
-    torch.testing.assert_close(total[1], tokens[1, 0])
-    assert torch.equal(merged[2], tokens[2]) and torch.equal(size[:, 0], torch.ones(3, dtype=torch.float64))
-
-
 def test_merging_changes_the_result_and_not_who_halts_first():
     images = make_images(6)
     dropped, merged = (make_model(merge_halted=merging) for merging in (False, True))
@@ -296,8 +280,3 @@ def test_merging_changes_the_result_and_not_who_halts_first():
     assert not torch.allclose(logits, others)
     first = trace.depth.amin(dim=1, keepdim=True)
     assert torch.equal(trace.depth == first, other_trace.depth == first)
-
-
-def test_halted_tokens_are_either_fused_or_merged():
-    with pytest.raises(StudyError, match="either fused or merged"):
-        make_model(fuse_halted=True, merge_halted=True)

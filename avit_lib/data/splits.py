@@ -1,0 +1,164 @@
+"""How images are told apart into training, validation and test: drawn by seed, and put on record."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
+from avit_lib.data.images import Images, ImageTensors, batch_transform, decoded_size, load
+from avit_lib.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Training and validation images and how they were told apart."""
+
+    train: Images
+    validation: Images
+    split: dict  # data set, seed, sizes, what tells the images apart, its checksum; ready for JSON
+    augmentation: str = "none"  # of the training images
+
+
+def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
+    """Indices of ``per_class`` random examples of each class in ``labels`` [n], sorted."""
+    order = torch.randperm(len(labels), generator=generator)
+    picked = [order[labels[order] == label][:per_class] for label in labels.unique()]
+    if min(len(indices) for indices in picked) < per_class:
+        raise UserError(f"a class has fewer than the {per_class} images asked for; lower the number per class")
+    return torch.cat(picked).sort().values
+
+
+def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
+    """Indices of the "train", "validation" and "test" images of a pool, drawn from each class by seed, each sorted.
+
+    A class gives ``train_per_class`` images to training, of the rest ``validation_per_class`` to validation, and up to
+    ``test_per_class`` of what is then left to the test. In a class too small for that, training still gets its number
+    as long as two images are left, and validation at most half of what is left: so every class is in every part.
+    With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of 31, gives 29, 1 and 1.
+    Raises UserError for a class of fewer than three images.
+    """
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    parts = {"train": [], "validation": [], "test": []}
+    for label, name in enumerate(pool.classes):
+        members = order[pool.labels[order] == label]
+        if len(members) < 3:
+            raise UserError(f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it")
+        most = len(members) - 2
+        train = most if data.train_per_class == "all" else min(data.train_per_class, most)
+        validation = min(data.validation_per_class, (len(members) - train) // 2)
+        rest = members[train + validation :]
+        parts["train"].append(members[:train])
+        parts["validation"].append(members[train : train + validation])
+        parts["test"].append(rest if data.test_per_class == "all" else rest[: data.test_per_class])
+    return {role: torch.cat(indices).sort().values for role, indices in parts.items()}
+
+
+def training_data(data: Data, seed: int) -> TrainingData:
+    """Training and validation images, drawn by seed: from the official training set, or from a pool."""
+    official = official_images(data, train=True)
+    if data.dataset in POOLS:
+        chosen = split_pool(official, data, seed)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        held_out = pick_per_class(official.labels, data.validation_per_class, generator)
+        kept = _others(len(official), held_out)
+        if data.train_per_class != "all":
+            kept = kept[pick_per_class(official.labels[kept], data.train_per_class, generator)]
+        chosen = {"train": kept, "validation": held_out}
+    parts = {role: official.select(indices) for role, indices in chosen.items()}
+    if isinstance(official, ImageTensors):  # images without names: the indices of those held out
+        indices = chosen["validation"].tolist()
+        content = str(indices).encode() + parts["validation"].labels.numpy().tobytes()
+        split = _description(data.dataset, seed, parts, content) | {"validation_indices": indices}
+    else:
+        complete = data.dataset not in POOLS and data.train_per_class == "all"
+        split = _describe_files(data.dataset, seed, parts, unlisted=("train",) if complete else ())
+    return _loaded(parts, split, data.image_size, data.channels, data.augmentation)
+
+
+def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
+    """The test images, for the final evaluation only: the official ones, or from a pool those of the split by ``seed``.
+
+    Decoded once, here, if memory allows; with ``decode`` False image files are decoded when they are asked for.
+    """
+    images = official_images(data, train=False)
+    if data.dataset in POOLS:
+        images = images.select(split_pool(images, data, seed)["test"])
+    elif data.test_per_class != "all":
+        chosen = pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0))
+        images = images.select(chosen)
+    return load(images, "test") if decode else images
+
+
+def check_split(recorded: dict, split: dict) -> None:
+    """Raise UserError unless ``split`` (see ``TrainingData``) is of the same images as the ``recorded`` one."""
+    if recorded.get("sha256") == split["sha256"]:
+        return
+    before, after = ({(role, name) for role, names in found.get("files", {}).items() for name in names}
+                     for found in (recorded, split))  # fmt: skip
+    differing = sorted(before ^ after)
+    named = f" ({len(differing)} entries differ, the first: {' '.join(differing[0])})" if differing else ""
+    raise UserError(
+        f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on record{named}; "
+        f"compare the files with those of the published archive"
+    )
+
+
+def folder_test_data(
+    folder: Path, image_size: int, channels: int, classes: Sequence[str], decode: bool = True
+) -> Images:
+    """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
+    images = folder_images(folder, "test", image_size, channels, classes)
+    return load(images, "test") if decode else images
+
+
+def folder_training_data(
+    folder: Path, image_size: int, channels: int, seed: int, augmentation: str = "none"
+) -> TrainingData:
+    """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/."""
+    train = folder_images(folder, "train", image_size, channels)
+    if (Path(folder) / "val").is_dir():
+        parts = {"train": train, "validation": folder_images(folder, "val", image_size, channels, train.classes)}
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        smallest = int(train.labels.bincount().min())
+        if smallest < 2:
+            raise UserError(
+                f"a class in {Path(folder) / 'train'} has a single image, so none can be held out; add images"
+            )
+        held_out = pick_per_class(train.labels, max(1, smallest // 10), generator)
+        parts = {"train": train.select(_others(len(train), held_out)), "validation": train.select(held_out)}
+    split = _describe_files(str(folder), seed, parts, unlisted=("train",))
+    return _loaded(parts, split, image_size, channels, augmentation)
+
+
+def _loaded(parts: dict[str, Images], split: dict, image_size: int, channels: int, augmentation: str) -> TrainingData:
+    """Decode the training and validation images, and augment the former."""
+    train = parts["train"]
+    size = train.images.shape[-1] if isinstance(train, ImageTensors) else decoded_size(image_size)
+    train = replace(train, transform=batch_transform(size, image_size, channels, augmentation))
+    return TrainingData(load(train, "training"), load(parts["validation"], "validation"), split, augmentation)
+
+
+def _others(total: int, held_out: Tensor) -> Tensor:
+    """The indices below ``total`` that are not ``held_out``."""
+    rest = torch.ones(total, dtype=torch.bool)
+    rest[held_out] = False
+    return rest.nonzero()[:, 0]
+
+
+def _description(dataset: str, seed: int, parts: dict[str, Images], content: bytes) -> dict:
+    sizes = {f"{role}_images": len(images) for role, images in parts.items()}
+    return {"dataset": dataset, "seed": seed, **sizes, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _describe_files(dataset: str, seed: int, parts: dict[str, Images], unlisted: Sequence[str] = ()) -> dict:
+    """The split as file names by role; the checksum is of all, also of roles ``unlisted`` because they are the rest."""
+    files = {role: images.names.tolist() for role, images in parts.items()}
+    listed = {role: names for role, names in files.items() if role not in unlisted}
+    return _description(dataset, seed, parts, json.dumps(files).encode()) | {"files": listed}

@@ -1,0 +1,45 @@
+"""Computation in FLOPs: predicted from how deep the tokens went, and counted by torch.
+
+One multiply-add counts as one FLOP, as in the paper (DeiT-T: 1.3 G).
+"""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from avit_lib.halting import executed_depth
+
+
+def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
+    """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; masked tokens do not count.
+
+    Norms, activations and softmax are left out.
+    Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
+    n_l^2 * 2D. A summary token of halted tokens counts as one token more; where halted tokens merge, so does the
+    comparison of those that halt with the patches that go on, D each.
+    """
+    block = model.blocks[0]
+    width = model.embed_dim
+    linear = sum(layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+    patch = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches
+    head = model.num_classes * width
+    executed = executed_depth(depth)
+    total = torch.full((len(depth),), float(patch + head), dtype=torch.float64)
+    for layer in range(1, len(model.blocks) + 1):
+        active = (executed >= layer).sum(dim=1).double()
+        if getattr(model, "fuse_halted", False):
+            active = active + (active > 0)
+        total += active * linear + 2 * active**2 * width
+        if getattr(model, "merge_halted", False):
+            stay = (executed > layer).sum(dim=1).double()
+            total += (active - stay) * (stay - 1).clamp(min=0) * width
+    return total
+
+
+def counted_flops(model: nn.Module, images: Tensor) -> float:
+    """FLOPs per image that a forward pass on images [B, C, H, W] really performs, by torch's counter."""
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2 / len(images)

@@ -1,0 +1,49 @@
+"""Peak memory of a step of inference or training."""
+
+import gc
+import multiprocessing
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from avit_lib.evaluation.speed import prepared, step_of, synthetic_workload
+
+
+def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    """Peak memory in MiB that steps of ``model`` (of ``speed.MODELS``) take on a synthetic workload of ``name``.
+
+    Weights and images are there before and do not count. Measured in a fresh process: what a process once took from the
+    system it may not give back.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
+
+
+def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    device = torch.device("cuda" if gpu else "cpu")
+    step = step_of(
+        prepared(synthetic_workload(name, batch, mean_depth), task, precision, device), model, task, precision
+    )
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux forgets a process's highest memory use on demand; elsewhere it includes the past
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _highest(gpu)
+    for _ in range(2):
+        step()
+    return (_highest(gpu) - before) / 2**20
+
+
+def _highest(gpu: bool) -> int:
+    """The most bytes that this process has held so far."""
+    if gpu:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

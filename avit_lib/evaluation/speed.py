@@ -1,0 +1,272 @@
+"""Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
+
+import copy
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import timm
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from avit_lib.errors import UserError
+from avit_lib.evaluation.flops import counted_flops
+from avit_lib.losses import AdaptiveLoss, TaskLoss
+from avit_lib.model import AViT
+from avit_lib.packed import packed_layers
+
+MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
+TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
+TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
+# Of the synthetic workload: channel 0 lies where no sigmoid is saturated.
+SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model that halts, the plain one of the same shape, and images whose tokens halt as described."""
+
+    adaptive: AViT
+    plain: nn.Module
+    images: Tensor
+    origin: str
+
+    @torch.inference_mode()
+    def describe(self) -> str:
+        """Where the halting comes from, and how deep plain inference goes."""
+        depth = self.adaptive.eval().forward_with_trace(self.images)[1].executed_depth.float()
+        spread = depth.mean(dim=1).std(correction=0)
+        layers = len(self.adaptive.blocks)
+        return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
+
+
+def synthetic_workload(
+    name: str, batch: int, mean_depth: float, image_spread: float = 1.5, token_spread: float = 2.0, seed: int = 0
+) -> Workload:
+    """An untrained ``avit_*`` whose patches halt around ``mean_depth``, differently in every image.
+
+    No block writes to channel 0, so a token keeps the score that its patch's brightness gives it, and the images are
+    made of the brightness that halts each patch in the layer drawn for it: image means deviate by ``image_spread``
+    layers, patches within an image by ``token_spread``. The class token runs to the last layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    adaptive = timm.create_model(name, **SYNTHETIC).eval()
+    plain = timm.create_model(name.replace("avit", "deit")).eval()
+    layers, grid = len(adaptive.blocks), adaptive.patch_embed.grid_size
+    with torch.no_grad():
+        for block in adaptive.blocks:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight[0], layer.bias[0] = 0.0, 0.0
+        patch = adaptive.patch_embed.proj
+        patch.weight[0], patch.bias[0] = 1 / patch.weight[0].numel(), 0.0
+        adaptive.pos_embed[..., 0], adaptive.cls_token[..., 0] = 0.0, -100.0
+    means = mean_depth + image_spread * torch.randn(batch, 1, 1, 1, generator=generator)
+    drawn = means + token_spread * torch.randn(batch, 1, *grid, generator=generator)
+    drawn = drawn + (mean_depth - drawn.mean())
+    halts = drawn.round().clamp(1, layers)
+    score = (1 - adaptive.eps) / (halts - 0.5)  # its multiple passes 1 - eps in layer ``halts``
+    score = torch.where(halts == 1, torch.tensor(0.9999), score).clamp(max=0.9999)
+    channel = (torch.logit(score) - adaptive.beta) / adaptive.gamma
+    size = adaptive.patch_embed.patch_size
+    images = channel.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
+    images = images.expand(-1, adaptive.in_chans, -1, -1).contiguous()
+    return Workload(adaptive, plain, images, "synthetic halting of an untrained model")
+
+
+def trained_workload(adaptive: AViT, plain: nn.Module, images: Tensor) -> Workload:
+    """Trained models on real images [B, C, H, W]."""
+    device = next(plain.parameters()).device
+    return Workload(adaptive.eval(), plain.eval(), images.to(device), "trained models on test images")
+
+
+def without_halting(workload: Workload) -> Workload:
+    """The same images and models, but no token ever halts: what packed execution costs when it saves nothing."""
+    adaptive = copy.deepcopy(workload.adaptive)
+    adaptive.beta = -1e4
+    return replace(workload, adaptive=adaptive, origin="no token halts")
+
+
+def prepared(
+    workload: Workload, task: str = "inference", precision: str = "float32", device: torch.device | str = "cpu"
+) -> Workload:
+    """A copy of the workload on a device, in the type that the precision means for the task."""
+    if task not in TASKS or precision not in PRECISIONS:
+        raise UserError(f"the tasks are {', '.join(TASKS)}, the precisions {', '.join(PRECISIONS)}")
+    dtype = torch.bfloat16 if task == "inference" and precision == "bfloat16" else torch.float32
+    adaptive, plain = (copy.deepcopy(model).to(device, dtype) for model in (workload.adaptive, workload.plain))
+    return replace(workload, adaptive=adaptive, plain=plain, images=workload.images.to(device, dtype))
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
+
+
+def interleaved(
+    functions: dict[str, Callable[[], None]], repeats: int, minimum: float = 0.2, limit: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each call of ``functions``, taken in turns so that a drift of the machine hits all alike.
+
+    Each is warmed up, twice if it is quick; a sample is the mean of as many calls as fill ``minimum`` seconds. After
+    ``limit`` seconds no new round begins, but three are always made.
+    """
+    calls = {}
+    for name, function in functions.items():
+        seconds = _timed(function)
+        if seconds < 10 * minimum:
+            seconds = _timed(function)
+        calls[name] = max(1, round(minimum / seconds))
+    samples = {name: [] for name in functions}
+    started = timer()
+    for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
+        if turn >= 3 and timer() - started > limit:
+            break
+        for name, function in functions.items():
+            samples[name].append(_timed(function, calls[name]))
+    return samples
+
+
+def timer() -> float:
+    """Seconds, by a clock that waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _timed(function: Callable[[], None], calls: int = 1) -> float:
+    gc.collect()
+    started = timer()
+    for _ in range(calls):
+        function()
+    return (timer() - started) / calls
+
+
+def compared(functions: dict[str, Callable[[], None]], batch: int, repeats: int, limit: float = math.inf):
+    """The ``functions``, each a step on ``batch`` images, timed in turns: a data frame of one row each.
+
+    Columns: model, batch, images_per_second (median over rounds), its quartiles _low and _high, speedup against the
+    first (median of the ratios within each round), and the number of rounds.
+    """
+    samples = interleaved(functions, repeats, limit=limit)
+    first = next(iter(samples.values()))
+    rows = []
+    for name, seconds in samples.items():
+        low, middle, high = np.percentile(batch / np.array(seconds), (25, 50, 75))
+        rows.append({
+            "model": name, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
+            "images_per_second_high": high, "speedup": np.median(np.divide(first, seconds)), "rounds": len(seconds),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats: int = 7) -> pd.DataFrame:
+    """Several models in plain inference on the same images, ``compared``.
+
+    ``models`` gives, for each name, a model and how it is executed ("masked", "packed"; no matter for one that does not
+    halt).
+    """
+    functions = {name: _inference(model.eval(), images, execution) for name, (model, execution) in models.items()}
+    return compared(functions, len(images), repeats)
+
+
+def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> Callable[[], None]:
+    def infer() -> None:
+        with torch.inference_mode():
+            model.execution = execution
+            model(images)
+
+    return infer
+
+
+def benchmark(
+    workload: Workload,
+    task: str,
+    precision: str,
+    repeats: int,
+    device: torch.device,
+    limit: float = math.inf,
+    models: Sequence[str] = MODELS,
+) -> pd.DataFrame:
+    """DeiT, masked and packed A-ViT, or those of them in ``models``, ``compared`` on the images of ``workload``.
+
+    ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW); ``precision`` "float32" or
+    "bfloat16" (in inference weights and activations, in training autocast). Further columns: gflops_per_image (counted
+    in a packed or plain run), flops_ratio against DeiT, efficiency = speedup / flops_ratio.
+    """
+    workload = prepared(workload, task, precision, device)
+    functions = {name: step_of(workload, name, task, precision) for name in models}
+    table = compared(functions, len(workload.images), repeats, limit)
+    table.insert(0, "task", task)
+    table.insert(1, "precision", precision)
+    workload.plain.eval(), workload.adaptive.eval()
+    workload.adaptive.execution = "packed"
+    plain, packed = (
+        counted_flops(workload.plain, workload.images[:8]),
+        counted_flops(workload.adaptive, workload.images),
+    )
+    flops = np.where(table["model"] == "A-ViT packed", packed, plain)
+    table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=plain / flops)
+    return table.assign(efficiency=table["speedup"] / table["flops_ratio"])
+
+
+def step_of(workload: Workload, name: str, task: str, precision: str) -> Callable[[], None]:
+    """A function that does one inference or training step of the model called ``name`` on a ``prepared`` workload."""
+    model = workload.plain if name == "DeiT" else workload.adaptive
+    images, execution = workload.images, "masked" if name == "A-ViT masked" else "packed"
+    if task == "inference":
+        return _inference(model.eval(), images, execution)
+    labels = torch.arange(len(images), device=images.device) % model.num_classes
+    loss = TaskLoss() if name == "DeiT" else AdaptiveLoss()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)  # steps, but changes nothing
+
+    def train() -> None:
+        model.execution = execution
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            total = loss(model.train(), images, labels).total
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        optimizer.step()
+
+    return train
+
+
+def depth_sweep(
+    name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf
+) -> pd.DataFrame:
+    """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload: rows of ``benchmark``."""
+    frames = []
+    for depth in tqdm(depths, desc="depths", unit="depth", leave=False, disable=None):
+        workload = synthetic_workload(name, batch, depth)
+        frame = benchmark(workload, "inference", "float32", repeats, device, limit, TIMED)
+        frames.append(frame.assign(mean_depth=depth).query("model == 'A-ViT packed'"))
+    return pd.concat(frames, ignore_index=True)
+
+
+@torch.inference_mode()
+def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
+    """Where the time goes, layer by layer, in plain inference: one row a layer.
+
+    Columns: layer, tokens (mean per image that A-ViT computes in it), deit and packed (milliseconds an image, medians
+    over rounds; packed includes all of the bookkeeping), ideal (DeiT's time times the share of tokens left).
+    """
+    plain, adaptive, images = workload.plain.eval(), workload.adaptive.eval(), workload.images
+    layers = len(plain.blocks)
+    times = {"deit": np.zeros((repeats + 1, layers)), "packed": np.zeros((repeats + 1, layers))}
+    tokens = np.zeros(layers)
+    for turn in range(repeats + 1):  # the first is for warming up
+        x = adaptive.embed(images)
+        before = timer()
+        for layer, block in enumerate(plain.blocks):
+            x = block(x)
+            before, times["deit"][turn, layer] = timer(), timer() - before
+        x = adaptive.embed(images)
+        before = timer()
+        for layer, (layout, *_) in enumerate(packed_layers(adaptive.blocks, x, adaptive.rule, every_token=False)):
+            tokens[layer] = sum(layout.lengths) / len(images)
+            before, times["packed"][turn, layer] = timer(), timer() - before
+    per_image = {name: 1e3 * np.median(values[1:], axis=0) / len(images) for name, values in times.items()}
+    table = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": tokens, **per_image})
+    return table.assign(ideal=table["deit"] * tokens / tokens[0])

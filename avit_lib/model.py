@@ -1,0 +1,166 @@
+"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``.
+
+``AViT`` adds no parameter: it accepts the state dict of a DeiT or ViT of the same shape unchanged.
+"""
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from avit_lib.errors import UserError
+from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
+from avit_lib.merging import block_with_summary, fuse, masked_block, merge_masked
+from avit_lib.packed import predict_packed, run_packed
+
+
+class AViT(VisionTransformer):
+    """VisionTransformer whose tokens halt by themselves (A-ViT, section 3).
+
+    Modifications: ``forward_features`` runs the blocks with halting and returns the representation [B, 1, D], the
+    output-weighted sum of the class token over the layers; ``forward_with_trace`` returns the trace as well. How it
+    computes is a setting, not a different model: ``execution`` is "masked" (halted tokens are computed and ignored, as
+    published), "packed" (they are gone) or "auto" (packed in evaluation, masked in training).
+    """
+
+    def __init__(
+        self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
+        class_token_halts: bool = True, fuse_halted: bool = False, merge_halted: bool = False, **kwargs,
+    ):  # fmt: skip
+        """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps.
+
+        Variants that go past the paper: ``class_token_halts=False`` lets the class token run to the last layer; halted
+        tokens live on, with ``fuse_halted=True`` in one summary token an image, with ``merge_halted=True`` each in the
+        most similar patch that goes on.
+        """
+        refused = [name for name in ("class_token", "global_pool") if kwargs.get(name, "token") not in (True, "token")]
+        refused += [name for name in ("reg_tokens", "patch_drop_rate") if kwargs.get(name)]
+        if refused:
+            raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
+        if fuse_halted and merge_halted:
+            raise UserError("halted tokens are either fused or merged; leave out fuse_halted or merge_halted")
+        super().__init__(*args, **kwargs)
+        self.gamma, self.beta, self.eps = gamma, beta, eps
+        self.class_token_halts, self.fuse_halted, self.merge_halted = class_token_halts, fuse_halted, merge_halted
+        self.execution = "auto"
+
+    @property
+    def rule(self) -> HaltingRule:
+        """When a token halts, and what becomes of it."""
+        variant = (self.class_token_halts, self.fuse_halted, self.merge_halted)
+        return HaltingRule(self.gamma, self.beta, self.eps, *variant)
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+        """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
+        run = run_packed if self._packs() else run_masked
+        representation, trace = run(self.blocks, self.embed(images), self.rule)
+        return self.forward_head(self.norm(representation)), trace
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised representation [B, 1, D] of images [B, C, H, W]."""
+        tokens = self.embed(images)
+        if self._packs():
+            return self.norm(predict_packed(self.blocks, tokens, self.rule))
+        return self.norm(run_masked(self.blocks, tokens, self.rule)[0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.forward_head(self.forward_features(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens [B, N, D] that enter the first layer, class token first, of images [B, C, H, W]."""
+        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+
+    def _packs(self) -> bool:
+        if self.execution not in ("masked", "packed", "auto"):
+            raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
+        return self.execution == "packed" or (self.execution == "auto" and not self.training)
+
+
+def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
+    """Algorithm 1 with masks, as published: halted tokens are computed on and ignored.
+
+    From the embedded tokens [B, N, D] to the representation [B, 1, D] before the final norm, and the trace.
+    """
+    state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
+    summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
+    size = torch.ones_like(state.cumulative) if rule.merge_halted else None  # how many tokens each stands for
+    representation = 0.0
+    scores, weights = [], []
+    for layer, block in enumerate(blocks, start=1):
+        active = state.active
+        tokens = tokens * active[..., None]  # t * m
+        if rule.fuse_halted:
+            tokens, summary = block_with_summary(block, tokens, active, summary, fused)
+        else:
+            tokens = masked_block(block, tokens, active, size)
+        score = halting_score(tokens, rule.gamma, rule.beta)  # h
+        if layer == len(blocks):
+            score = torch.ones_like(score)  # whoever comes this far halts here
+        elif not rule.class_token_halts:
+            score = torch.cat([torch.zeros_like(score[:, :1]), score[:, 1:]], dim=1)
+        state, weight = halting_step(state, score, rule.eps)
+        if rule.fuse_halted:
+            halts = (active & ~state.active)[..., None]
+            total, number = (tokens * halts).sum(dim=1, keepdim=True), halts.sum(dim=1, keepdim=True)
+            summary, fused = fuse(summary, fused, total, number)
+        class_weight = weight[:, :1]  # w of the class token
+        representation = representation + class_weight[..., None] * tokens[:, :1]
+        if rule.merge_halted and layer < len(blocks):
+            tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
+        scores.append(torch.where(active, score, 0.0))
+        weights.append(class_weight)
+    trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
+    return representation.to(tokens.dtype), trace
+
+
+# --- registration with timm -------------------------------------------------------------------------------------------
+
+# The last two are narrow backbones for 28 x 28 grey images, trained from random weights.
+_GREY = dict(img_size=28, in_chans=1, num_classes=10, embed_dim=64, num_heads=2, mlp_ratio=2.0)
+SHAPES = {
+    "tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
+    "small_patch16_224": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
+    "base_patch16_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
+    "micro_patch4_28": _GREY | dict(patch_size=4, depth=12),
+    "nano_patch7_28": _GREY | dict(patch_size=7, embed_dim=16, depth=4),
+}
+
+
+def register(kind: str, model_class: type, size: str) -> None:
+    """Register ``<kind>_<size>`` with timm: a ``model_class`` of the shape ``SHAPES[size]``."""
+    name, shape = f"{kind}_{size}", SHAPES[size]
+
+    def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
+        arguments = {"pretrained_filter_fn": checkpoint_filter_fn, **shape, **kwargs}
+        model = build_model_with_cfg(model_class, name, pretrained, **arguments)
+        if size.endswith("_28"):  # learnt positions start as sines and cosines, which saves epochs
+            with torch.no_grad():
+                sines = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
+                model.pos_embed[0, model.num_prefix_tokens :] = sines
+        return model
+
+    create.__name__, create.__doc__ = name, f"{model_class.__name__} of shape {size}: {shape}."
+    register_model(create)
+
+
+def _pretrained_cfg(size: str) -> dict:
+    if size.endswith("_28"):
+        return dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
+    return dict(
+        hf_hub_id=f"timm/deit_{size}.fb_in1k", num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9,
+        interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj",
+        classifier="head", license="apache-2.0",
+    )  # fmt: skip
+
+
+_NAMES = [("avit", AViT, size) for size in SHAPES]
+_NAMES += [("deit", VisionTransformer, size) for size in SHAPES if size.endswith("_28")]  # timm has the others
+default_cfgs = generate_default_cfgs(
+    {f"{kind}_{size}.{'untrained' if size.endswith('_28') else 'fb_in1k'}": _pretrained_cfg(size) 
+     for kind, _, size in _NAMES}
+)  # fmt: skip
+for _name in _NAMES:
+    register(*_name)

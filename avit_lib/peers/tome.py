@@ -1,0 +1,123 @@
+"""Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461): the peer of A-ViT that needs no training.
+
+In every layer the r most similar pairs of tokens become one token each, the same number in every image; a token
+remembers how many it stands for and weighs that much in attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from avit_lib.errors import UserError
+from avit_lib.model import AViT
+
+
+def mergeable(tokens: int, r: int) -> int:
+    """How many of ``tokens`` (class token included) merge when ``r`` are to: at most one set but the class token."""
+    return min(r, (tokens - 1) // 2)
+
+
+def tokens_per_layer(tokens: int, layers: int, r: int) -> list[int]:
+    """The tokens of an image that enter each layer, class token included, when ``tokens`` enter the first."""
+    counts = [tokens]
+    for _ in range(layers - 1):
+        counts.append(counts[-1] - mergeable(counts[-1], r))
+    return counts
+
+
+def match(keys: Tensor, r: int) -> Tensor:
+    """Bipartite soft matching: which of the merged tokens, 0..N-r-1, each of the N tokens becomes part of (section 3).
+
+    ``keys`` [B, N, d] are the attention keys, averaged over heads; ``r`` is at most ``mergeable``. Returns groups
+    [B, N]: tokens with the same number merge. Token 0, the class token, stays alone and first.
+    """
+    keys = F.normalize(keys, dim=-1)
+    first, second = keys[:, ::2], keys[:, 1::2]  # alternate tokens: sets A and B
+    similarity = first @ second.transpose(1, 2)  # cosine, [B, |A|, |B|]
+    similarity[:, 0] = -torch.inf  # the class token is in A, where it asks for nobody, and so is never asked
+    best, partner = similarity.max(dim=2)  # one edge from each token of A
+    merges = torch.zeros_like(best, dtype=torch.bool).scatter(1, best.topk(r, dim=1).indices, True)
+    kept = first.shape[1] - r  # those of A that stay come first, then B
+    groups = torch.empty(keys.shape[:2], dtype=torch.long, device=keys.device)
+    groups[:, ::2] = torch.where(merges, kept + partner, (~merges).cumsum(dim=1) - 1)
+    groups[:, 1::2] = kept + torch.arange(second.shape[1], device=keys.device)
+    return groups
+
+
+def merge(tokens: Tensor, size: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Merge tokens [B, N, D] of ``size`` [B, N] into their ``groups`` [B, N], ``count`` of them.
+
+    Returns the means weighted by size [B, count, D] and the sizes [B, count], the sums of those that merged.
+    """
+    images, _, width = tokens.shape
+    rows = (groups + count * torch.arange(images, device=groups.device)[:, None]).flatten()
+    weighted = (tokens * size[..., None]).flatten(0, 1)
+    total = weighted.new_zeros(images * count, width).index_add(0, rows, weighted).unflatten(0, (images, count))
+    size = size.new_zeros(images * count).index_add(0, rows, size.flatten()).unflatten(0, (images, count))
+    return (total / size[..., None]).to(tokens.dtype), size
+
+
+def attend(module: nn.Module, tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """timm's Attention on tokens [B, N, D] of ``size`` [B, N]: a key counts as often as it has tokens (equation 1).
+
+    Returns the output [B, N, D] and the keys [B, N, d], averaged over heads.
+    """
+    qkv = module.qkv(tokens).unflatten(-1, (3, module.num_heads, module.head_dim))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, d] each
+    q, k = module.q_norm(q), module.k_norm(k)
+    weight = size.log().to(q.dtype)[:, None, None, :]  # softmax(q k^T / sqrt(d) + log s)
+    dropout = module.attn_drop.p if module.training else 0.0
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=weight, dropout_p=dropout)
+    return module.proj_drop(module.proj(module.norm(attended.transpose(1, 2).flatten(2)))), k.mean(dim=1)
+
+
+def merging_block(block: nn.Module, tokens: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """timm's Block with merging between attention and MLP: tokens [B, N, D], size [B, N] -> the same with N - r."""
+    attended, keys = attend(block.attn, block.norm1(tokens), size)
+    tokens = tokens + block.drop_path1(block.ls1(attended))
+    r = mergeable(tokens.shape[1], r)
+    if r > 0:
+        tokens, size = merge(tokens, size, match(keys, r), tokens.shape[1] - r)
+    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), size
+
+
+def run_merging(blocks: nn.Sequential, tokens: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """All blocks on embedded tokens [B, N, D]: returns the merged tokens [B, M, D] and their sizes [B, M]."""
+    size = torch.ones_like(tokens[..., 0])
+    for block in blocks:
+        tokens, size = merging_block(block, tokens, size, r)
+    return tokens, size
+
+
+class TokenMerging(nn.Module):
+    """A trained VisionTransformer that merges ``r`` tokens a layer; shares its weights and changes none."""
+
+    def __init__(self, model: VisionTransformer, r: int):
+        """Raises UserError for a model that halts or has no class token alone before its patches, and for r < 0."""
+        super().__init__()
+        plain = isinstance(model, VisionTransformer) and not isinstance(model, AViT)
+        if not plain or not model.has_class_token or model.num_prefix_tokens != 1:
+            raise UserError("tokens are merged in a plain vision transformer with one class token; take a DeiT or ViT")
+        if r < 0:
+            raise UserError(f"the number of tokens to merge in each layer must not be negative: {r}")
+        self.model, self.r = model, r
+        # What ``evaluation.predict`` asks of a model.
+        self.num_prefix_tokens, self.num_classes = model.num_prefix_tokens, model.num_classes
+
+    @property
+    def blocks(self) -> nn.Sequential:
+        """The transformer blocks."""
+        return self.model.blocks
+
+    @property
+    def patch_embed(self) -> nn.Module:
+        """The patch embedding."""
+        return self.model.patch_embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        model = self.model
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        tokens, _ = run_merging(model.blocks, tokens, self.r)
+        return model.forward_head(model.norm(tokens))

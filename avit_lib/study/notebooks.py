@@ -1,0 +1,283 @@
+"""The notebooks as files: run them, tell which are out of date, stamp the repository's address into them."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import nbformat
+import papermill
+from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
+
+from avit_lib.errors import UserError
+from avit_lib.model import register
+from avit_lib.study.fingerprint import fingerprint, used_by
+from avit_lib.study.results import provenance, results_dir
+from avit_lib.study.settings import Profile, get_profile
+from avit_lib.training import read_json, write_atomically, write_json
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
+ASIDE = ("search", "sweep", "sweep_seeds", "notes")  # settings of a profile that no notebook sees
+COLAB = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+COLAB += "(https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)"
+
+
+class NotebookFailed(Exception):
+    """A cell failed; the message names the notebook, the error and the failed copy."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs the notebooks in ``folder`` for one profile, a name or a file, and seed.
+
+    Executed copies go to its results/notebooks.
+    """
+
+    source: str
+    seed: int
+    folder: Path
+
+    @cached_property
+    def profile(self) -> Profile:
+        """The profile."""
+        return get_profile(self.source)
+
+    @property
+    def results(self) -> Path:
+        """The results folder of the profile."""
+        return results_dir(self.profile.name)
+
+    @property
+    def names(self) -> list[str]:
+        """The notebooks in the order in which they run; raises UserError when there are none."""
+        if names := sorted(path.stem for path in self.folder.glob("*.ipynb")):
+            return names
+        raise UserError(f"no notebooks in {self.folder}; run this in the repository")
+
+    @property
+    def records(self) -> dict[str, dict]:
+        """Of each notebook that ran: what its results depend on (state), how long it took, provenance."""
+        return read_json(self._record) if self._record.is_file() else {}
+
+    @property
+    def _record(self) -> Path:
+        return self.results / "metrics" / "notebooks.json"
+
+    def run_fresh(self) -> None:
+        """Run every notebook from scratch, or go on with such a run that was interrupted.
+
+        Results are replaced one by one; what earlier notebooks made and these no longer do is removed at the end.
+        """
+        marker = self.results / ".reproduce.json"
+        code = {name: self._code(name) for name in self.names}
+        begun = read_json(marker) if marker.is_file() else {}
+        if begun.get("code") == code:
+            print("going on with the run that was interrupted")
+        else:
+            for folder in (self.results / "checkpoints").glob("*"):
+                if folder.name != "search" and not folder.name.startswith("seed"):  # these are not the notebooks'
+                    shutil.rmtree(folder)
+            write_json(self._record, {name: known | {"state": {}} for name, known in self.records.items()})
+            begun = {"started": time.time(), "code": code}
+            write_json(marker, begun)
+        self.run_stale()
+        self._remove_older(begun["started"])
+        marker.unlink()
+
+    def run_stale(self) -> None:
+        """Run the notebooks whose results are out of date, by what they depend on and not by the age of files."""
+        for number, name in enumerate(self.names, start=1):
+            label = f"[{number}/{len(self.names)}] {name}"
+            reason = self.why_stale(name)
+            if not reason:
+                print(f"{label}: up to date", flush=True)
+                continue
+            left = [name, *filter(self.why_stale, self.names[number:])]
+            last_time = [self.records.get(one, {}).get("seconds") for one in left]
+            estimate = f"; last time {_duration(sum(last_time))}" if all(last_time) else ""
+            print(f"{label}: {reason}, {len(left) - 1} more to come{estimate}", flush=True)
+            started = time.perf_counter()
+            self._execute(name)
+            seconds = round(time.perf_counter() - started, 1)
+            known = {one: record for one, record in self.records.items() if one in self.names}
+            origin = provenance(self.profile.name, self.seed)
+            known[name] = {"state": self._state(name), "seconds": seconds, "provenance": origin}
+            write_json(self._record, dict(sorted(known.items())))
+            print(f"{label}: done in {_duration(seconds)}", flush=True)
+
+    def why_stale(self, name: str) -> str:
+        """What changed since the notebook last ran, in words; empty if it is up to date."""
+        known = self.records.get(name, {}).get("state")
+        if not known or not self._executed(name).is_file():
+            return "to be run"
+        changed = [key for key, value in self._state(name).items() if known.get(key) != value]
+        return f"out of date ({', '.join(changed)} changed)" if changed else ""
+
+    def _execute(self, name: str) -> None:
+        """Run one notebook; the last good copy gives way only to a good one. Raises NotebookFailed."""
+        executed = self._executed(name)
+        running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        parameter = os.path.abspath(self.source) if self.source.endswith(".toml") else self.source
+        os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, though the user may have others
+        try:
+            papermill.execute_notebook(
+                self.folder / f"{name}.ipynb", running, parameters={"PROFILE": parameter, "SEED": self.seed},
+                kernel_name="python3", language="python", cwd=self.folder, stdout_file=_Echo(),
+                progress_bar={"desc": name, "leave": False, "disable": None},
+                start_timeout=300,  # seconds, for busy machines
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log; errors of cells come by another way
+            )  # fmt: skip
+        except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
+            if running.is_file():
+                running.replace(failed)
+            raise NotebookFailed(f"{name}{_in_words(error)}\n  the failed copy: {os.path.relpath(failed)}") from None
+        except KeyboardInterrupt:
+            running.unlink(missing_ok=True)
+            raise
+        write_atomically(running, tidy(running.read_text(), self.folder.parent).encode())
+        running.replace(executed)
+        failed.unlink(missing_ok=True)
+
+    def _executed(self, name: str) -> Path:
+        return self.results / "notebooks" / f"{name}.ipynb"
+
+    def _state(self, name: str) -> dict:
+        """All that the results of a notebook depend on: its code, and the runs that it and those before it train."""
+        trained = set()
+        for earlier in [other for other in self.names if other <= name]:
+            trained |= _trained(self._pieces(earlier), {run.name for run in self.profile.runs})
+        found = {run: self.results / "checkpoints" / run / "last.json" for run in sorted(trained)}
+        checksums = {run: read_json(path)["sha256"] if path.is_file() else None for run, path in found.items()}
+        return {**self._code(name), "checkpoints": checksums}
+
+    def _code(self, name: str) -> dict:
+        """What decides on the results of a notebook before it runs."""
+        notebook = self._read(name)
+        stamp_notebook(notebook, "")  # the address does not count
+        settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
+        return {
+            "cells": _digest([(cell.cell_type, cell.source) for cell in notebook.cells]),
+            "library": fingerprint(register, *used_by(self._pieces(name))),
+            "settings": _digest(settings),
+            "seed": self.seed,
+        }
+
+    def _pieces(self, name: str) -> list[str]:
+        """The code cells; one that is not Python is left out, it will fail when it runs."""
+        pieces = []
+        for cell in self._read(name).cells:
+            with suppress(SyntaxError):
+                pieces += [cell.source] if cell.cell_type == "code" and ast.parse(cell.source) else []
+        return pieces
+
+    def _read(self, name: str) -> nbformat.NotebookNode:
+        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+
+    def _remove_older(self, started: float) -> None:
+        """Remove results of notebooks written before ``started``, and executed copies of notebooks that are gone.
+
+        A table, figure or metric is a notebook's if its provenance says so; all others stay.
+        """
+        for path in self.results.glob("*/*.json"):
+            source = str(read_json(path).get("provenance", {}).get("source", ""))
+            if BY_NOTEBOOK.fullmatch(source) and path.stat().st_mtime < started:
+                for suffix in (".csv", ".md", ".png", ".json"):
+                    path.with_suffix(suffix).unlink(missing_ok=True)
+        for path in (self.results / "notebooks").glob("*.ipynb"):
+            if path.stem not in self.names:
+                path.unlink()
+
+
+class _Echo:
+    """Shows what the cells print, above the progress bar where there is one."""
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, end="")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+def tidy(text: str, root: Path) -> str:
+    """An executed notebook without times of day, paths of this machine and progress bars that are over."""
+    notebook = nbformat.reads(text, as_version=4)
+    for part in (notebook, *notebook.cells):
+        for key in ("papermill", "widgets", "execution"):
+            part.metadata.pop(key, None)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+        for output in cell.get("outputs", []):
+            texts = output if "text" in output else output.get("data", {})
+            for key, value in texts.items():
+                if isinstance(value, str) and key.startswith("text"):
+                    texts[key] = value.replace(f"{root}/", "").replace(str(root), ".").replace(str(Path.home()), "~")
+    return nbformat.writes(notebook) + "\n"
+
+
+def repository_address(root: Path) -> str:
+    """The public address of the repository from pyproject.toml; empty while it has none."""
+    project = msgspec.toml.decode((root / "pyproject.toml").read_bytes())["project"]
+    return project.get("urls", {}).get("Repository", "").removesuffix("/").removesuffix(".git")
+
+
+def stamp_notebook(notebook: nbformat.NotebookNode, address: str, name: str = "") -> None:
+    """Put the badge that opens the notebook in Colab into its title cell, and the address into its bootstrap cell."""
+    title = notebook.cells[0]
+    title.source = re.sub(r"\A\[!\[Open in Colab.*\n\n", "", title.source)
+    if place := address.partition("https://github.com/")[2]:
+        title.source = f"{COLAB.format(place=place, name=name)}\n\n{title.source}"
+    for cell in notebook.cells:
+        if "bootstrap" in cell.metadata.get("tags", []):
+            cell.source = re.sub(r'(?m)^address = ".*"', f'address = "{address}"', cell.source)
+
+
+def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
+    """Stamp the notebooks in ``folder``; returns the names of those that were not up to date (``check``: only that)."""
+    outdated = []
+    for path in sorted(folder.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        before = nbformat.writes(notebook)
+        stamp_notebook(notebook, address, path.stem)
+        if nbformat.writes(notebook) != before:
+            outdated.append(path.stem)
+            if not check:
+                write_atomically(path, (nbformat.writes(notebook) + "\n").encode())
+    return outdated
+
+
+def _trained(code: list[str], runs: set[str]) -> set[str]:
+    """Those of ``runs`` that a notebook trains: the names it gives to ``train``, all if one is not written out."""
+    nodes = [node for piece in code for node in ast.walk(ast.parse(piece))]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
+    given = [call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "train"]
+    named = {argument.value for argument in given if isinstance(argument, ast.Constant)}
+    return runs & named if all(isinstance(argument, ast.Constant) for argument in given) else runs
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def _in_words(error: Exception) -> str:
+    """The error of a cell: where, and what; of a UserError only its message."""
+    if not isinstance(error, PapermillExecutionError):
+        return f" could not be run:\n  {error}"
+    what = error.evalue if error.ename in ("UserError", "SystemExit") else f"{error.ename}: {error.evalue}"
+    return f" failed in cell [{error.exec_count}]:\n  {what}"

@@ -1,0 +1,126 @@
+"""The only writer of results/: tables as CSV and Markdown, figures as PNG, metrics as JSON, each with provenance."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from avit_lib.data import project_root
+from avit_lib.training import read_json, write_atomically, write_json
+
+PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn", "papermill")
+FIGURE_DPI = 120
+
+
+def results_dir(name: str) -> Path:
+    """Where the results of a profile lie: results/<profile>/ under $AVIT_RESULTS or in the checkout."""
+    return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / name
+
+
+class Results:
+    """The results folder of one profile and seed: ``table``, ``figure`` and ``metrics`` write into it."""
+
+    def __init__(self, name: str, seed: int, source: str):
+        """``source`` names what makes these results, a notebook say; the clock of their duration starts here."""
+        self.name, self.seed, self.source = name, seed, source
+        self.folder = results_dir(name)
+        self._started = time.perf_counter()
+
+    def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
+        """Write ``frame`` to tables/<name>.csv and .md; returns it, so that a cell can end in it."""
+        path = self.folder / "tables" / name
+        write_atomically(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g").encode())
+        write_atomically(path.with_suffix(".md"), (to_markdown(frame) + "\n").encode())
+        self._describe(path, caption)
+        return frame
+
+    def figure(self, figure: Figure, name: str, caption: str) -> Figure:
+        """Write ``figure`` to figures/<name>.png; returns it, so that a cell can end in it."""
+        path = self.folder / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        figure.savefig(temporary, format="png", dpi=FIGURE_DPI, bbox_inches="tight", facecolor="white")
+        temporary.replace(path)
+        self._describe(path, caption)
+        return figure
+
+    def metrics(self, values: dict[str, Any], name: str) -> None:
+        """Write ``values`` to metrics/<name>.json with the provenance inside."""
+        write_json(self.folder / "metrics" / f"{name}.json", {**values, "provenance": self._provenance()})
+
+    def read_metrics(self, name: str) -> dict[str, Any]:
+        """Read metrics/<name>.json; raises UserError when it is missing."""
+        return read_json(self.folder / "metrics" / f"{name}.json")
+
+    def _describe(self, path: Path, caption: str) -> None:
+        write_json(path.with_suffix(".json"), {"caption": caption, "provenance": self._provenance()})
+
+    def _provenance(self) -> dict[str, Any]:
+        seconds = round(time.perf_counter() - self._started, 1)
+        return {"source": self.source, **provenance(self.name, self.seed), "seconds_since_start": seconds}
+
+
+def provenance(profile: str, seed: int) -> dict[str, Any]:
+    """Where a number comes from: commit and whether the code differed from it, seed, versions, hardware, date."""
+    commit, dirty = _git_state()
+    return {
+        "profile": profile,
+        "seed": seed,
+        "commit": commit,
+        "dirty": dirty,
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    """The processor, its threads, and the GPU if one is visible, in words."""
+    found = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in found.read_text().splitlines() if "model name" in line] \
+        if found.is_file() else []  # fmt: skip
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {torch.get_num_threads()} threads{gpu}"
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A data frame as a Markdown table: numbers with four significant digits, right-aligned."""
+    numeric = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame.columns]
+    rows = [list(frame.columns), ["---:" if right else ":---" for right in numeric]]
+    rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    return str(value)
+
+
+def _git_state() -> tuple[str, bool | None]:
+    """The commit checked out, and whether anything but results differs from it; ("unknown", None) outside git."""
+    git = ["git", "-C", str(project_root())]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = [*git, "status", "--porcelain", "--", ":/", ":!/results", ":!/README.md"]
+        return commit, bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

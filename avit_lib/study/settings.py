@@ -1,0 +1,201 @@
+"""Profiles: the settings of a study, read from one TOML file each (``profiles/``, or a file of one's own) and checked.
+
+A profile that ``extends`` another one, by name or path, has its settings but for those it sets itself; so does a run
+that ``extends`` another run. The sections ``training`` and ``halting`` of a file are for all of its runs, whose own
+sections come first.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from avit_lib.data import Data
+from avit_lib.errors import UserError
+from avit_lib.losses import TaskLoss, Teacher
+from avit_lib.training import Training
+
+PROFILES = Path(__file__).with_name("profiles")
+TRAINED_FOR = ("alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "kl_direction")
+NotNegative, Fraction = Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0, le=1)]
+Layers, Positive = Annotated[float, Meta(ge=1)], Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
+
+
+class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens halt and what the halting is trained for (defaults: the paper's)."""
+
+    gamma: float = 5.0
+    beta: float = -10.0
+    eps: Annotated[float, Meta(gt=0, lt=1)] = 0.01
+    alpha_ponder: NotNegative = 5e-4  # alpha_p
+    ponder_ramp: Fraction = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    alpha_distr: NotNegative = 0.1  # alpha_d
+    target_depth: Layers = 8.0  # mu, in layers
+    target_std: Positive = 1.0
+    kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
+    class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
+    fuse_halted: bool = False  # true (not in the paper): halted tokens live on in one summary token an image
+    merge_halted: bool = False  # true (not in the paper): each halted token joins the most similar one that goes on
+    fitted: bool = False  # true (not in the paper): channel 0 is fitted before training and held (``starts``)
+
+    @property
+    def model_arguments(self) -> dict[str, Any]:
+        """What the model itself needs, as arguments of ``timm.create_model``."""
+        names = ("gamma", "beta", "eps", "class_token_halts", "fuse_halted", "merge_halted")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What ``losses.AdaptiveLoss`` needs."""
+        return {name: getattr(self, name) for name in TRAINED_FOR}
+
+
+class Distillation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How closely a model follows the logits of the teacher that its run names."""
+
+    alpha: NotNegative = 1.0  # weight in the objective, beside the cross-entropy's 1
+    temperature: Positive = 1.0  # T
+
+
+class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One trained model: what it is, where it starts, how it is trained."""
+
+    name: Name  # folder of its checkpoints
+    label: str  # what tables and figures call it
+    model: str  # timm name
+    init: str  # "random", "pretrained", or the name of the run whose weights it starts from
+    training: Training
+    halting: Halting | None = None  # None: a plain transformer
+    pretrained: str = ""  # timm name of the weights that init "pretrained" means
+    teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
+    distillation: Distillation = Distillation()  # of the teacher, if there is one
+
+    @property
+    def start(self) -> str:
+        """The name of the run whose weights it starts from; empty if it starts from none."""
+        return "" if self.init in ("random", "pretrained") else self.init
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the runs that must be trained before it."""
+        return tuple(name for name in (self.start, self.teacher) if name)
+
+    def task_loss(self, teacher: Any = None) -> TaskLoss:
+        """L_task of this run, with the trained model that teaches, if one does."""
+        taught_by = teacher and Teacher(teacher, self.distillation.alpha, self.distillation.temperature)
+        return TaskLoss(self.training.label_smoothing, taught_by)
+
+
+class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One study from data to results; profiles never share a results folder."""
+
+    name: Name
+    purpose: str
+    data: Data
+    runs: tuple[Run, ...]
+    focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
+    smoke: bool = False  # only a check that everything runs
+    dial: tuple[Layers, ...] = ()  # mean depths to which the beta of the focus run is turned after training
+    merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
+    search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
+    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
+    sweep_seeds: tuple[int, ...] = (0, 1, 2)
+    notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
+
+    def __post_init__(self):
+        names = {run.name for run in self.runs}
+        meant = {"focus": (self.focus,), "sweep": self.sweep}
+        meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
+        for key, wanted in meant.items():
+            if missing := sorted(set(wanted) - names):
+                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
+
+    def run(self, name: str) -> Run:
+        """The run, or candidate of the search, called ``name``; raises UserError when there is none."""
+        for run in (*self.runs, *self.search):
+            if run.name == name:
+                return run
+        raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
+
+    @property
+    def plain(self) -> Run:
+        """The run without halting that the others are compared with."""
+        return next(run for run in self.runs if run.halting is None)
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with the library."""
+    return sorted(path.stem for path in PROFILES.glob("*.toml"))
+
+
+def get_profile(name: str) -> Profile:
+    """The profile called ``name``, or in the file ``name`` that ends in .toml, whose stem is then what it is called.
+
+    Raises UserError, one line that names file and key, when it is missing or something in it is wrong.
+    """
+    path = _path(name, Path())
+    if path.parent != PROFILES and path.stem in profile_names():
+        raise UserError(f"{path} would share the results of the profile {path.stem}: give the file another name")
+    tables = _extended(path) | {"name": path.stem}
+    shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
+    runs = {}  # by name, those of which a later one may say that it extends them
+    for group in ("runs", "search"):
+        declared = tables.get(group, {})
+        for name, table in declared.items():
+            runs[name] = _run(path, f"{group}.{name}", table | {"name": name}, runs, shared)
+        tables[group] = [runs[name] for name in declared]
+    return _checked(path, "", tables, Profile)
+
+
+def changed(settings: Struct, key: str, **changes: Any) -> Any:
+    """``settings`` with ``changes``, checked like a file; raises UserError naming ``key`` and what is wrong."""
+    return _checked("these settings", key, msgspec.to_builtins(settings) | changes, type(settings))
+
+
+def _path(name: str, folder: Path) -> Path:
+    path = folder / name if str(name).endswith(".toml") else PROFILES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(profile_names())
+        raise UserError(f"unknown profile {str(name)!r}; choose from {known}, or name a file that ends in .toml")
+    return path.resolve()
+
+
+def _extended(path: Path, *seen: Path) -> dict[str, Any]:
+    """The tables of a file, laid over those of the profile it extends."""
+    try:
+        tables = msgspec.toml.decode(path.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; mend this line") from None
+    base = tables.pop("extends", None)
+    if path in seen:
+        raise UserError(f"{path}: extends itself; leave that out")
+    return _laid_over(_extended(_path(base, path.parent), path, *seen), tables) if base else tables
+
+
+def _laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
+    inner = {name for name, value in tables.items() if isinstance(value, dict) and isinstance(base.get(name), dict)}
+    return base | {name: _laid_over(base[name], value) if name in inner else value for name, value in tables.items()}
+
+
+def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[str, dict]) -> dict[str, Any]:
+    """A run as a complete table: over the run it extends, else over the sections that all share; checked."""
+    extends = table.pop("extends", None)
+    if extends is None:
+        base = shared if "halting" in table else {"training": shared["training"]}
+    elif extends in runs:
+        base = runs[extends]
+    else:
+        raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
+    return msgspec.to_builtins(_checked(path, key, _laid_over(base, table), Run))
+
+
+def _checked(path: Path | str, key: str, tables: dict[str, Any], kind: type) -> Any:
+    try:
+        return msgspec.convert(tables, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        key = f"{key}{place.rstrip('`')}".lstrip(".")
+        raise UserError(f"{path}: {f'{key}: ' if key else ''}{what[0].lower()}{what[1:]}") from None

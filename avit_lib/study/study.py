@@ -1,0 +1,200 @@
+"""The study as the notebooks see it: one profile and seed, its data, its models, its results."""
+
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+import torch
+from torch import nn
+
+from avit_lib import evaluation, training
+from avit_lib.data import Images, TrainingData, images, loader, test_data, training_data
+from avit_lib.errors import UserError
+from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
+from avit_lib.model import register, run_masked
+from avit_lib.packed import run_packed
+from avit_lib.starts import fit_start, hold_channel
+from avit_lib.study.fingerprint import fingerprint
+from avit_lib.study.results import Results
+from avit_lib.study.settings import Run, get_profile
+from avit_lib.training import loop, processes, read_json
+
+FIT_IMAGES = 512  # training images on which the start of halting is fitted
+
+
+class Study:
+    """One profile and seed: ``train`` its runs, ``load`` their models, write ``results``."""
+
+    def __init__(self, profile: str, seed: int = 0, source: str = "", device: str = "auto", checkpoints: str = ""):
+        """``checkpoints`` names a subfolder for the checkpoints of this study, beside those of the main seed.
+
+        Raises UserError for a profile that does not exist or a device that is not there.
+        """
+        self.profile = get_profile(profile)
+        self.seed = seed
+        self.device = training.pick_device(device)
+        self.results = Results(self.profile.name, seed, source)
+        self.checkpoints = self.results.folder / "checkpoints" / checkpoints
+
+    @cached_property
+    def data(self) -> TrainingData:
+        """Training and validation images."""
+        return training_data(self.profile.data, self.seed)
+
+    @cached_property
+    def test(self) -> Images:
+        """Test images; for the final evaluation only."""
+        return test_data(self.profile.data, self.seed)
+
+    def folder(self, run: str) -> Path:
+        """Where the checkpoints of a run, or candidate of the search, lie."""
+        found = self.profile.run(run)
+        return self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
+
+    def train(self, name: str) -> pd.DataFrame:
+        """Train the run called ``name``, or go on with it, or return the history of the finished one.
+
+        What was trained by other settings, or by other code, is trained again from scratch.
+        """
+        run, folder = self.profile.run(name), self.folder(name)
+        start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
+        facts = {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}
+        description = describe(run, self.data, start, teacher) | facts
+        found = folder / "last.json"
+        if processes.rank() == 0 and found.is_file() and read_json(found).get("run") != description:
+            print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
+            shutil.rmtree(folder)
+        processes.barrier()  # the other processes see the folder as the first one left it
+        return train_run(run, self.data, folder, start, teacher, self.seed, self.device, facts)
+
+    def train_chain(self, name: str) -> pd.DataFrame:
+        """``train`` the runs that the one called ``name`` starts or learns from, then itself; returns its history."""
+        for needed in self.profile.run(name).needs:
+            self.train_chain(needed)
+        return self.train(name)
+
+    def initial_model(self, run: Run) -> nn.Module:
+        """The model of a run as its training starts."""
+        start = self.checkpoint(run.start) if run.start else None
+        return initial_model(run, self.data, start, self.seed, self.device)
+
+    def load(self, name: str) -> nn.Module:
+        """The trained model of a run, after its last epoch; raises UserError naming the command when it is missing."""
+        return training.load_checkpoint(self.checkpoint(name), self.device)[0]
+
+    def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
+        """What ``model`` says of ``data``."""
+        return predict(model, data, self.device)
+
+    def checkpoint(self, name: str) -> Path:
+        """The trained weights of a run; raises UserError naming the command when they are missing."""
+        path = self.folder(name) / "last.safetensors"
+        if not path.is_file():
+            raise UserError(
+                f"{self.profile.run(name).label} has not been trained in profile {self.profile.name}: "
+                f"run `make notebooks PROFILE={self.profile.name}`"
+            )
+        return path
+
+
+def ingredients(run: Run) -> list[Any]:
+    """The code that decides on the weights of a run; a change in it, or in what it uses, means training again."""
+    code = [
+        images.decode,
+        images.batch_transform,
+        images.ImageTensors,
+        images.ImageFiles,
+        register,
+        training.load_pretrained,
+    ]
+    code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
+    if run.halting:
+        code += [run_packed if run.training.execution == "packed" else run_masked]
+        code += [fit_start, hold_channel] if run.halting.fitted else []
+    return code
+
+
+def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | None = None) -> dict[str, Any]:
+    """What the checkpoints of a run depend on; runs that differ in it are different runs.
+
+    ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
+    """
+    return {
+        "model": run.model,
+        "arguments": model_arguments(run, len(data.train.classes)),
+        "classes": list(data.train.classes),
+        "settings": msgspec.to_builtins(run),
+        "images": [len(data.train), data.split["sha256"], data.augmentation],
+        "start": read_json(start.with_suffix(".json"))["sha256"] if start else run.init,
+        "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else run.teacher,
+    }
+
+
+def model_arguments(run: Run, classes: int) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` for a run and a number of classes."""
+    return {"num_classes": classes} | (run.halting.model_arguments if run.halting else {})
+
+
+def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, device: torch.device) -> nn.Module:
+    """The model of a run as its training starts: from the checkpoint ``start``, or as ``run.init`` says."""
+    training.seed_everything(seed)
+    model = training.create_model(run.model, model_arguments(run, len(data.train.classes)))
+    if start is not None:
+        training.load_weights(model, start)
+    elif run.init == "pretrained":
+        training.load_pretrained(model, run.pretrained)
+    model.to(device)
+    if run.halting and run.halting.fitted:
+        pixels, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
+        target = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
+        fit_start(model, pixels.to(device), target)
+    return model
+
+
+def train_run(
+    run: Run, data: TrainingData, folder: Path, start: Path | None, teacher: Path | None, seed: int,
+    device: torch.device, facts: dict[str, Any] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """Train a run into ``folder`` by its settings (see ``training.fit``); returns the history, one row an epoch.
+
+    ``start`` and ``teacher`` are the checkpoints it starts and learns from; raises UserError when one is missing, or
+    not wanted, or knows other classes. ``facts`` are part of what tells this run from others.
+    """
+    for option, needed, given in (("--ckpt", run.start, start), ("--teacher", run.teacher, teacher)):
+        if needed and not given:
+            raise UserError(f"run {run.name!r} starts or learns from run {needed!r}: name its weights by {option}")
+    if teacher and not run.teacher:
+        raise UserError(f"run {run.name!r} has no teacher; leave out --teacher")
+    description = describe(run, data, start, teacher) | (facts or {}) | {"seed": seed}
+    history = training.finished_history(folder, description, run.training)
+    if history is not None:  # before a start is fitted for nothing
+        return history
+    taught_by, known = training.load_checkpoint(teacher, device) if teacher else (None, None)
+    if known and known["run"]["classes"] != description["classes"]:
+        raise UserError(f"{teacher} was trained for other classes than those of the training images")
+    model = initial_model(run, data, start, seed, device)
+    loss = run.task_loss(taught_by)
+    if run.halting:
+        if run.halting.fitted:
+            hold_channel(model)
+        model.execution = run.training.execution
+        loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
+
+    def validate(trained: nn.Module) -> dict[str, float]:
+        return evaluation.metrics(trained, predict(trained, data.validation, device))
+
+    return training.fit(
+        model, data.train, loss, run.training, folder, validate, description=description, seed=seed, device=device
+    )
+
+
+def predict(model: nn.Module, data: Images, device: torch.device, batch_size: int = 250) -> evaluation.Predictions:
+    """``evaluation.predict``, of which each of several processes computes a part and gets the whole."""
+    if processes.count() == 1:
+        return evaluation.predict(model, data, batch_size, device)
+    own = evaluation.predict(model, data.select(processes.part(len(data))), batch_size, device)
+    parts = (own.logits, own.labels, own.depth, own.halting_scores)
+    return evaluation.Predictions(*(processes.gather(part, len(data)) for part in parts), own.layers)

@@ -1,0 +1,118 @@
+"""Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+import avit_lib.model  # noqa: F401  registers the avit_* models
+from avit_lib.data import weights_dir
+from avit_lib.errors import UserError
+from avit_lib.training.files import read_json, write_atomically, write_json
+
+
+def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The timm model called ``name``, untrained; raises UserError when timm knows none of that name."""
+    if not timm.is_model(name):
+        raise UserError(f"there is no model {name!r}; timm.list_models() names them all")
+    return timm.create_model(name, **arguments)
+
+
+def save_checkpoint(path: Path, model: nn.Module, name: str, arguments: dict[str, Any], **facts: Any) -> None:
+    """Write ``path`` (.safetensors) and the JSON beside it: the model's timm name and arguments, checksum, facts."""
+    weights = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    write_atomically(path, weights)
+    description = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest(), **facts}
+    write_json(path.with_suffix(".json"), description)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model of a checkpoint, in evaluation mode; returns it and its description.
+
+    Raises UserError when a file is missing, damaged, or holds another model than its JSON says.
+    """
+    path = Path(path)
+    description = read_json(path.with_suffix(".json"))
+    weights = _read_weights(path)
+    if not isinstance(description, dict) or "sha256" not in description:
+        raise UserError(f"{path.with_suffix('.json')} does not describe a checkpoint; train it again")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != description["sha256"]:
+        raise UserError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
+    try:
+        model = create_model(description["model"], description["arguments"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
+    _load_strictly(model, weights, path)
+    return model.to(device).eval(), description
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError if it differs."""
+    _load_strictly(model, _read_weights(Path(path)), path)
+
+
+def load_pretrained(model: nn.Module, timm_name: str) -> None:
+    """Load ImageNet weights from $AVIT_WEIGHTS/<timm name>.safetensors, else from timm's hub.
+
+    A classification head of another size is left at its initialisation. Raises UserError when neither is there, or
+    what the hub sent does not have the checksum that the hub publishes.
+    """
+    path = weights_dir() / f"{timm_name}.safetensors"
+    if not path.is_file():
+        path = _download(timm_name, path)
+    weights = _read_weights(path)
+    own = model.state_dict()
+    for key in ("head.weight", "head.bias"):
+        if key in weights and weights[key].shape != own[key].shape:
+            weights[key] = own[key]
+    _load_strictly(model, weights, path)
+
+
+def _download(timm_name: str, wanted: Path) -> Path:
+    """The weights from timm's hub, always as safetensors, in the hub's cache.
+
+    There a file is a link to one that bears the SHA-256 published by the hub as its name.
+    """
+    repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
+    try:
+        path = Path(hf_hub_download(repository, "model.safetensors"))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; "
+            f"put the file there, or name its folder in AVIT_WEIGHTS"
+        ) from error
+    published = path.resolve().name
+    if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
+        raise UserError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")
+    return path
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} is missing; train it first, or name another")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); train or download it again") from None
+
+
+def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
+    own = model.state_dict()
+    if missing := sorted(own.keys() - weights.keys()):
+        raise UserError(f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more")
+    if surplus := sorted(weights.keys() - own.keys()):
+        raise UserError(f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare")
+    for key, value in own.items():
+        if value.shape != weights[key].shape:
+            what = "number of classes" if key.startswith("head.") else "shape"
+            raise UserError(
+                f"{path} has another {what}: {key} is {list(weights[key].shape)}, the model's {list(value.shape)}"
+            )
+    model.load_state_dict(weights)

@@ -1,0 +1,247 @@
+"""Images of every kind become the same bytes; what cannot be read is named; on disk or in memory, batches are equal."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_images
+from PIL import Image
+from timm.data import create_transform
+
+from avit_lib.data import ImageFiles, ImageTensors, folder_training_data, images, loader, read_image
+from avit_lib.data.datasets import folder_images
+from avit_lib.data.images import batch_transform, decode, load
+from avit_lib.errors import UserError
+
+
+def noise(size, seed=0):
+    """A smooth random colour image [height, width, 3]."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC))
+
+
+def write_folder(root, split="train", counts=(("ants", 6), ("bees", 7))):
+    """JPEGs of random sizes, one folder a class; returns their paths."""
+    paths = []
+    for name, count in counts:
+        (root / split / name).mkdir(parents=True)
+        for index in range(count):
+            paths.append(root / split / name / f"{index}.jpg")
+            Image.fromarray(noise((90 + 10 * index, 120), index)).save(paths[-1])
+    return paths
+
+
+def loaded(root, image_size, channels=3):
+    """The images that ``write_folder`` wrote."""
+    return load(folder_images(root, "train", image_size, channels), "training")
+
+
+def test_evaluation_sees_what_timm_shows(tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(noise((300, 200))).save(path)
+    standard = create_transform((3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9)
+    expected = standard(Image.open(path))
+    torch.testing.assert_close(read_image(path, 224, 3), expected)
+
+
+def test_grey_becomes_colour_and_colour_grey(tmp_path):
+    Image.new("L", (20, 20), 77).save(tmp_path / "grey.png")
+    Image.new("RGB", (20, 20), (200, 200, 200)).save(tmp_path / "colour.png")
+    assert decode(tmp_path / "grey.png", 16, 3).unique().tolist() == [77]
+    assert decode(tmp_path / "grey.png", 16, 3).shape == (3, 16, 16)
+    assert decode(tmp_path / "colour.png", 16, 1).unique().tolist() == [200]
+
+
+def palette(transparent):
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    if transparent:
+        image.info["transparency"] = 1
+    return image
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "colour"),
+    [
+        ("palette.png", palette(transparent=False), (10, 200, 30)),
+        ("transparent.gif.png", palette(transparent=True), (255, 255, 255)),
+        ("cmyk.tif.png", None, (255, 0, 0)),
+        ("bits16.png", Image.fromarray(np.full((20, 20), 128 * 257, dtype=np.uint16)), (128, 128, 128)),
+        ("bits1.png", Image.new("1", (20, 20), 1), (255, 255, 255)),
+        ("alpha.png", Image.new("RGBA", (20, 20), (0, 0, 255, 0)), (255, 255, 255)),
+        ("half.png", Image.new("RGBA", (20, 20), (0, 0, 255, 51)), (204, 204, 255)),
+        ("grey_alpha.png", Image.new("LA", (20, 20), (60, 255)), (60, 60, 60)),
+    ],
+)
+def test_every_mode_is_converted(tmp_path, name, image, colour):
+    path = tmp_path / name
+    if image is None:
+        Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(path, "TIFF")
+    else:
+        image.save(path, "PNG")
+    pixels = decode(path, 16, 3)
+    assert pixels[:, 5, 5].tolist() == list(colour)
+    assert (pixels == pixels[:, :1, :1]).all()
+
+
+def test_a_cmyk_jpeg_is_converted(tmp_path):
+    Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
+    red, green, blue = decode(tmp_path / "cmyk.jpg", 16, 3)[:, 8, 8].tolist()
+    assert red > 200 and green < 60 and blue < 60
+
+
+def damage(paths):
+    """Of 13 images, seven that cannot be read, each in a way of its own."""
+    whole = paths[0].read_bytes()
+    contents = [
+        b"",
+        whole[: len(whole) // 2],
+        b"text named .jpg",
+        whole[:-200],
+        b"\x89PNG\r\n\x1a\n" + whole,
+        whole[:3],
+    ]
+    for path, content in zip(paths, contents, strict=False):
+        path.write_bytes(content)
+    Image.fromarray(np.zeros((9, 9), dtype=np.float32)).save(paths[6], "TIFF")
+    return paths[:7]
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["in memory", "on disk"])
+def test_all_damaged_files_are_found_before_training(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+    broken = damage(write_folder(tmp_path))
+    with pytest.raises(UserError) as error:
+        loaded(tmp_path, 16)
+    message = str(error.value)
+    assert message.startswith("7 files cannot be read as images") and "and 2 more" in message and "\n" not in message
+    assert [str(path) in message for path in broken] == [True] * 5 + [False] * 2
+    for path in broken[1:]:
+        path.unlink()
+    Image.new("RGB", (20, 20)).save(broken[0])
+    assert len(loaded(tmp_path, 16)) == 7
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_damaged_file_on_its_own_is_named(tmp_path, number):
+    path = damage(write_folder(tmp_path))[number]
+    with pytest.raises(UserError, match="1 file cannot be read") as error:
+        read_image(path, 16, 3)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("image_size", [28, 96])
+def test_files_and_tensors_give_the_same_batches(tmp_path, monkeypatch, image_size):
+    write_folder(tmp_path)
+    in_memory = loaded(tmp_path, image_size)
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 13 * 3 * 28**2 - 1)
+    monkeypatch.setattr(images, "worker_count", lambda: 2)
+    on_disk = loaded(tmp_path, image_size)
+    assert isinstance(in_memory, ImageTensors) and isinstance(on_disk, ImageFiles)
+    assert len(in_memory) == len(on_disk) == 13 and in_memory.classes == on_disk.classes
+    for seed in (None, 1):
+        pairs = list(zip(loader(in_memory, 4, seed), loader(on_disk, 4, seed), strict=True))
+        for (expected, labels), (found, found_labels) in pairs:
+            assert torch.equal(expected, found) and torch.equal(labels, found_labels)
+            assert found.shape[1:] == (3, image_size, image_size)
+    chosen = torch.tensor([12, 0, 5])
+    assert torch.equal(in_memory[chosen][0], on_disk[chosen][0])
+    assert torch.equal(in_memory.select(chosen)[1][0], on_disk.select(chosen)[1][0])
+    assert torch.equal(on_disk.select(chosen).labels, in_memory.labels[chosen])
+    assert torch.equal(on_disk[12][0], in_memory[12][0]) and on_disk[12][1] == 1
+
+
+def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
+    write_folder(tmp_path)
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 13 * 3 * 28**2)
+    assert isinstance(loaded(tmp_path, 28), ImageTensors)
+    assert isinstance(loaded(tmp_path, 29), ImageFiles)
+
+
+def test_images_are_decoded_once(tmp_path):
+    paths = write_folder(tmp_path)
+    data = loaded(tmp_path, 28)
+    for path in paths:
+        path.unlink()
+    assert sum(len(labels) for _, labels in loader(data, 4)) == 13
+
+
+def test_a_class_without_images_is_named(tmp_path):
+    for path in write_folder(tmp_path)[:6]:
+        path.unlink()
+    with pytest.raises(UserError, match="ants") as error:
+        loaded(tmp_path, 16)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_lost_later_is_named(tmp_path, monkeypatch):
+    paths = write_folder(tmp_path)
+    monkeypatch.setattr(images, "MEMORY_LIMIT", 0)
+    data = loaded(tmp_path, 28)
+    paths[4].unlink()
+    with pytest.raises(UserError, match=r"ants/4\.jpg"):
+        list(loader(data, 4))
+
+
+@pytest.mark.parametrize("limit", [2**30, 0], ids=["in memory", "on disk"])
+def test_augmentation_follows_the_seed_and_differs_between_epochs(tmp_path, monkeypatch, limit):
+    write_folder(tmp_path)
+    monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(images, "worker_count", lambda: 2)
+    data = folder_training_data(tmp_path, 28, 3, seed=0, augmentation="standard").train
+
+    def epoch(seed):
+        torch.manual_seed(seed)
+        return torch.cat([batch for batch, _ in loader(data, 4, shuffle_seed=seed)])
+
+    first, again, other = epoch(1), epoch(1), epoch(2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_every_image_of_a_batch_is_augmented_by_itself():
+    torch.manual_seed(0)
+    ramp = torch.arange(248, dtype=torch.uint8).expand(3, 248, 248)
+    batch = batch_transform(248, 224, 3, "standard")(ramp.expand(32, 3, 248, 248))
+    assert batch.shape == (32, 3, 224, 224) and batch.dtype == torch.float32
+    assert len(batch.flatten(1).unique(dim=0)) == 32
+    mirrored = (batch[:, 0, 0, 0] > batch[:, 0, 0, -1]).sum().item()
+    assert 6 < mirrored < 26
+
+
+def test_evaluation_cuts_out_the_centre_or_scales_up():
+    large = torch.zeros(1, 3, 248, 248, dtype=torch.uint8)
+    large[:, :, 12:-12, 12:-12] = 255
+    assert len(batch_transform(248, 224, 3)(large)[0, 0].unique()) == 1
+    small = torch.full((2, 1, 28, 28), 9, dtype=torch.uint8)
+    assert batch_transform(28, 28, 1)(small).shape == (2, 1, 28, 28)
+    assert batch_transform(28, 56, 1)(small).shape == (2, 1, 56, 56)
+
+
+def test_processors_are_shared_among_processes(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert images.worker_count() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert images.worker_count() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert images.worker_count() == 1
+
+
+def test_shuffled_batches_follow_their_seed():
+    data = random_images(200)
+
+    def order(seed):
+        return torch.cat([labels for _, labels in loader(data, 32, shuffle_seed=seed)]).tolist()
+
+    assert order(1) == order(1) != order(2)
+    assert len(order(1)) == 192  # the last, smaller batch is left out
+    assert torch.equal(torch.cat([labels for _, labels in loader(data, 32)]), data.labels)
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 1])
+def test_processes_share_every_batch(shuffle_seed):
+    data = random_images(70)
+    whole = list(loader(data, 16, shuffle_seed))
+    for rank in range(3):
+        part = list(loader(data, 16, shuffle_seed, share=(rank, 3)))
+        for (pixels, labels), (own, own_labels) in zip(whole, part, strict=True):
+            assert torch.equal(own, pixels[rank::3]) and torch.equal(own_labels, labels[rank::3])

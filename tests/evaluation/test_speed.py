@@ -1,0 +1,84 @@
+"""Workloads and timings do what they say; how fast they are is no matter for tests."""
+
+import pytest
+import torch
+
+from avit_lib.errors import UserError
+from avit_lib.evaluation import counted_flops
+from avit_lib.evaluation.speed import (
+    MODELS,
+    benchmark,
+    interleaved,
+    layer_times,
+    synthetic_workload,
+    throughput,
+    without_halting,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("name", "mean"), [("avit_micro_patch4_28", 7.0), ("avit_nano_patch7_28", 2.5)])
+def test_synthetic_halting_has_the_stated_depth_and_a_spread(name, mean):
+    workload = synthetic_workload(name, batch=64, mean_depth=mean, image_spread=0.5, token_spread=0.5)
+    with torch.inference_mode():
+        _, trace = workload.adaptive.forward_with_trace(workload.images)
+    patches = trace.depth[:, 1:].float()
+    assert abs(patches.mean() - mean) < 0.2
+    assert patches.mean(dim=1).std() > 0.2
+    assert (trace.depth[:, 0] == len(workload.adaptive.blocks)).all()
+    assert "mean depth" in workload.describe()
+
+
+def test_functions_take_turns():
+    order = []
+    samples = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, minimum=0.0)
+    assert [len(values) for values in samples.values()] == [3, 3]
+    assert order[-6:] == ["a", "b"] * 3
+
+
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_the_benchmark_compares_three_models(task):
+    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    before = [parameter.clone() for parameter in workload.adaptive.parameters()]
+    table = benchmark(workload, task, "float32", repeats=1, device=CPU).set_index("model")
+    assert tuple(table.index) == MODELS
+    assert table.loc["DeiT", "speedup"] == 1 and table.loc["A-ViT packed", "flops_ratio"] > 1
+    assert table.loc["A-ViT masked", "gflops_per_image"] == table.loc["DeiT", "gflops_per_image"]
+    assert (table["efficiency"] == table["speedup"] / table["flops_ratio"]).all()
+    assert all(torch.equal(old, new) for old, new in zip(before, workload.adaptive.parameters(), strict=True))
+
+
+def test_bfloat16_means_weights_and_activations_in_inference():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    table = benchmark(workload, "inference", "bfloat16", repeats=1, device=CPU)
+    assert len(table) == 3
+    assert next(workload.plain.parameters()).dtype == torch.float32  # the workload itself is as it was
+    with pytest.raises(UserError, match="the precisions float32, bfloat16"):
+        benchmark(workload, "inference", "float8", repeats=1, device=CPU)
+
+
+def test_a_limit_ends_the_rounds_but_three_are_made():
+    samples = interleaved({"a": lambda: None}, repeats=50, minimum=0.0, limit=0.0)
+    assert len(samples["a"]) == 3
+
+
+def test_without_halting_every_token_is_computed():
+    workload = without_halting(synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=1.0))
+    assert counted_flops(workload.adaptive, workload.images) == counted_flops(workload.plain, workload.images)
+
+
+def test_throughput_is_relative_to_the_first_model():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    models = {"plain": (workload.plain, ""), "masked": (workload.adaptive, "masked")}
+    table = throughput(models, workload.images, repeats=1).set_index("model")
+    assert table.loc["plain", "speedup"] == 1 and (table["images_per_second"] > 0).all() and (table["batch"] == 4).all()
+
+
+def test_tokens_by_layer_are_those_of_the_trace():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
+    with torch.inference_mode():
+        depth = workload.adaptive.forward_with_trace(workload.images)[1].executed_depth
+    table = layer_times(workload, repeats=1)
+    expected = [(depth >= layer).sum().item() / 8 for layer in table["layer"]]
+    assert table["tokens"].tolist() == expected and table["ideal"][0] == table["deit"][0]

@@ -1,0 +1,45 @@
+"""The command that measures everything, and what it leaves."""
+
+import pandas as pd
+import pytest
+
+from avit_lib import cli
+from avit_lib.study.benchmark import cost_table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
+        (["--depth", "13"], "between 1 and 12"),
+        (["--batch", "0"], "positive"),
+    ],
+)
+def test_the_command_names_what_it_cannot_measure(arguments, message, capsys):
+    assert cli.main(["benchmark", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    small = ["--model", "avit_nano_patch7_28", "--batch", "1", "4", "--repeats", "1", "--depth", "2"]
+    assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
+    folder = tmp_path / "benchmark"
+    page = (folder / "README.md").read_text()
+    for name in ("speed_cpu", "overhead_cpu", "depth_sweep_cpu", "layers_cpu", "operators_cpu", "memory_cpu"):
+        assert (folder / "tables" / f"{name}.csv").is_file() and name.replace("_", " ") in page
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
+        "throughput_cpu", "speedup_cpu", "layers_cpu", "operators_cpu",
+    }  # fmt: skip
+    assert "synthetic halting" in page
+
+
+def test_the_cost_of_imagenet_follows_from_the_fastest_batch():
+    speed = pd.DataFrame({
+        "task": ["training", "training", "training", "inference"], "precision": "float32", "batch": [8, 64, 64, 256],
+        "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"], "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
+    })  # fmt: skip
+    table = cost_table(speed).set_index("model")
+    hours = 1_271_167 * 100 / 1271.167 / 3600
+    assert table.loc["DeiT", "hours on 1"] == pytest.approx(hours, abs=0.05)
+    assert table.loc["A-ViT packed", "hours on 4"] == pytest.approx(hours / 8, abs=0.05)

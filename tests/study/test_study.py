@@ -1,0 +1,48 @@
+"""A study: what its runs start from, and what their checkpoints keep."""
+
+import pytest
+import torch
+from conftest import random_images
+from msgspec.structs import replace
+
+from avit_lib.data import TrainingData
+from avit_lib.starts import channel_parameters
+from avit_lib.study.settings import Halting, Run
+from avit_lib.study.study import describe, initial_model, train_run
+from avit_lib.training import Training, load_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run():
+    halting = Halting(
+        beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, fitted=True, class_token_halts=False,
+        merge_halted=True,
+    )  # fmt: skip
+    training = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
+    return Run(
+        name="fitted", label="fitted", model="avit_nano_patch7_28", init="random", training=training, halting=halting
+    )
+
+
+@pytest.fixture
+def data():
+    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": ""})
+
+
+def channels(model):
+    """All that writes or reads channel 0."""
+    return [parameter[index].detach().clone() for parameter, index in channel_parameters(model)]
+
+
+def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
+    unfitted_run = replace(run, halting=replace(run.halting, fitted=False))
+    start = initial_model(run, data, None, 0, CPU)
+    plain = initial_model(unfitted_run, data, None, 0, CPU)
+    history = train_run(run, data, tmp_path, None, describe(run, data, None), 0, CPU)
+    assert len(history) == 2
+    trained = load_checkpoint(tmp_path / "last.safetensors", CPU)[0]
+    kept, after, unfitted = (channels(model) for model in (start, trained, plain))
+    assert all(map(torch.equal, kept, after))
+    assert not all(map(torch.equal, kept, unfitted))
