@@ -26,7 +26,7 @@ from avit_lib.training import load_checkpoint, pick_device, processes, read_json
 
 app = App("python -m avit_lib", help="Train, test and look into A-ViT.", version_flags=[], result_action="return_value")
 app.default_parameter = Parameter(negative=())
-Several = Parameter(consume_multiple=True)
+Several = Parameter(consume_multiple=1)
 
 
 @Parameter(name="*")
@@ -136,8 +136,7 @@ def fit(
     else:
         run = changed(declared, "", training=changed(declared.training, "training", **wanted))
         settings = study.profile.data
-        about = (settings.image_size, settings.channels, common.seed, settings.augmentation)
-        found = datasets.folder_training_data(data_dir, *about) if data_dir else study.data
+        found = datasets.folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")

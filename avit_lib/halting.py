@@ -1,8 +1,4 @@
-"""Adaptive token halting (A-ViT, Algorithm 1) as pure functions on tensors.
-
-Every function is elementwise over tokens, so the same code serves the masked [B, N] layout and the packed [T] one.
-Symbols of the paper stand beside the lines that compute them.
-"""
+"""Adaptive token halting (A-ViT, Algorithm 1) as pure functions on tensors, the paper's symbols beside the lines."""
 
 from dataclasses import dataclass
 
@@ -14,9 +10,9 @@ from torch import Tensor
 class HaltingRule:
     """When a token halts, and what becomes of it; the last three settings go past the paper."""
 
-    gamma: float
-    beta: float
-    eps: float
+    gamma: float  # scales channel 0 into a halting score
+    beta: float  # shifts it
+    eps: float  # a token halts when its scores add up to 1 - eps
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
     fuse_halted: bool = False  # True: halted tokens live on in one summary token an image (``merging.fuse``)
     merge_halted: bool = False  # True: each halted token joins the most similar one that goes on (``merging.join``)
@@ -24,7 +20,7 @@ class HaltingRule:
 
 @dataclass(frozen=True)
 class HaltingState:
-    """What is known of every token between two layers; all fields share one shape, [B, N] or [T]."""
+    """What is known of every token between two layers; all fields share one shape, such as [B, N]."""
 
     active: Tensor  # m: True while the token still computes
     cumulative: Tensor  # cumul: sum of its halting scores so far
@@ -35,40 +31,33 @@ class HaltingState:
 
 @dataclass(frozen=True)
 class HaltingTrace:
-    """How deep each token of a batch went: every token followed to its own halting.
+    """How deep each token of a batch went: every token followed to its own halting."""
 
-    Shapes: depth [B, N] integer, 1..L; ponder [B, N]; halting_scores [B, L, N], 0 once a token has halted;
-    output_weights [B, L], the weight of the class token of each layer in the image's representation.
-    """
-
-    depth: Tensor
-    ponder: Tensor
-    halting_scores: Tensor
-    output_weights: Tensor
+    depth: Tensor  # N_k [B, N], integer, 1..L
+    ponder: Tensor  # rho [B, N]
+    halting_scores: Tensor  # h [B, L, N], 0 once a token has halted
+    output_weights: Tensor  # w [B, L] of the class token: how much each layer counts in the representation
 
     @property
     def executed_depth(self) -> Tensor:
-        """Layers [B, N] that plain inference computes: none after the class token (token 0) has halted."""
+        """``executed_depth`` of these tokens."""
         return executed_depth(self.depth)
 
 
 def executed_depth(depth: Tensor) -> Tensor:
-    """Layers [B, N] that plain inference computes, min(depth, depth of the class token), from ``depth`` [B, N]."""
+    """Layers [B, N] that plain inference computes of ``depth`` [B, N]: none after the class token has halted."""
     return torch.minimum(depth, depth[:, :1])
 
 
 def halting_score(tokens: Tensor, gamma: float, beta: float) -> Tensor:
-    """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3).
-
-    Channel 0 of the embedding carries the score; gamma and beta are fixed scalars, so no parameter is added.
-    """
+    """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3): no parameter is added."""
     channel = tokens[..., 0]
     channel = channel.to(torch.promote_types(channel.dtype, torch.float32))
     return torch.sigmoid(gamma * channel + beta)  # h = sigmoid(gamma * t_0 + beta)
 
 
 def initial_state(like: Tensor) -> HaltingState:
-    """The state before layer 1: every token active; shape, dtype and device as ``like``, one value a token."""
+    """The state before layer 1, every token active; shape, dtype and device are those of ``like``."""
     zeros = torch.zeros_like(like)
     return HaltingState(
         active=torch.ones_like(like, dtype=torch.bool),  # m = 1
@@ -80,11 +69,11 @@ def initial_state(like: Tensor) -> HaltingState:
 
 
 def halting_step(state: HaltingState, score: Tensor, eps: float) -> tuple[HaltingState, Tensor]:
-    """Take the scores of one layer into account: returns the next state and the output weight w of each token.
+    """One layer of Algorithm 1: from its scores to the next state and the output weight w of each token.
 
     ``score`` has the shape of the state and must be 1 in the last layer. A token halts once, in the first layer in
-    which cumul >= 1 - eps; it then weighs R, before that h, afterwards 0 (Algorithm 1; the printed pseudo-code would
-    add R again in later layers, the published code does not).
+    which cumul >= 1 - eps; it then weighs R, before that h, afterwards 0 (the printed pseudo-code would add R again in
+    later layers, the published code does not).
     """
     active = state.active
     score = torch.where(active, score, 0.0)  # h * m

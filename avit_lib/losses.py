@@ -4,7 +4,7 @@ Beyond the paper, a teacher may add alpha * L_distillation to L_task, and alpha_
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ class Losses:
     """The loss to minimise and its unweighted parts, scalars each, by the name under which they are logged."""
 
     total: Tensor
-    parts: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor]
 
 
 def ponder_loss(ponder: Tensor) -> Tensor:
@@ -32,8 +32,7 @@ def same(value: Tensor) -> Tensor:
 def halting_distribution(halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same) -> Tensor:
     """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10).
 
-    The mean is over images, of all processes by ``average``, and patch tokens; halted tokens count 0, the class token
-    (token 0) is left out.
+    The mean is over images, of all processes by ``average``, and patches, not the class token; halted ones count 0.
     """
     mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))
     return mean_score / mean_score.sum()
@@ -79,15 +78,10 @@ class Teacher:
     alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
     temperature: float = 1.0  # T
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        return self.model(images)
-
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy with label smoothing and, with a teacher, distillation: all that a plain transformer learns by.
+    """Cross-entropy with label smoothing and, with a teacher, distillation.
 
     Labels are classes [B] or, as Mixup makes them, probabilities [B, K].
     """
@@ -103,16 +97,15 @@ class TaskLoss:
         task = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         if self.teacher is None:
             return Losses(task, {"task": task})
-        distillation = distillation_loss(logits, self.teacher.logits(images), self.teacher.temperature)
+        with torch.no_grad():
+            taught = self.teacher.model(images)
+        distillation = distillation_loss(logits, taught, self.teacher.temperature)
         return Losses(task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation})
 
 
 @dataclass(frozen=True)
 class AdaptiveLoss:
-    """The A-ViT objective; the one place where the terms of halting are weighted (equation 8; defaults: the paper's).
-
-    ``task`` is L_task. In training by several processes ``average`` is the mean over them, with a gradient.
-    """
+    """The A-ViT objective: the weighted sum of its terms (equation 8; defaults: the paper's)."""
 
     alpha_ponder: float = 5e-4  # alpha_p
     ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
@@ -120,8 +113,8 @@ class AdaptiveLoss:
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
-    task: TaskLoss = TaskLoss()
-    average: Callable[[Tensor], Tensor] = same
+    task: TaskLoss = TaskLoss()  # L_task
+    average: Callable[[Tensor], Tensor] = same  # the mean over the processes of a training, with a gradient
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""

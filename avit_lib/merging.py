@@ -1,8 +1,7 @@
 """What becomes of tokens that halt and don't vanish: they live on in others (not in the paper).
 
 Either each image has one summary token, the mean of all that halted (``fuse``), or each token that halts joins the most
-similar patch that goes on (``join``), as in token merging, but when its own score says so. Masked execution is here;
-``packed`` does the same on its buffer.
+similar patch that goes on (``join``). Masked execution is here; ``packed`` does the same on its buffer.
 """
 
 import torch
@@ -14,8 +13,7 @@ def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple
     """Take the tokens that halt in a layer into the summary token of their image: the mean of all that ever halted.
 
     ``summary`` [..., D] stands for ``fused`` [..., 1] tokens so far; ``number`` more of sum ``total`` join it. Returns
-    both anew. The summary is computed on like a token, and attended to as ``fused`` equal tokens would be: with the
-    logarithm of their number added to its attention logits, which at 0 hides it.
+    both anew. In attention the summary counts as ``fused`` equal tokens: log fused is added to its logits (0 hides it).
     """
     together = fused + number
     return (fused * summary + total) / together.clamp(min=1), together
@@ -34,9 +32,8 @@ def most_similar(leaving: Tensor, staying: Tensor, takers: Tensor) -> Tensor:
 def join(tokens: Tensor, size: Tensor, joining: Tensor, weight: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
     """Let tokens ``joining`` [K, D] become part of those at rows ``into`` [K] of ``tokens`` [T, D].
 
-    ``size`` [T] and ``weight`` [K] say how many tokens each stands for (a weight of 0: it joins nobody). The mean takes
-    their place; returns tokens and size anew. Such a token is attended to as ``size`` equal ones would be: log size is
-    added to its attention logits (proportional attention, Bolya et al. 2023).
+    ``size`` [T] and ``weight`` [K] say how many tokens each stands for (a weight of 0: it joins nobody). Returns the
+    means and the sizes anew. In attention a token counts as ``size`` equal ones (proportional; Bolya et al. 2023).
     """
     gain = torch.zeros_like(size).index_add(0, into, weight)
     together = size + gain
@@ -57,10 +54,7 @@ def merge_masked(tokens: Tensor, size: Tensor, halts: Tensor, active: Tensor) ->
 
 
 def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, size: Tensor | None) -> Tensor:
-    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended.
-
-    Each counts in attention as ``size`` [B, N] of them would; None: as one.
-    """
+    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended, each as ``size`` [B, N] of them."""
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
     keys = active | ~active.any(dim=1, keepdim=True)
     mask = keys if size is None else torch.where(keys, size, 0.0).log().to(tokens.dtype)

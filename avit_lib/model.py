@@ -4,9 +4,8 @@
 """
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -19,24 +18,18 @@ from avit_lib.packed import predict_packed, run_packed
 class AViT(VisionTransformer):
     """VisionTransformer whose tokens halt by themselves (A-ViT, section 3).
 
-    Modifications: ``forward_features`` runs the blocks with halting and returns the representation [B, 1, D], the
-    output-weighted sum of the class token over the layers; ``forward_with_trace`` returns the trace as well. How it
-    computes is a setting, not a different model: ``execution`` is "masked" (halted tokens are computed and ignored, as
-    published), "packed" (they are gone) or "auto" (packed in evaluation, masked in training).
+    The representation [B, 1, D] is the output-weighted sum of the class token over the layers. How it is computed is a
+    setting, not a different model: ``execution`` is "masked" (halted tokens are computed and ignored, as published),
+    "packed" (they are gone) or "auto" (packed in evaluation, masked in training).
     """
 
     def __init__(
         self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
         class_token_halts: bool = True, fuse_halted: bool = False, merge_halted: bool = False, **kwargs,
     ):  # fmt: skip
-        """gamma and beta scale and shift channel 0 into a halting score; a token halts at a sum of 1 - eps.
-
-        Variants that go past the paper: ``class_token_halts=False`` lets the class token run to the last layer; halted
-        tokens live on, with ``fuse_halted=True`` in one summary token an image, with ``merge_halted=True`` each in the
-        most similar patch that goes on.
-        """
-        refused = [name for name in ("class_token", "global_pool") if kwargs.get(name, "token") not in (True, "token")]
-        refused += [name for name in ("reg_tokens", "patch_drop_rate") if kwargs.get(name)]
+        """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
+        needed = {"class_token": True, "global_pool": "token", "reg_tokens": 0, "patch_drop_rate": 0}
+        refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
         if refused:
             raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
         if fuse_halted and merge_halted:
@@ -129,38 +122,32 @@ SHAPES = {
 }
 
 
+default_cfgs = {}  # timm reads them when a model is registered
+
+
 def register(kind: str, model_class: type, size: str) -> None:
     """Register ``<kind>_<size>`` with timm: a ``model_class`` of the shape ``SHAPES[size]``."""
-    name, shape = f"{kind}_{size}", SHAPES[size]
+    name, shape, grey = f"{kind}_{size}", SHAPES[size], size.endswith("_28")
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
         arguments = {"pretrained_filter_fn": checkpoint_filter_fn, **shape, **kwargs}
         model = build_model_with_cfg(model_class, name, pretrained, **arguments)
-        if size.endswith("_28"):  # learnt positions start as sines and cosines, which saves epochs
+        if grey:  # learnt positions start as sines and cosines, which saves epochs
             with torch.no_grad():
                 sines = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
                 model.pos_embed[0, model.num_prefix_tokens :] = sines
         return model
 
     create.__name__, create.__doc__ = name, f"{model_class.__name__} of shape {size}: {shape}."
+    if grey:
+        cfg = {f"{name}.untrained": dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))}
+    else:
+        cfg = {f"{name}.fb_in1k": get_pretrained_cfg(f"deit_{size}.fb_in1k")}
+    default_cfgs.update(generate_default_cfgs(cfg))
     register_model(create)
 
 
-def _pretrained_cfg(size: str) -> dict:
-    if size.endswith("_28"):
-        return dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
-    return dict(
-        hf_hub_id=f"timm/deit_{size}.fb_in1k", num_classes=1000, input_size=(3, 224, 224), crop_pct=0.9,
-        interpolation="bicubic", mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv="patch_embed.proj",
-        classifier="head", license="apache-2.0",
-    )  # fmt: skip
-
-
-_NAMES = [("avit", AViT, size) for size in SHAPES]
-_NAMES += [("deit", VisionTransformer, size) for size in SHAPES if size.endswith("_28")]  # timm has the others
-default_cfgs = generate_default_cfgs(
-    {f"{kind}_{size}.{'untrained' if size.endswith('_28') else 'fb_in1k'}": _pretrained_cfg(size) 
-     for kind, _, size in _NAMES}
-)  # fmt: skip
-for _name in _NAMES:
-    register(*_name)
+for _size in SHAPES:
+    register("avit", AViT, _size)
+    if _size.endswith("_28"):  # timm has the others
+        register("deit", VisionTransformer, _size)

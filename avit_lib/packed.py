@@ -4,10 +4,9 @@ The active tokens of all images lie one after another in a single buffer [T, D]:
 
     image 0: class patch patch patch | image 1: class patch patch | image 2: class patch
 
-Linear layers, norms and MLPs work on single tokens and never notice; attention runs inside each image (``ATTENTION``
-holds the ways to do that). After each layer the tokens that halted leave: one gather closes the gaps and, on the way,
-sorts the images by their number of tokens, so that equal ones lie side by side. Results, trace and gradients are those
-of masked execution (``model.run_masked``): a halted token is attended by nobody there, and gone here.
+Linear layers, norms and MLPs work on single tokens and never notice; attention runs inside each image. After each layer
+the tokens that halted leave: one gather closes the gaps and sorts the images by their number of tokens, so that equal
+ones lie side by side. Results, trace and gradients are those of masked execution (``model.run_masked``).
 """
 
 from collections.abc import Callable, Iterator
@@ -42,8 +41,8 @@ class Layout:
 def full_layout(images: int, tokens: int, device: torch.device) -> Layout:
     """The layout of a whole batch: ``images`` of ``tokens`` each."""
     index = torch.arange(images * tokens, device=device)
-    starts, counts = index[::tokens].clone(), torch.full((images,), tokens, device=device)
-    return Layout(index, index // tokens, torch.arange(images, device=device), starts, counts, (tokens,) * images)
+    counts = torch.full((images,), tokens, device=device)
+    return Layout(index, index // tokens, index[:images], index[::tokens], counts, (tokens,) * images)
 
 
 # --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -------------------------
@@ -84,44 +83,33 @@ def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | No
     return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
 
 
-ATTENTION: dict[str, Callable[[Tensor, Layout, float, Tensor | None], Tensor]] = {
-    "buckets": attend_buckets,
-    "padded": attend_padded,
-    "varlen": attend_varlen,
-}
-
-
-def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> str:
-    """The name of the fastest way to attend for the device and type of ``qkv``."""
+def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable[..., Tensor]:
+    """The fastest way to attend for the device and type of ``qkv``."""
     if qkv.device.type != "cuda":
-        return "buckets"
+        return attend_buckets
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    return "varlen" if half and dropout == 0 and bias is None else "padded"
+    return attend_varlen if half and dropout == 0 and bias is None else attend_padded
 
 
 # --- one transformer block on the buffer ------------------------------------------------------------------------------
 
 
-def packed_block(
-    block: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None, bias: Tensor | None = None
-) -> Tensor:
+def packed_block(block: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
-    attended = packed_attention(block.attn, block.norm1(tokens), layout, attention, bias)
+    attended = packed_attention(block.attn, block.norm1(tokens), layout, bias)
     tokens = tokens + _drop_path(block.drop_path1, block.ls1(attended), layout)
     return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
-def packed_attention(
-    module: nn.Module, tokens: Tensor, layout: Layout, attention: str | None = None, bias: Tensor | None = None
-) -> Tensor:
-    """timm's Attention on a packed buffer [T, D], by the way called ``attention`` (default: the fastest)."""
+def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """timm's Attention on a packed buffer [T, D]."""
     qkv = module.qkv(tokens).view(-1, 3, module.num_heads, module.head_dim)
     if not isinstance(module.q_norm, nn.Identity):
         q, k, v = qkv.unbind(1)
         qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0
     bias = None if bias is None else bias.to(qkv.dtype)
-    attended = ATTENTION[attention or pick_attention(qkv, dropout, bias)](qkv, layout, dropout, bias)
+    attended = pick_attention(qkv, dropout, bias)(qkv, layout, dropout, bias)
     return module.proj_drop(module.proj(module.norm(attended)))
 
 
@@ -136,91 +124,144 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Departed:
-    """The K tokens that left the buffer in a layer; those of one image follow each other."""
+class Move:
+    """Who of the T tokens of a layer goes on, and who leaves."""
 
-    rows: Tensor  # [K] where they lay in it
-    segment: Tensor  # [T] of every token that was in it, the image in the new layout; S or more: it has no tokens left
+    stay: Tensor  # [T - K] rows of the buffer that go on, in their new order
+    leave: Tensor  # [K] rows that leave; those of one image follow each other
+    segment: Tensor  # [T] the image of each in the new layout; those that have no tokens left come last
     most: int  # that an image lost
 
 
-def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None, Departed | None]:
-    """Let the tokens go for which ``keep`` [T] is False.
+def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Move | None]:
+    """The layout without the tokens for which ``keep`` [T] is False, and the way there (None: all stay as they lie).
 
-    Returns the new layout, which rows of the buffer stay, in their new order, and who left (None, None: all stay as
-    they lie). The numbers of tokens that are left come to the host: the only synchronisation of a layer.
+    The numbers of tokens that are left come to the host: the only synchronisation of a layer.
     """
     counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()
     total = sum(lengths)
     if total == len(keep):
-        return layout, None, None
+        return layout, None
     most = max(before - after for before, after in zip(layout.lengths, lengths, strict=True))
     counts, by_length = counts.sort(descending=True, stable=True)
-    place = by_length.argsort()  # of each image in the new order
-    segment = place[layout.segment]
-    order = torch.where(keep, segment, len(lengths)).argsort(stable=True)  # those that go come last
-    rows, departed = order[:total], Departed(order[total:], segment, most)
+    segment = by_length.argsort()[layout.segment]
+    order = torch.where(keep, segment, len(lengths)).argsort(stable=True)  # those that leave come last
+    move = Move(order[:total], order[total:], segment, most)
     lengths = tuple(sorted(filter(None, lengths), reverse=True))
     counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
-    layout = Layout(layout.index[rows], segment[rows], images, counts.cumsum(0) - counts, counts, lengths)
-    return layout, rows, departed
+    starts = counts.cumsum(0) - counts
+    return Layout(layout.index[move.stay], segment[move.stay], images, starts, counts, lengths), move
 
 
 # --- Algorithm 1 on the buffer ----------------------------------------------------------------------------------------
 
 
 def packed_layers(
-    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, every_token: bool, attention: str | None = None
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, every_token: bool
 ) -> Iterator[tuple[Layout, Tensor, Tensor, Tensor]]:
     """Algorithm 1 on the embedded tokens [B, N, D], without those that halted.
 
-    Yields after each layer the layout of the buffer, the tokens [T, D] in it, their scores h [T] and their output
-    weights w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has
-    halted: nothing can change its representation any more. With ``rule.fuse_halted`` each image has one token more, its
-    last: the summary, which lies in the buffer as long as the image does. With ``rule.merge_halted`` tokens that leave
-    join others.
+    Yields after each layer the layout of the buffer, its tokens [T, D], their scores h [T] and their output weights
+    w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has halted:
+    nothing can change its representation any more. With ``rule.fuse_halted`` the last token of each image in the buffer
+    is its summary; with ``rule.merge_halted`` tokens that leave join others.
     """
     if rule.fuse_halted:
         tokens = F.pad(tokens, (0, 0, 0, 1))
     buffer, layout = tokens.flatten(0, 1), full_layout(*tokens.shape[:2], tokens.device)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
-    fused = cumulative.new_zeros(len(tokens))  # how many tokens each summary stands for
-    size = None  # how many tokens each one stands for [T]; None: one, nothing has merged
+    size = None  # how many tokens each one stands for [T]; None: one
+    if rule.fuse_halted:
+        size = torch.ones_like(cumulative).index_fill(0, layout.ends, 0.0)
     for layer, block in enumerate(blocks, start=1):
-        bias = _summary_bias(layout, fused) if rule.fuse_halted else None if size is None else size.log()
-        buffer = packed_block(block, buffer, layout, attention, bias)
+        buffer = packed_block(block, buffer, layout, bias=None if size is None else size.log())
         score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
         remainder = 1 - cumulative  # R
         cumulative = cumulative + score  # cumul += h
-        active = cumulative < 1 - rule.eps  # m
+        keep = active = cumulative < 1 - rule.eps  # m
         yield layout, buffer, score, torch.where(active, score, remainder)  # w
         if layer == len(blocks):
             return
-        keep = active
         if rule.fuse_halted:
-            buffer, fused = _fuse(buffer, layout, active, fused)
-            keep = keep & _more_than_a_summary(layout, active)
+            buffer, size, keep = _fuse(buffer, size, layout, active)
         if not every_token:
             keep = keep & active[layout.starts][layout.segment]  # does the class token go on?
-        layout, rows, departed = split_off(layout, keep)
+        layout, move = split_off(layout, keep)
         if not layout.lengths:
             return
-        if rows is not None:
-            cumulative = cumulative.index_select(0, rows)
-            if rule.merge_halted:
-                size = torch.ones_like(score) if size is None else size
-                buffer, size = _merge(buffer, size, rows, departed, layout, *tokens.shape[:2])
-            else:
-                buffer = buffer.index_select(0, rows)
+        if move is None:
+            continue
+        if rule.merge_halted:
+            size = torch.ones_like(score) if size is None else size
+            buffer, size = _merge(buffer, size, layout, move, *tokens.shape[:2])
+        else:
+            buffer = buffer.index_select(0, move.stay)
+            size = None if size is None else size[move.stay]
+        cumulative = cumulative.index_select(0, move.stay)
 
 
-def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None) -> Tensor:
+def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Tensor:
+    """The scores [T] that are added up in a layer: all 1 in the last, 0 for what is not to halt before that."""
+    score = halting_score(buffer, rule.gamma, rule.beta)
+    if last:
+        return torch.ones_like(score)
+    if not rule.class_token_halts:
+        score = score.index_fill(0, layout.starts, 0.0)
+    return score.index_fill(0, layout.ends, 0.0) if rule.fuse_halted else score
+
+
+def _fuse(buffer: Tensor, size: Tensor, layout: Layout, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Let the summary token of each image take in those that have halted.
+
+    Returns buffer and sizes anew, and which tokens [T] stay: the active ones, but no summary that would be left alone.
+    """
+    halted = torch.where(active[:, None], 0.0, buffer).to(size.dtype)
+    total = halted.new_zeros(len(layout.counts), buffer.shape[1]).index_add(0, layout.segment, halted)
+    number = size.new_zeros(len(layout.counts)).index_add(0, layout.segment, (~active).to(size.dtype))
+    summary, together = fuse(buffer[layout.ends], size[layout.ends, None], total, number[:, None])
+    keep = active & (layout.counts - number > 1)[layout.segment]
+    buffer = buffer.index_copy(0, layout.ends, summary.to(buffer.dtype))
+    return buffer, size.index_copy(0, layout.ends, together[:, 0]), keep
+
+
+def _merge(
+    buffer: Tensor, size: Tensor, layout: Layout, move: Move, batch: int, per_image: int
+) -> tuple[Tensor, Tensor]:
+    """Let each token that leaves join the most similar patch of its image among those that stay.
+
+    From buffer and sizes, [T, D] and [T], of the layer before to those of the new ``layout``. Both sides are padded, an
+    image a row; the last row is for images that are gone, whose tokens join nobody.
+    """
+
+    def padded(values: Tensor, image: Tensor, place: Tensor, longest: int) -> Tensor:
+        rows = values.new_zeros(len(layout.lengths) + 1, longest, *values.shape[1:])
+        return rows.index_put((image, place), values.detach())
+
+    leaving, weight, image = buffer[move.leave], size[move.leave], move.segment[move.leave]
+    buffer, size = buffer.index_select(0, move.stay), size[move.stay]
+    number = torch.arange(len(leaving), device=buffer.device)
+    first = torch.full((batch,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
+    slot, image = number - first[image], image.clamp(max=len(layout.lengths))  # where it stands among its image's
+    place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]
+    patches = layout.index % per_image > 0  # not the class token
+    takers = padded(patches, layout.segment, place, layout.lengths[0])
+    staying = padded(buffer, layout.segment, place, layout.lengths[0])
+    into = most_similar(padded(leaving, image, slot, move.most), staying, takers)[image, slot]
+    welcome = takers.any(dim=1)[image]
+    into = torch.where(welcome, F.pad(layout.starts, (0, 1))[image] + into, 0)
+    return join(buffer, size, leaving, torch.where(welcome, weight, 0.0), into)
+
+
+# --- what a model asks for --------------------------------------------------------------------------------------------
+
+
+def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
     if len(tokens) == 1 and tokens.device.type == "cpu" and not rule.fuse_halted:
         return predict_one(blocks, tokens, rule)
     representation = 0.0 * tokens[:, 0]
-    for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False, attention=attention):
+    for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False):
         added = weight[layout.starts, None] * buffer[layout.starts]  # w * t of the class tokens
         representation = representation.to(added.dtype).index_add(0, layout.images, added)
     return representation[:, None].to(tokens.dtype)
@@ -257,9 +298,7 @@ def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Ten
     raise ValueError("there are no layers")
 
 
-def run_packed(
-    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, attention: str | None = None
-) -> tuple[Tensor, HaltingTrace]:
+def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """The representation [B, 1, D] and the trace of the embedded tokens [B, N, D], every token to its own halting.
 
     Equal to ``model.run_masked`` up to rounding, in gradients too.
@@ -268,7 +307,7 @@ def run_packed(
     per_image = real + rule.fuse_halted
     depth = torch.zeros(images * per_image, dtype=torch.long, device=tokens.device)  # N_k
     scores, class_tokens = [], []
-    for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, every_token=True, attention=attention):
+    for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, every_token=True):
         scores.append(score.new_zeros(images * per_image).index_copy(0, layout.index, score))
         depth.index_add_(0, layout.index, torch.ones_like(layout.index))
         # Of an image whose class token has halted this is another token; its weight is 0.
@@ -279,68 +318,3 @@ def run_packed(
     weights = trace.output_weights[:, : len(class_tokens), None]  # w
     representation = (weights * torch.stack(class_tokens, dim=1)).sum(dim=1, keepdim=True)
     return representation.to(tokens.dtype), trace
-
-
-def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Tensor:
-    """The scores [T] that are added up in a layer: all 1 in the last, 0 for what is not to halt before that."""
-    score = halting_score(buffer, rule.gamma, rule.beta)
-    if last:
-        return torch.ones_like(score)
-    if not rule.class_token_halts:
-        score = score.index_fill(0, layout.starts, 0.0)
-    return score.index_fill(0, layout.ends, 0.0) if rule.fuse_halted else score
-
-
-# --- the summary token, last in each image ----------------------------------------------------------------------------
-
-
-def _summary_bias(layout: Layout, fused: Tensor) -> Tensor:
-    """What is added to the attention logits of each key [T]: the logarithm of the number of tokens it stands for."""
-    bias = torch.zeros_like(layout.index, dtype=fused.dtype)
-    return bias.index_copy(0, layout.ends, fused[layout.images].log())
-
-
-def _fuse(buffer: Tensor, layout: Layout, active: Tensor, fused: Tensor) -> tuple[Tensor, Tensor]:
-    """Let the summary token of each image take in the tokens that have halted."""
-    halted = torch.where(active[:, None], 0.0, buffer).to(fused.dtype)
-    total = halted.new_zeros(len(layout.counts), buffer.shape[1]).index_add(0, layout.segment, halted)
-    number = fused.new_zeros(len(layout.counts)).index_add(0, layout.segment, (~active).to(fused.dtype))
-    summary, together = fuse(buffer[layout.ends], fused[layout.images, None], total, number[:, None])
-    buffer = buffer.index_copy(0, layout.ends, summary.to(buffer.dtype))
-    return buffer, fused.index_copy(0, layout.images, together[:, 0])
-
-
-def _more_than_a_summary(layout: Layout, active: Tensor) -> Tensor:
-    """Whether other tokens of the same image are active, for every token [T]."""
-    tokens = torch.zeros_like(layout.counts).index_add_(0, layout.segment, active.long())
-    return (tokens > 1)[layout.segment]
-
-
-# --- halted tokens join others ----------------------------------------------------------------------------------------
-
-
-def _merge(
-    buffer: Tensor, size: Tensor, rows: Tensor, departed: Departed, layout: Layout, batch: int, per_image: int
-) -> tuple[Tensor, Tensor]:
-    """Let the tokens that have ``departed`` join the most similar patch of their image among those that stay.
-
-    From the buffer and the sizes, [T, D] and [T], of the layer before to those of the new ``layout``, the ``rows`` that
-    stay. Both sides are padded, an image a row; the last row is for images that are gone, whose tokens join nobody.
-    """
-    leaving, weight = buffer[departed.rows], size[departed.rows]
-    buffer, size = buffer.index_select(0, rows), size.index_select(0, rows)
-    images, longest = len(layout.lengths), layout.lengths[0]
-    image, number = departed.segment[departed.rows], torch.arange(len(leaving), device=buffer.device)
-    first = torch.full((batch,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
-    slot, image = number - first[image], image.clamp(max=images)  # where each stands among those its image lost
-    place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]  # in its image
-    padded = buffer.new_zeros(images + 1, longest, buffer.shape[1])
-    padded = padded.index_put((layout.segment, place), buffer.detach())
-    takers = torch.zeros(images + 1, longest, dtype=torch.bool, device=buffer.device)
-    takers = takers.index_put((layout.segment, place), layout.index % per_image > 0)  # not the class token
-    padded_leaving = buffer.new_zeros(images + 1, departed.most, buffer.shape[1])
-    padded_leaving = padded_leaving.index_put((image, slot), leaving.detach())
-    into = most_similar(padded_leaving, padded, takers)[image, slot]
-    welcome = takers.any(dim=1)[image]
-    into = torch.where(welcome, F.pad(layout.starts, (0, 1))[image] + into, 0)
-    return join(buffer, size, leaving, torch.where(welcome, weight, 0.0), into)

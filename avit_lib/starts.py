@@ -1,18 +1,13 @@
 """Where halting starts: what gamma, beta and channel 0 are before any training.
 
-A fixed beta fits only backbones whose channel 0 is spread like that of the one it was found for. Too low, and epochs
-pass before anything halts; too high, and the first steps tear a trained backbone apart. So either beta is calibrated to
-a depth of one's choice (``calibrated_beta``); or channel 0 itself is fitted (``fit_start``, not in the paper).
-
-Channel 0 of a backbone that never halted says nothing of whether a token is needed. Fitted, it does, layer by layer:
-the weights that write it are found by ridge regression on training images, so that it says how redundant each token is,
-that is how similar to another one that could stand for it. That is what token merging goes by; but there every image
-loses the same number of tokens, and here a token decides for itself. No parameter is added: channel 0 is freed of what
-it meant to the backbone, and then kept for halting alone (``hold_channel``).
+With beta too low, epochs pass before anything halts; too high, and the first steps tear a trained backbone apart. So
+either beta is calibrated to a depth of one's choice (``calibrated_beta``), or channel 0 is fitted (``fit_start``, not
+in the paper): ridge regression on training images finds the weights with which it says, layer by layer, how redundant
+each token is, that is how similar to another one that could stand for it. No parameter is added: channel 0 is freed of
+what it meant to the backbone, and then kept for halting alone (``hold_channel``).
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -26,6 +21,7 @@ from avit_lib.halting import halting_score, halting_step, initial_state
 from avit_lib.merging import masked_block, merge_masked
 from avit_lib.model import AViT
 
+TOLERANCE = 0.05  # layers by which a calibrated depth may miss the wish
 SPREAD = 0.5  # standard deviation over tokens that channel 0 is fitted to: with gamma 5, logits of a few units
 RANK_WEIGHT = 0.25  # how much less channel 0 of a position starts with for each rank
 RIDGE = 2.0  # in units of the mean square of the features: small weights, so that training moves no score far
@@ -37,12 +33,10 @@ def mean_depth(model: AViT, images: Tensor) -> float:
     return model.forward_with_trace(images)[1].depth.float().mean().item()
 
 
-def calibrated_beta(
-    model: AViT, images: Tensor, gamma: float, eps: float, wish: float, tolerance: float = 0.05
-) -> float:
+def calibrated_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish: float) -> float:
     """The beta, by bisection, with which ``model`` reaches a mean depth of ``wish`` layers on images [B, C, H, W].
 
-    Stops within ``tolerance`` layers of the wish, or where the depth jumps over it; the model is left as it is. Raises
+    Stops within ``TOLERANCE`` of the wish, or where the depth jumps over it; the model is left as it is. Raises
     UserError unless the wish lies between the first layer and the last.
     """
     layers = len(model.blocks)
@@ -63,7 +57,7 @@ def calibrated_beta(
     while high - low > 1e-4 * max(1.0, abs(low)):
         beta = (low + high) / 2
         found = depth(beta)
-        if abs(found - wish) <= tolerance:
+        if abs(found - wish) <= TOLERANCE:
             return beta
         low, high = (beta, high) if found > wish else (low, beta)
     return low  # on the deeper side of a jump: less is lost
@@ -72,8 +66,8 @@ def calibrated_beta(
 def grid_rank(height: int, width: int) -> Tensor:
     """The rank [height * width] of each position of a grid: how often the grid can be thinned out and still hold it.
 
-    Each time every other position is left out, first as on a chessboard, then by rows, and so on: those of high rank
-    are few and lie evenly over the image. Of two tokens that could stand for each other, the higher rank stays.
+    Every other position is left out, first as on a chessboard, then by rows, and so on: those of high rank are few and
+    lie evenly over the image. Of two tokens that could stand for each other, the higher rank stays.
     """
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     held, rank = torch.ones_like(row, dtype=torch.bool), torch.zeros_like(row)
@@ -99,20 +93,19 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, Any]]:
     """Where channel 0 is written and, by the norms, read: parameters, each with the index of its part."""
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
-    layers = [model.patch_embed.proj]
-    norms = [model.norm]
+    yield from ((parameter, 0) for parameter in model.patch_embed.proj.parameters())
     for block in model.blocks:
-        layers += [block.attn.proj, block.mlp.fc2]
-        norms += [block.norm1, block.norm2]
-    for parameter in (*(part for layer in layers for part in layer.parameters()), *(norm.weight for norm in norms)):
-        yield parameter, 0
+        for layer in (block.attn.proj, block.mlp.fc2):
+            yield from ((parameter, 0) for parameter in layer.parameters())
+        yield from ((norm.weight, 0) for norm in (block.norm1, block.norm2))
+    yield model.norm.weight, 0
 
 
 def hold_channel(model: AViT) -> None:
     """Keep channel 0 as it was fitted: training changes neither what writes it nor that nothing else reads it.
 
-    Otherwise an optimizer that scales each gradient by its own size, as Adam does, would take these weights, which no
-    task loss holds back, far away within an epoch, however small the weights of the halting losses are.
+    Adam, which scales each gradient by its own size, would take these weights far away within an epoch: no task loss
+    holds them back.
     """
     for parameter, index in channel_parameters(model):
         parameter.register_hook(partial(_without, index))
@@ -134,9 +127,7 @@ def fit_start(model: AViT, images: Tensor, target: Tensor) -> None:
     """
     rule, trains = model.rule, model.training
     if not rule.merge_halted or rule.class_token_halts:
-        raise UserError(
-            "a fitted start is for merge_halted=True and class_token_halts=False; set them, or fitted=False"
-        )
+        raise UserError("a fitted start wants merge_halted=True and class_token_halts=False; set them, or fitted=False")
     model.eval()
     for parameter, index in channel_parameters(model):
         parameter[index] = 0.0
@@ -147,9 +138,11 @@ def fit_start(model: AViT, images: Tensor, target: Tensor) -> None:
     size = torch.ones_like(state.cumulative)
     for block, following, share in zip(model.blocks[:-1], model.blocks[1:], target.tolist(), strict=False):
         active = state.active
-        with _inputs_of(block.mlp.fc2) as caught:
-            tokens = masked_block(block, tokens * active[..., None], active, size)
-        (hidden,) = caught
+        entered = []
+        hook = block.mlp.fc2.register_forward_pre_hook(lambda _, inputs, entered=entered: entered.extend(inputs))
+        tokens = masked_block(block, tokens * active[..., None], active, size)
+        hook.remove()
+        (hidden,) = entered  # of the MLP
         keys = following.attn.qkv(following.norm1(tokens)).chunk(3, dim=-1)[1]
         patches = F.pad(active[:, 1:], (1, 0))
         wish = redundancy(keys[:, 1:], rank, active[:, 1:])[active[:, 1:]]
@@ -166,17 +159,6 @@ def fit_start(model: AViT, images: Tensor, target: Tensor) -> None:
         state, _ = halting_step(state, score, rule.eps)
         tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
     model.train(trains)
-
-
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that takes what goes into ``module`` while the context lasts."""
-    caught: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-    try:
-        yield caught
-    finally:
-        handle.remove()
 
 
 def _standardised(values: Tensor) -> Tensor:

@@ -8,20 +8,20 @@ import timm
 import torch
 from torchvision.transforms import v2
 
-from avit_lib.data import ImageTensors
+from avit_lib.data import Images
 from avit_lib.model import AViT
 from avit_lib.training import read_json
 
 torch.set_num_threads(1)
 
 
-def random_images(count: int, classes: int = 10, seed: int = 0) -> ImageTensors:
+def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:
     """``count`` grey 28 x 28 images of noise, the brighter the higher their label; the labels take turns."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 100, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
     images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[:, None, None, None]
     transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
-    return ImageTensors(images, torch.arange(count) % classes, tuple(map(str, range(classes))), transform)
+    return Images(images, torch.arange(count) % classes, tuple(map(str, range(classes))), transform)
 
 
 def varied_model(class_channel: float = 0.0, name: str = "avit_nano_patch7_28", **kwargs) -> AViT:

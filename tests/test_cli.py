@@ -1,17 +1,17 @@
 """The command line as a new user tries it: a folder of one's own images, then the faults it may have."""
 
 import json
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from avit_lib import cli
+from avit_lib import data
 from avit_lib.cli import main
-from avit_lib.config import PROFILES, Halting, Run, Training, data_dir, get_profile
-from avit_lib.data import training_data
-from avit_lib.reporting import Results
+from avit_lib.study import get_profile
+from avit_lib.study.results import Results
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def test_a_model_is_taught_by_another_on_images_of_the_user(folder, trained, tmp
     fit = ["fit", "--profile", "smoke", "--data-dir", str(folder), "--epochs", "1"]
     assert main([*fit, "--model", "DeiT", "--output", str(tmp_path / "deit")]) == 0
     deit, taught = str(tmp_path / "deit" / "last.safetensors"), tmp_path / "taught"
-    fit += ["--model", "taught", "--ckpt", deit, "--output", str(taught)]
-    assert main(fit) == 2
+    learn = [*fit, "--model", "taught", "--ckpt", deit, "--output", str(taught)]
+    assert main(learn) == 2
     assert "learns from run 'deit': name its weights by --teacher" in capsys.readouterr().err
-    assert main([*fit, "--teacher", deit]) == 0
+    assert main([*learn, "--teacher", deit]) == 0
     assert "train_distillation" in (taught / "history.csv").read_text().splitlines()[0]
-    assert main([*fit, "--teacher", str(trained / "last.safetensors")]) == 2  # is another teacher
+    assert main([*learn, "--teacher", str(trained / "last.safetensors")]) == 2  # is another teacher
     assert "holds another run" in capsys.readouterr().err
-    assert main([*fit[:-1], str(tmp_path / "other"), "--model", "avit", "--teacher", deit]) == 2
+    assert main([*fit, "--model", "avit", "--output", str(tmp_path / "other"), "--teacher", deit]) == 2
     assert "has no teacher" in capsys.readouterr().err
 
 
@@ -117,17 +117,36 @@ def test_data_describes_the_split(capsys):
         (["data", "--profile", "imagnet"], "unknown profile 'imagnet'"),
         (["test", "--ckpt", "none.safetensors"], "none.json is missing"),
         (["fit", "--output", "x", "--data-dir", "nowhere"], "nowhere/train holds no images"),
-        (["fit", "--output", "x", "--profile", "smoke", "--batch-size", "0"], "--batch-size must be positive"),
+        (
+            ["fit", "--output", "x", "--profile", "smoke", "--batch-size", "0"],
+            "training.batch_size: expected `int` >= 1",
+        ),
         (["test", "--ckpt", "none.safetensors", "--batch-size", "0"], "--batch-size must be positive"),
-        (["fit", "--output", "x", "--profile", "smoke", "--device", "tpu"], "unknown device 'tpu'"),
+        (["fit", "--output", "x", "--profile", "smoke", "--device", "tpu"], 'Invalid value "tpu" for --device'),
+        (["visualize", "--ckpt", "none.safetensors", "--images"], "--images requires at least 1 element"),
+        (["benchmark", "--batch"], "--batch requires at least 1 element"),
+        (["badges", "--check", "twice"], "twice"),
     ],
 )
 def test_faults_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("AVIT_DATA", str(data_dir().resolve()))
+    monkeypatch.setenv("AVIT_DATA", str(data.data_dir().resolve()))
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not any(tmp_path.iterdir())
+
+
+COMMANDS = ("fit", "test", "visualize", "data", "benchmark", "search", "sweep", "notebooks", "readme", "badges")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_says_what_there_is_and_does_nothing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--help"]) == 0
+    shown = capsys.readouterr()
+    wanted = COMMANDS if not command else ["--check"] if command == "badges" else ["--profile", "--seed"]
+    assert all(word in shown.out for word in wanted) and not shown.err
     assert not any(tmp_path.iterdir())
 
 
@@ -147,39 +166,94 @@ def test_images_that_do_not_exist(trained, capsys, tmp_path):
 
 @pytest.fixture
 def pool(tmp_path, monkeypatch):
-    """A profile on a small Caltech-101: 14 images of each of two classes."""
+    """The file of a profile on a small Caltech-101: 14 images of each of two classes."""
     for name, colour in (("ant", "red"), ("bee", "blue")):
         folder = tmp_path / "data" / "caltech101" / "101_ObjectCategories" / name
         folder.mkdir(parents=True)
         for number in range(14):
             Image.new("RGB", (30, 20), colour).save(folder / f"image_{number:04d}.jpg")
-    run = Run("avit", "A-ViT", "avit_tiny_patch16_224", "random", Training(1, 1e-3, batch_size=4), Halting())
-    profile = replace(get_profile("caltech101"), name="pool", runs=(run,), train_per_class=4, test_per_class=4)
-    monkeypatch.setitem(PROFILES, "pool", profile)
     monkeypatch.setenv("AVIT_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
-    return profile
+    path = tmp_path / "pool.toml"
+    path.write_text("""
+        purpose = "a test"
+        focus = "avit"
+        data = { dataset = "Caltech101", image_size = 224, validation_per_class = 5, train_per_class = 4,
+                 test_per_class = 4 }
+        training = { epochs = 1, learning_rate = 1e-3, batch_size = 4 }
+        runs.avit = { label = "A-ViT", model = "avit_tiny_patch16_224", init = "random", halting = {} }
+    """)  # fmt: skip
+    return str(path)
 
 
 def test_data_compares_with_the_split_on_record(pool, tmp_path, capsys):
-    command = ["data", "--profile", "pool"]
+    command = ["data", "--profile", pool]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "8 training, 10 validation, 8 test images, 2 classes" in printed and "the same as" not in printed
-    Results(pool, 0, "a test").metrics(training_data(pool, 0).split, "split")
+    Results("pool", 0, "a test").metrics(data.training_data(get_profile(pool).data, 0).split, "split")
     assert main(command) == 0
     assert "the same as in" in capsys.readouterr().out
     assert main([*command, "--seed", "1"]) == 0  # of which there is no record
-    capsys.readouterr()
+    assert "the same as" not in capsys.readouterr().out
     next((tmp_path / "data").rglob("image_0003.jpg")).unlink()
     assert main(command) == 2
     assert "not those on record" in capsys.readouterr().err
 
 
-def test_a_checkpoint_is_tested_on_the_split_it_was_trained_on(pool, tmp_path, monkeypatch, capsys):
-    assert main(["fit", "--profile", "pool", "--seed", "3", "--output", str(tmp_path / "run")]) == 0
-    seeds = []
-    test_data = cli.test_data
-    monkeypatch.setattr(cli, "test_data", lambda profile, seed: seeds.append(seed) or test_data(profile, seed))
-    assert main(["test", "--profile", "pool", "--ckpt", str(tmp_path / "run" / "last.safetensors")]) == 0
+def test_a_checkpoint_is_tested_on_the_split_it_was_trained_on(pool, tmp_path, monkeypatch):
+    assert main(["fit", "--profile", pool, "--seed", "3", "--output", str(tmp_path / "run")]) == 0
+    seeds, test_data = [], data.test_data
+    monkeypatch.setattr(
+        data, "test_data", lambda about, seed, *more: seeds.append(seed) or test_data(about, seed, *more)
+    )
+    assert main(["test", "--profile", pool, "--ckpt", str(tmp_path / "run" / "last.safetensors")]) == 0
     assert seeds == [3]
+
+
+# ---- a profile of one's own ----
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The file of a profile, the smoke profile but for its epochs, in the current folder outside the checkout."""
+    monkeypatch.setenv("AVIT_DATA", str(data.data_dir().resolve()))
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.toml").write_text('extends = "smoke"\nfocus = "avit"\ntraining.epochs = 1\n')
+    monkeypatch.chdir(elsewhere)
+    return Path("mine.toml")
+
+
+def test_a_profile_of_ones_own_is_trained_tested_and_drawn(own, tmp_path, capsys):
+    assert main(["fit", "--profile", str(own)]) == 0
+    folder = tmp_path / "results" / "mine" / "checkpoints" / "avit"
+    assert pd.read_csv(folder / "history.csv")["epoch"].tolist() == [1]  # of the smoke profile: two
+    capsys.readouterr()
+    assert main(["test", "--profile", str(own)]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 200
+    assert json.loads((folder / "last_test.json").read_text())["provenance"]["profile"] == "mine"
+    assert main(["visualize", "--profile", str(own.resolve()), "--images", "0", "1", "2"]) == 0
+    with Image.open("halting.png") as picture:
+        assert min(picture.size) > 100
+    assert {path.name for path in Path().iterdir()} == {"mine.toml", "halting.png"}
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("training.epochs = 0", "training.epochs: expected `int` >= 1"),
+        ("halting.target_deph = 3.0", "target_deph"),
+        ("focus = 'nobody'", "focus names 'nobody'"),
+        ("epochs = ", "mend this line"),
+    ],
+)
+def test_a_fault_in_a_profile_of_ones_own_names_the_file(own, tmp_path, content, message, capsys):
+    own.write_text(f'extends = "smoke"\n{content}\n')
+    assert main(["fit", "--profile", str(own)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert str(own.resolve()) in error and message in error
+    assert not (tmp_path / "results").exists()

@@ -113,7 +113,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(losses.AdaptiveLoss, "__call__", interrupted)
     assert cli.main(command) == 130
-    assert "the same command goes on after the last finished epoch" in capsys.readouterr().err
+    assert "run the same command again to go on" in capsys.readouterr().err
     assert cli.main(command) == 0
     assert "going on after epoch 1" in capsys.readouterr().out
     assert cli.main([*command[:-1], str(tmp_path / "whole")]) == 0

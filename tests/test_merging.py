@@ -17,7 +17,6 @@ def test_the_summary_is_the_mean_of_all_that_ever_halted():
     assert summary.tolist() == [[4.0, 3.0]] and fused.item() == 3
 
 
-
 def test_the_most_similar_is_chosen_by_direction_among_those_that_may_take():
     leaving = torch.tensor([[3.0, 0.1], [0.0, -1.0]])
     staying = torch.tensor([[10.0, 9.0], [0.1, 0.0], [0.2, -9.0]])

@@ -13,7 +13,7 @@ import avit_lib  # noqa: F401  registers the models
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule
 from avit_lib.model import run_masked
-from avit_lib.packed import packed_layers, predict_one, predict_packed, run_packed
+from avit_lib.packed import attend_buckets, attend_padded, packed_layers, predict_one, predict_packed, run_packed
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 
@@ -124,16 +124,17 @@ def test_one_token_in_all():
     assert torch.equal(packed[1].depth, masked[1].depth)
 
 
-@pytest.mark.parametrize("attention", ["buckets", "padded"])
-def test_every_attention_gives_the_same(attention):
-    model, images = make_model(), make_images(6)
-    tokens = model.embed(images)
+@pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
+@pytest.mark.parametrize("fuse_halted", [False, True])
+def test_every_attention_gives_the_same(attend, fuse_halted, monkeypatch):
+    monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
+    model = make_model(fuse_halted=fuse_halted)
+    tokens = model.embed(make_images(6))
     expected, trace = run_masked(model.blocks, tokens, model.rule)
-    got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention=attention)
+    got, packed_trace = run_packed(model.blocks, tokens, model.rule)
     torch.testing.assert_close(got, expected)
     assert torch.equal(packed_trace.depth, trace.depth)
-    alone = predict_packed(model.blocks, tokens, model.rule, attention)
-    torch.testing.assert_close(alone, expected)
+    torch.testing.assert_close(predict_packed(model.blocks, tokens, model.rule), expected)
 
 
 def test_an_image_does_not_depend_on_the_rest_of_the_batch():
@@ -206,9 +207,10 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, 
     """No operator whose result the host must know, but the one that reads how many tokens are left."""
     model = make_model(**variant)
     tokens, reads, read = model.embed(make_images(6)), [], torch.Tensor.tolist
+    monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend_padded)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
     with torch.inference_mode(), Operators() as seen:
-        layers = len(list(packed_layers(model.blocks, tokens, model.rule, every_token, attention="padded")))
+        layers = len(list(packed_layers(model.blocks, tokens, model.rule, every_token)))
     assert layers >= 4 and len(reads) <= layers
     assert not seen.names & WAITING
     with torch.inference_mode(), Operators() as seen:
@@ -235,16 +237,6 @@ def test_variants(variant, beta, batch):
     depth = assert_same(make_model(beta=beta, **variant), make_images(batch))
     if "class_token_halts" in variant:
         assert (depth[:, 0] == 6).all()
-
-
-@pytest.mark.parametrize("attention", ["buckets", "padded"])
-def test_every_attention_knows_the_summary(attention):
-    model, images = make_model(fuse_halted=True), make_images(6)
-    tokens = model.embed(images)
-    expected, trace = run_masked(model.blocks, tokens, model.rule)
-    got, packed_trace = run_packed(model.blocks, tokens, model.rule, attention)
-    torch.testing.assert_close(got, expected)
-    assert torch.equal(packed_trace.depth, trace.depth)
 
 
 def test_the_summary_is_the_mean_of_all_that_halted_and_hidden_before():

@@ -9,7 +9,15 @@ import torch
 from conftest import bright_and_dark, varied_model
 
 from avit_lib.errors import UserError
-from avit_lib.starts import calibrated_beta, channel_parameters, fit_start, grid_rank, hold_channel, mean_depth, redundancy
+from avit_lib.starts import (
+    calibrated_beta,
+    channel_parameters,
+    fit_start,
+    grid_rank,
+    hold_channel,
+    mean_depth,
+    redundancy,
+)
 
 VARIANT = {"class_token_halts": False, "merge_halted": True}
 

@@ -4,7 +4,7 @@ May import the method's errors; no other room. The others import what is named h
 """
 
 from avit_lib.data.datasets import Data, data_dir, project_root, weights_dir
-from avit_lib.data.images import ImageFiles, Images, ImageTensors, loader, read_image, to_pixels
+from avit_lib.data.images import Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
     check_split,
@@ -16,7 +16,6 @@ from avit_lib.data.splits import (
 )
 
 __all__ = [
-    "Data", "ImageFiles", "ImageTensors", "Images", "TrainingData", "check_split", "data_dir", "folder_test_data",
-    "folder_training_data", "loader", "pick_per_class", "project_root", "read_image", "test_data", "to_pixels",
-    "training_data", "weights_dir",
+    "Data", "Images", "TrainingData", "check_split", "data_dir", "folder_test_data", "folder_training_data", "loader",
+    "pick_per_class", "project_root", "read_image", "test_data", "to_pixels", "training_data", "weights_dir",
 ]  # fmt: skip

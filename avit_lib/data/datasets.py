@@ -1,12 +1,10 @@
 """Where images come from: torchvision's data sets, found or downloaded, ImageNet, and folders of one's own."""
 
 import os
-import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-from urllib.error import URLError
+from pickle import UnpicklingError
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -14,14 +12,19 @@ import torchvision.datasets as torchvision_sets
 from msgspec import Meta, Struct
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-from avit_lib.data.images import ImageFiles, Images, ImageTensors, batch_transform, decoded_size
+from avit_lib.data.images import ImageFiles, Images, batch_transform, decoded_size
 from avit_lib.errors import UserError
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
-DOWNLOAD_ERRORS = (
-    OSError, URLError, RuntimeError, ValueError, AssertionError, EOFError, ImportError, KeyError,
-    pickle.UnpicklingError,
-)  # fmt: skip
+# Data sets with official training and test images, small enough to be one array, and their folders under data_dir().
+TENSOR_SETS = {"FashionMNIST": "FashionMNIST/raw", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
+# Data sets without an official test set, from which all three parts are drawn: their folder under data_dir(), in it one
+# a class, and the one of these that holds images of nothing in particular.
+POOLS = {
+    "Caltech101": ("caltech101/101_ObjectCategories", "BACKGROUND_Google"),
+    "Caltech256": ("caltech256/256_ObjectCategories", "257.clutter"),
+}
+DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError, KeyError, UnpicklingError)
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -42,29 +45,11 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return 1 if self.dataset == "FashionMNIST" else 3
 
 
-@dataclass(frozen=True)
-class Pool:
-    """A data set without an official test set: one folder a class, from which all three parts are drawn."""
-
-    folder: str  # under data_dir(), in torchvision's layout
-    leave_out: str  # a folder of images of nothing in particular
-
-
-POOLS = {
-    "Caltech101": Pool("caltech101/101_ObjectCategories", "BACKGROUND_Google"),
-    "Caltech256": Pool("caltech256/256_ObjectCategories", "257.clutter"),
-}
-# With official training and test images, small enough to be one array; the folders are torchvision's.
-TENSOR_SETS = {"FashionMNIST": "FashionMNIST/raw", "CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
-
-
 def project_root() -> Path:
     """The checkout in which we are (the nearest folder upward with avit_lib beside pyproject.toml), else here."""
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "pyproject.toml").is_file() and (folder / "avit_lib").is_dir():
-            return folder
-    return here
+    upward = (Path.cwd(), *Path.cwd().parents)
+    found = (path for path in upward if (path / "pyproject.toml").is_file() and (path / "avit_lib").is_dir())
+    return next(found, upward[0])
 
 
 def data_dir() -> Path:
@@ -82,91 +67,68 @@ def official_images(data: Data, train: bool) -> Images:
 
     Downloads what is missing, if it can; raises UserError, with the folder it belongs into, if not.
     """
-    size, channels = data.image_size, data.channels
-    if data.dataset in TENSOR_SETS:
-        source = _tensor_set(data.dataset, train)
+    name, size, channels = data.dataset, data.image_size, data.channels
+    if name in TENSOR_SETS:
+        mend = "put its files there (data/README.md says which)"
+        if name == "FashionMNIST":
+            mend = "remove that folder and bring it back with `git checkout -- data`"
+        source = _downloaded(name, data_dir() / TENSOR_SETS[name], mend, train=train)
         images = torch.as_tensor(source.data)
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
-        classes = FASHION_CLASSES if data.dataset == "FashionMNIST" else tuple(source.classes)
+        classes = FASHION_CLASSES if name == "FashionMNIST" else tuple(source.classes)
         transform = batch_transform(images.shape[-1], size, channels)
-        return ImageTensors(images, torch.as_tensor(source.targets), classes, transform)
-    if data.dataset in POOLS:
-        pool = POOLS[data.dataset]
-        return image_files(_pool_folder(data.dataset), size, channels, pool.leave_out, nested=False)
+        return Images(images, torch.as_tensor(source.targets), classes, transform)
+    if name in POOLS:
+        folder, leave_out = data_dir() / POOLS[name][0], POOLS[name][1]
+        if not folder.is_dir():
+            _downloaded(name, folder, f"unpack its archive so that there is {folder}/<class>/*.jpg")
+        return folder_images(folder, size, channels, leave_out=leave_out)
     folder = data_dir() / "imagenet" / ("train" if train else "val")
     if not folder.is_dir():
         raise UserError(
             f"ImageNet is missing: put its images into {folder}/<class>/, with the ILSVRC2012 identifiers such as "
             f"n01440764 as classes, or set AVIT_DATA; it can't be downloaded without an account on image-net.org"
         )
-    return image_files(folder, size, channels)
+    return folder_images(folder, size, channels)
 
 
 def folder_images(
-    folder: Path, split: str, image_size: int, channels: int, classes: Sequence[str] | None = None
-) -> ImageFiles:
-    """The images under ``folder``/``split``, one folder a class; grey for one channel, else RGB; not decoded yet.
+    source: Path, image_size: int, channels: int, classes: Sequence[str] | None = None, leave_out: str | None = None
+) -> Images:
+    """The image files in ``source``, one folder a class, sorted by name; grey for one channel, else RGB; not decoded.
 
-    Raises UserError when there are none, or when their classes are not ``classes``.
-    """
-    source = Path(folder) / split
-    files = image_files(source, image_size, channels)
-    if classes is not None and list(classes) != list(files.classes):
-        differing = sorted(set(classes) ^ set(files.classes))
-        raise UserError(f"{source} has other classes than the model or the training images: {', '.join(differing)}")
-    return files
-
-
-def image_files(
-    source: Path, image_size: int, channels: int, leave_out: str | None = None, nested: bool = True
-) -> ImageFiles:
-    """The image files in ``source``, one folder a class, sorted by name like torchvision's ImageFolder.
-
-    ``nested``: those in folders inside a class's folder as well (torchvision leaves them out of the Caltech sets).
+    ``leave_out``: a class that a pool has too many; images in folders inside a class's are then left out as well, as
+    torchvision does it. Raises UserError when there are none, or when their classes are not ``classes``.
     """
     try:
-        names = [name for name in find_classes(source)[0] if name != leave_out]
-        samples = make_dataset(source, {name: label for label, name in enumerate(names)}, IMG_EXTENSIONS)
+        found = [name for name in find_classes(source)[0] if name != leave_out]
+        samples = make_dataset(source, {name: label for label, name in enumerate(found)}, IMG_EXTENSIONS)
     except (FileNotFoundError, NotADirectoryError) as error:
         reason = _first_line(error).split(". ")[0]  # "Found no valid file for the classes ..."
         raise UserError(
             f"{source} holds no images in one folder a class ({reason}); see `python -m avit_lib fit --help`"
         ) from None
+    if classes is not None and list(classes) != found:
+        differing = ", ".join(sorted(set(classes) ^ set(found)))
+        raise UserError(f"{source} has other classes than the model or the training images: {differing}")
     files = [(Path(path).relative_to(source).as_posix(), label) for path, label in samples]
-    if not nested:
+    if leave_out:
         files = [(name, label) for name, label in files if name.count("/") == 1]
-    paths, labels = zip(*files, strict=True)
+    names, labels = zip(*files, strict=True)
+    images = ImageFiles(source, np.array(names), image_size, channels)
     transform = batch_transform(decoded_size(image_size), image_size, channels)
-    return ImageFiles(
-        Path(source), np.array(paths), torch.tensor(labels), tuple(names), image_size, channels, transform
-    )
+    return Images(images, torch.tensor(labels), tuple(found), transform)
 
 
-def _tensor_set(name: str, train: bool) -> torchvision_sets.VisionDataset:
+def _downloaded(name: str, place: Path, mend: str, **options: Any) -> torchvision_sets.VisionDataset:
+    """A data set of torchvision's, downloaded if it is missing; raises UserError saying how to ``mend`` its files."""
     try:
-        return getattr(torchvision_sets, name)(data_dir(), train=train, download=True)
+        return getattr(torchvision_sets, name)(data_dir(), download=True, **options)
     except DOWNLOAD_ERRORS as error:
-        mend = "put its files there (data/README.md says which)"
-        if name == "FashionMNIST":
-            mend = "remove that folder and bring it back with `git checkout -- data`"
         raise UserError(
-            f"{name} under {data_dir() / TENSOR_SETS[name]} is missing or damaged and could not be downloaded "
-            f"({_first_line(error)}); {mend}, or set AVIT_DATA"
+            f"{name} under {place} is missing or damaged and could not be downloaded ({_first_line(error)}); {mend}, "
+            f"or set AVIT_DATA"
         ) from error
-
-
-def _pool_folder(name: str) -> Path:
-    """The folder of a pool, downloaded if it is not there."""
-    folder = data_dir() / POOLS[name].folder
-    if not folder.is_dir():
-        try:
-            getattr(torchvision_sets, name)(data_dir(), download=True)
-        except DOWNLOAD_ERRORS as error:
-            raise UserError(
-                f"{name} is missing and could not be downloaded ({_first_line(error)}); "
-                f"unpack its archive so that there is {folder}/<class>/*.jpg, or set AVIT_DATA"
-            ) from error
-    return folder
 
 
 def _first_line(error: Exception) -> str:

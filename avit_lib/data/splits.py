@@ -5,12 +5,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
-from avit_lib.data.images import Images, ImageTensors, batch_transform, decoded_size, load
+from avit_lib.data.images import Images, batch_transform, decoded_size, load
 from avit_lib.errors import UserError
 
 
@@ -31,6 +32,13 @@ def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -
     if min(len(indices) for indices in picked) < per_class:
         raise UserError(f"a class has fewer than the {per_class} images asked for; lower the number per class")
     return torch.cat(picked).sort().values
+
+
+def hold_out(labels: Tensor, per_class: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Indices of the "validation" images, ``per_class`` random ones of each class, and of all others, for "train"."""
+    chosen = pick_per_class(labels, per_class, generator)
+    others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, chosen, False)
+    return {"train": others.nonzero()[:, 0], "validation": chosen}
 
 
 def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
@@ -65,20 +73,19 @@ def training_data(data: Data, seed: int) -> TrainingData:
         chosen = split_pool(official, data, seed)
     else:
         generator = torch.Generator().manual_seed(seed)
-        held_out = pick_per_class(official.labels, data.validation_per_class, generator)
-        kept = _others(len(official), held_out)
+        chosen = hold_out(official.labels, data.validation_per_class, generator)
         if data.train_per_class != "all":
-            kept = kept[pick_per_class(official.labels[kept], data.train_per_class, generator)]
-        chosen = {"train": kept, "validation": held_out}
+            kept = chosen["train"]
+            chosen["train"] = kept[pick_per_class(official.labels[kept], data.train_per_class, generator)]
     parts = {role: official.select(indices) for role, indices in chosen.items()}
-    if isinstance(official, ImageTensors):  # images without names: the indices of those held out
+    if isinstance(official.images, Tensor):  # images without names: the indices of those held out
         indices = chosen["validation"].tolist()
         content = str(indices).encode() + parts["validation"].labels.numpy().tobytes()
-        split = _description(data.dataset, seed, parts, content) | {"validation_indices": indices}
+        split = _description(data.dataset, seed, parts, content, validation_indices=indices)
     else:
         complete = data.dataset not in POOLS and data.train_per_class == "all"
-        split = _describe_files(data.dataset, seed, parts, unlisted=("train",) if complete else ())
-    return _loaded(parts, split, data.image_size, data.channels, data.augmentation)
+        split = _describe_files(data.dataset, seed, parts, list_training=not complete)
+    return _loaded(parts, split, data)
 
 
 def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
@@ -90,8 +97,7 @@ def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
     if data.dataset in POOLS:
         images = images.select(split_pool(images, data, seed)["test"])
     elif data.test_per_class != "all":
-        chosen = pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0))
-        images = images.select(chosen)
+        images = images.select(pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0)))
     return load(images, "test") if decode else images
 
 
@@ -113,52 +119,45 @@ def folder_test_data(
     folder: Path, image_size: int, channels: int, classes: Sequence[str], decode: bool = True
 ) -> Images:
     """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
-    images = folder_images(folder, "test", image_size, channels, classes)
+    images = folder_images(folder / "test", image_size, channels, classes)
     return load(images, "test") if decode else images
 
 
-def folder_training_data(
-    folder: Path, image_size: int, channels: int, seed: int, augmentation: str = "none"
-) -> TrainingData:
-    """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/."""
-    train = folder_images(folder, "train", image_size, channels)
-    if (Path(folder) / "val").is_dir():
-        parts = {"train": train, "validation": folder_images(folder, "val", image_size, channels, train.classes)}
+def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
+    """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/.
+
+    Of ``data`` the image size, the number of channels and the augmentation count.
+    """
+    train, held_out = folder_images(folder / "train", data.image_size, data.channels), folder / "val"
+    if held_out.is_dir():
+        parts = {"train": train}
+        parts["validation"] = folder_images(held_out, data.image_size, data.channels, train.classes)
     else:
-        generator = torch.Generator().manual_seed(seed)
         smallest = int(train.labels.bincount().min())
         if smallest < 2:
-            raise UserError(
-                f"a class in {Path(folder) / 'train'} has a single image, so none can be held out; add images"
-            )
-        held_out = pick_per_class(train.labels, max(1, smallest // 10), generator)
-        parts = {"train": train.select(_others(len(train), held_out)), "validation": train.select(held_out)}
-    split = _describe_files(str(folder), seed, parts, unlisted=("train",))
-    return _loaded(parts, split, image_size, channels, augmentation)
+            raise UserError(f"a class in {train.images.root} has a single image, so none can be held out; add images")
+        chosen = hold_out(train.labels, max(1, smallest // 10), torch.Generator().manual_seed(seed))
+        parts = {role: train.select(indices) for role, indices in chosen.items()}
+    split = _describe_files(str(folder), seed, parts, list_training=False)
+    return _loaded(parts, split, data)
 
 
-def _loaded(parts: dict[str, Images], split: dict, image_size: int, channels: int, augmentation: str) -> TrainingData:
+def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     """Decode the training and validation images, and augment the former."""
     train = parts["train"]
-    size = train.images.shape[-1] if isinstance(train, ImageTensors) else decoded_size(image_size)
-    train = replace(train, transform=batch_transform(size, image_size, channels, augmentation))
-    return TrainingData(load(train, "training"), load(parts["validation"], "validation"), split, augmentation)
+    size = train.images.shape[-1] if isinstance(train.images, Tensor) else decoded_size(data.image_size)
+    train = replace(train, transform=batch_transform(size, data.image_size, data.channels, data.augmentation))
+    return TrainingData(load(train, "training"), load(parts["validation"], "validation"), split, data.augmentation)
 
 
-def _others(total: int, held_out: Tensor) -> Tensor:
-    """The indices below ``total`` that are not ``held_out``."""
-    rest = torch.ones(total, dtype=torch.bool)
-    rest[held_out] = False
-    return rest.nonzero()[:, 0]
-
-
-def _description(dataset: str, seed: int, parts: dict[str, Images], content: bytes) -> dict:
+def _description(dataset: str, seed: int, parts: dict[str, Images], content: bytes, **listed: Any) -> dict:
+    """The split, ready for JSON, with the checksum of ``content``."""
     sizes = {f"{role}_images": len(images) for role, images in parts.items()}
-    return {"dataset": dataset, "seed": seed, **sizes, "sha256": hashlib.sha256(content).hexdigest()}
+    return {"dataset": dataset, "seed": seed, **sizes, "sha256": hashlib.sha256(content).hexdigest(), **listed}
 
 
-def _describe_files(dataset: str, seed: int, parts: dict[str, Images], unlisted: Sequence[str] = ()) -> dict:
-    """The split as file names by role; the checksum is of all, also of roles ``unlisted`` because they are the rest."""
-    files = {role: images.names.tolist() for role, images in parts.items()}
-    listed = {role: names for role, names in files.items() if role not in unlisted}
-    return _description(dataset, seed, parts, json.dumps(files).encode()) | {"files": listed}
+def _describe_files(dataset: str, seed: int, parts: dict[str, Images], list_training: bool) -> dict:
+    """The split as file names by role; the checksum is of all, also of training images not listed, being the rest."""
+    files = {role: part.images.names.tolist() for role, part in parts.items()}
+    listed = {role: names for role, names in files.items() if list_training or role != "train"}
+    return _description(dataset, seed, parts, json.dumps(files).encode(), files=listed)

@@ -13,20 +13,16 @@ from avit_lib.halting import executed_depth
 
 
 def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
-    """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; masked tokens do not count.
+    """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; norms, activations, softmax left out.
 
-    Norms, activations and softmax are left out.
     Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
-    n_l^2 * 2D. A summary token of halted tokens counts as one token more; where halted tokens merge, so does the
-    comparison of those that halt with the patches that go on, D each.
+    n_l^2 * 2D. A summary is one token more; where halted tokens merge, each is compared with the patches that go on, D.
     """
-    block = model.blocks[0]
-    width = model.embed_dim
+    block, width = model.blocks[0], model.embed_dim
     linear = sum(layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
-    patch = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches
-    head = model.num_classes * width
+    fixed = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + model.num_classes * width  # + head
     executed = executed_depth(depth)
-    total = torch.full((len(depth),), float(patch + head), dtype=torch.float64)
+    total = torch.full((len(depth),), float(fixed), dtype=torch.float64)
     for layer in range(1, len(model.blocks) + 1):
         active = (executed >= layer).sum(dim=1).double()
         if getattr(model, "fuse_halted", False):

@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import re
 import resource
 import sys
 from contextlib import suppress
@@ -15,18 +16,15 @@ from avit_lib.evaluation.speed import prepared, step_of, synthetic_workload
 def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
     """Peak memory in MiB that steps of ``model`` (of ``speed.MODELS``) take on a synthetic workload of ``name``.
 
-    Weights and images are there before and do not count. Measured in a fresh process: what a process once took from the
-    system it may not give back.
+    Without weights and images; in a fresh process, because one may not give back what it once took from the system.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
 
 
 def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
-    device = torch.device("cuda" if gpu else "cpu")
-    step = step_of(
-        prepared(synthetic_workload(name, batch, mean_depth), task, precision, device), model, task, precision
-    )
+    workload = prepared(synthetic_workload(name, batch, mean_depth), task, precision, "cuda" if gpu else "cpu")
+    step = step_of(workload, model, task, precision)
     gc.collect()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -42,8 +40,6 @@ def _highest(gpu: bool) -> int:
     """The most bytes that this process has held so far."""
     if gpu:
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

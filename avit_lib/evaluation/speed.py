@@ -23,8 +23,7 @@ from avit_lib.packed import packed_layers
 MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
 TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
-# Of the synthetic workload: channel 0 lies where no sigmoid is saturated.
-SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)
+SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,11 @@ class Workload:
 def synthetic_workload(
     name: str, batch: int, mean_depth: float, image_spread: float = 1.5, token_spread: float = 2.0, seed: int = 0
 ) -> Workload:
-    """An untrained ``avit_*`` whose patches halt around ``mean_depth``, differently in every image.
+    """An untrained ``avit_*`` whose patches halt around ``mean_depth``; the class token runs to the last layer.
 
-    No block writes to channel 0, so a token keeps the score that its patch's brightness gives it, and the images are
-    made of the brightness that halts each patch in the layer drawn for it: image means deviate by ``image_spread``
-    layers, patches within an image by ``token_spread``. The class token runs to the last layer.
+    No block writes to channel 0: a token keeps the score that its patch's brightness gives it. Each patch has the
+    brightness that halts it in the layer drawn for it; image means deviate by ``image_spread`` layers, patches within
+    an image by ``token_spread``.
     """
     generator = torch.Generator().manual_seed(seed)
     adaptive = timm.create_model(name, **SYNTHETIC).eval()
@@ -67,15 +66,13 @@ def synthetic_workload(
         adaptive.pos_embed[..., 0], adaptive.cls_token[..., 0] = 0.0, -100.0
     means = mean_depth + image_spread * torch.randn(batch, 1, 1, 1, generator=generator)
     drawn = means + token_spread * torch.randn(batch, 1, *grid, generator=generator)
-    drawn = drawn + (mean_depth - drawn.mean())
-    halts = drawn.round().clamp(1, layers)
+    halts = (drawn + (mean_depth - drawn.mean())).round().clamp(1, layers)
     score = (1 - adaptive.eps) / (halts - 0.5)  # its multiple passes 1 - eps in layer ``halts``
     score = torch.where(halts == 1, torch.tensor(0.9999), score).clamp(max=0.9999)
     channel = (torch.logit(score) - adaptive.beta) / adaptive.gamma
     size = adaptive.patch_embed.patch_size
-    images = channel.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
-    images = images.expand(-1, adaptive.in_chans, -1, -1).contiguous()
-    return Workload(adaptive, plain, images, "synthetic halting of an untrained model")
+    images = channel.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3).expand(-1, adaptive.in_chans, -1, -1)
+    return Workload(adaptive, plain, images.contiguous(), "synthetic halting of an untrained model")
 
 
 def trained_workload(adaptive: AViT, plain: nn.Module, images: Tensor) -> Workload:
@@ -110,16 +107,15 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call of ``functions``, taken in turns so that a drift of the machine hits all alike.
 
-    Each is warmed up, twice if it is quick; a sample is the mean of as many calls as fill ``minimum`` seconds. After
-    ``limit`` seconds no new round begins, but three are always made.
+    Each is warmed up; a sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds no new
+    round begins, but three are always made.
     """
-    calls = {}
+    calls, samples = {}, {name: [] for name in functions}
     for name, function in functions.items():
         seconds = _timed(function)
         if seconds < 10 * minimum:
             seconds = _timed(function)
         calls[name] = max(1, round(minimum / seconds))
-    samples = {name: [] for name in functions}
     started = timer()
     for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
         if turn >= 3 and timer() - started > limit:
@@ -147,27 +143,22 @@ def _timed(function: Callable[[], None], calls: int = 1) -> float:
 def compared(functions: dict[str, Callable[[], None]], batch: int, repeats: int, limit: float = math.inf):
     """The ``functions``, each a step on ``batch`` images, timed in turns: a data frame of one row each.
 
-    Columns: model, batch, images_per_second (median over rounds), its quartiles _low and _high, speedup against the
-    first (median of the ratios within each round), and the number of rounds.
+    images_per_second is the median over rounds, _low and _high its quartiles; speedup against the first is the median
+    of the ratios within each round.
     """
-    samples = interleaved(functions, repeats, limit=limit)
-    first = next(iter(samples.values()))
-    rows = []
+    rows, samples = [], interleaved(functions, repeats, limit=limit)
     for name, seconds in samples.items():
         low, middle, high = np.percentile(batch / np.array(seconds), (25, 50, 75))
+        speedup = np.median(np.divide(next(iter(samples.values())), seconds))
         rows.append({
             "model": name, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
-            "images_per_second_high": high, "speedup": np.median(np.divide(first, seconds)), "rounds": len(seconds),
+            "images_per_second_high": high, "speedup": speedup, "rounds": len(seconds),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats: int = 7) -> pd.DataFrame:
-    """Several models in plain inference on the same images, ``compared``.
-
-    ``models`` gives, for each name, a model and how it is executed ("masked", "packed"; no matter for one that does not
-    halt).
-    """
+    """Several models in plain inference on the same images, ``compared``; each with its ``execution``, if it halts."""
     functions = {name: _inference(model.eval(), images, execution) for name, (model, execution) in models.items()}
     return compared(functions, len(images), repeats)
 
@@ -182,14 +173,9 @@ def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> C
 
 
 def benchmark(
-    workload: Workload,
-    task: str,
-    precision: str,
-    repeats: int,
-    device: torch.device,
-    limit: float = math.inf,
+    workload: Workload, task: str, precision: str, repeats: int, device: torch.device, limit: float = math.inf,
     models: Sequence[str] = MODELS,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """DeiT, masked and packed A-ViT, or those of them in ``models``, ``compared`` on the images of ``workload``.
 
     ``task`` is "inference" or "training" (a whole step: forward, backward, AdamW); ``precision`` "float32" or
@@ -199,17 +185,13 @@ def benchmark(
     workload = prepared(workload, task, precision, device)
     functions = {name: step_of(workload, name, task, precision) for name in models}
     table = compared(functions, len(workload.images), repeats, limit)
-    table.insert(0, "task", task)
-    table.insert(1, "precision", precision)
-    workload.plain.eval(), workload.adaptive.eval()
     workload.adaptive.execution = "packed"
-    plain, packed = (
-        counted_flops(workload.plain, workload.images[:8]),
-        counted_flops(workload.adaptive, workload.images),
-    )
+    plain = counted_flops(workload.plain.eval(), workload.images[:8])
+    packed = counted_flops(workload.adaptive.eval(), workload.images)
     flops = np.where(table["model"] == "A-ViT packed", packed, plain)
     table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=plain / flops)
-    return table.assign(efficiency=table["speedup"] / table["flops_ratio"])
+    table = table.assign(efficiency=table["speedup"] / table["flops_ratio"])
+    return pd.DataFrame({"task": task, "precision": precision, **table})
 
 
 def step_of(workload: Workload, name: str, task: str, precision: str) -> Callable[[], None]:
@@ -237,12 +219,12 @@ def depth_sweep(
     name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf
 ) -> pd.DataFrame:
     """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload: rows of ``benchmark``."""
-    frames = []
+    rows = []
     for depth in tqdm(depths, desc="depths", unit="depth", leave=False, disable=None):
         workload = synthetic_workload(name, batch, depth)
-        frame = benchmark(workload, "inference", "float32", repeats, device, limit, TIMED)
-        frames.append(frame.assign(mean_depth=depth).query("model == 'A-ViT packed'"))
-    return pd.concat(frames, ignore_index=True)
+        table = benchmark(workload, "inference", "float32", repeats, device, limit, TIMED)
+        rows.append(table.assign(mean_depth=depth).query("model == 'A-ViT packed'"))
+    return pd.concat(rows, ignore_index=True)
 
 
 @torch.inference_mode()
@@ -254,16 +236,13 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     """
     plain, adaptive, images = workload.plain.eval(), workload.adaptive.eval(), workload.images
     layers = len(plain.blocks)
-    times = {"deit": np.zeros((repeats + 1, layers)), "packed": np.zeros((repeats + 1, layers))}
-    tokens = np.zeros(layers)
+    times, tokens = {name: np.zeros((repeats + 1, layers)) for name in ("deit", "packed")}, np.zeros(layers)
     for turn in range(repeats + 1):  # the first is for warming up
-        x = adaptive.embed(images)
-        before = timer()
+        x, before = adaptive.embed(images), timer()
         for layer, block in enumerate(plain.blocks):
             x = block(x)
             before, times["deit"][turn, layer] = timer(), timer() - before
-        x = adaptive.embed(images)
-        before = timer()
+        x, before = adaptive.embed(images), timer()
         for layer, (layout, *_) in enumerate(packed_layers(adaptive.blocks, x, adaptive.rule, every_token=False)):
             tokens[layer] = sum(layout.lengths) / len(images)
             before, times["packed"][turn, layer] = timer(), timer() - before

@@ -13,24 +13,11 @@ from avit_lib.errors import UserError
 from avit_lib.model import AViT
 
 
-def mergeable(tokens: int, r: int) -> int:
-    """How many of ``tokens`` (class token included) merge when ``r`` are to: at most one set but the class token."""
-    return min(r, (tokens - 1) // 2)
-
-
-def tokens_per_layer(tokens: int, layers: int, r: int) -> list[int]:
-    """The tokens of an image that enter each layer, class token included, when ``tokens`` enter the first."""
-    counts = [tokens]
-    for _ in range(layers - 1):
-        counts.append(counts[-1] - mergeable(counts[-1], r))
-    return counts
-
-
 def match(keys: Tensor, r: int) -> Tensor:
     """Bipartite soft matching: which of the merged tokens, 0..N-r-1, each of the N tokens becomes part of (section 3).
 
-    ``keys`` [B, N, d] are the attention keys, averaged over heads; ``r`` is at most ``mergeable``. Returns groups
-    [B, N]: tokens with the same number merge. Token 0, the class token, stays alone and first.
+    ``keys`` [B, N, d] are the attention keys, averaged over heads. Returns groups [B, N]: tokens with the same number
+    merge. Token 0, the class token, stays alone and first.
     """
     keys = F.normalize(keys, dim=-1)
     first, second = keys[:, ::2], keys[:, 1::2]  # alternate tokens: sets A and B
@@ -76,7 +63,7 @@ def merging_block(block: nn.Module, tokens: Tensor, size: Tensor, r: int) -> tup
     """timm's Block with merging between attention and MLP: tokens [B, N, D], size [B, N] -> the same with N - r."""
     attended, keys = attend(block.attn, block.norm1(tokens), size)
     tokens = tokens + block.drop_path1(block.ls1(attended))
-    r = mergeable(tokens.shape[1], r)
+    r = min(r, (tokens.shape[1] - 1) // 2)  # at most all of set A but the class token
     if r > 0:
         tokens, size = merge(tokens, size, match(keys, r), tokens.shape[1] - r)
     return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens)))), size
@@ -101,9 +88,7 @@ class TokenMerging(nn.Module):
             raise UserError("tokens are merged in a plain vision transformer with one class token; take a DeiT or ViT")
         if r < 0:
             raise UserError(f"the number of tokens to merge in each layer must not be negative: {r}")
-        self.model, self.r = model, r
-        # What ``evaluation.predict`` asks of a model.
-        self.num_prefix_tokens, self.num_classes = model.num_prefix_tokens, model.num_classes
+        self.model, self.r, self.num_prefix_tokens = model, r, 1
 
     @property
     def blocks(self) -> nn.Sequential:
@@ -119,5 +104,4 @@ class TokenMerging(nn.Module):
         """Logits [B, K] of images [B, C, H, W]."""
         model = self.model
         tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        tokens, _ = run_merging(model.blocks, tokens, self.r)
-        return model.forward_head(model.norm(tokens))
+        return model.forward_head(model.norm(run_merging(model.blocks, tokens, self.r)[0]))

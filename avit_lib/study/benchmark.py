@@ -53,22 +53,22 @@ def run_benchmark(
     about = f"{name} on {hardware()}; {workload.describe()}."
     single = f"Batch {middle}, inference, float32. {about}"
 
-    speeds, overhead, peaks = [], [], []
+    speeds, overheads, peaks = [], [], []
     for task, precision, batch in tqdm(list(product(tasks, precisions, batches)), desc="benchmark", disable=None):
         measured = speed.benchmark(speed.synthetic_workload(name, batch, depth), task, precision, *timing)
         tqdm.write(f"{task}, {precision}, batch {batch}: packed A-ViT {measured['speedup'].iloc[-1]:.2f} x DeiT")
         speeds.append(measured)
     table = pd.concat(speeds, ignore_index=True)
     results.table(table, f"speed_{kind}", f"DeiT, masked and packed A-ViT side by side. {about}")
-    caption = f"Images a second, with quartiles. {about}"
-    results.figure(figures.throughput_by_batch(table), f"throughput_{kind}", caption)
+    figure = figures.throughput_by_batch(table)
+    results.figure(figure, f"throughput_{kind}", f"Images a second, with quartiles. {about}")
 
     for precision, batch in product(precisions, batches):
         nothing_halts = speed.without_halting(speed.synthetic_workload(name, batch, mean_depth=1.0))
         packed = speed.benchmark(nothing_halts, "inference", precision, *timing, speed.TIMED).iloc[-1]
-        overhead.append({"precision": precision, "batch": batch, "overhead": 1 / packed["speedup"] - 1})
+        overheads.append({"precision": precision, "batch": batch, "overhead": 1 / packed["speedup"] - 1})
     caption = f"Packed inference when no token halts, as a share above DeiT. {about}"
-    results.table(pd.DataFrame(overhead), f"overhead_{kind}", caption)
+    results.table(pd.DataFrame(overheads), f"overhead_{kind}", caption)
 
     depths = [round(share * len(workload.adaptive.blocks), 1) for share in SWEEP]
     sweep = speed.depth_sweep(name, depths, middle, *timing)
@@ -96,36 +96,26 @@ COST_CAPTION = (
 )
 
 
-def cost_table(speed: pd.DataFrame, devices: Sequence[int] = (1, 4, 8)) -> pd.DataFrame:
+def cost_table(speed: pd.DataFrame) -> pd.DataFrame:
     """Hours that the imagenet profile takes, from the images a second of training: a row a model and precision."""
     profile = get_profile("imagenet")
     images = IMAGENET_IMAGES - 1000 * profile.data.validation_per_class
-    training = speed[speed["task"] == "training"]
-    rows = []
-    for (precision, model), part in training.groupby(["precision", "model"], sort=False):
-        fastest = part["images_per_second"].max()
-        row = {"model": model, "precision": precision, "images_per_second": fastest}
-        for count in devices:
-            row[f"hours on {count}"] = round(images * profile.runs[0].training.epochs / (count * fastest) / 3600, 1)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    by_model = speed.query("task == 'training'").groupby(["model", "precision"], sort=False)
+    table = by_model["images_per_second"].max().reset_index()
+    hours = images * profile.runs[0].training.epochs / table["images_per_second"] / 3600
+    return table.assign(**{f"hours on {count}": (hours / count).round(1) for count in (1, 4, 8)})
 
 
 def summary_table(speed: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
     """The tables of speed and memory in words, for people: one row a task, precision and batch size."""
-    rows = []
-    key = ["task", "precision", "batch"]
-    peaks = memory.set_index([*key, "model"])["of_deit"]
-    for found, part in speed.groupby(key, sort=False):
-        part = part.set_index("model")
-        packed, share = part.loc["A-ViT packed"], peaks.get((*found, "A-ViT packed"))
-        rows.append(dict(zip(key, found, strict=True)) | {
-            "DeiT [images/s]": f"{part.loc['DeiT', 'images_per_second']:.1f}",
-            "masked [images/s]": f"{part.loc['A-ViT masked', 'images_per_second']:.1f}",
-            "packed [images/s]": f"{packed['images_per_second']:.1f}",
-            "speed-up": f"{packed['speedup']:.2f}",
-            "FLOP ratio": f"{packed['flops_ratio']:.2f}",
-            "efficiency": f"{packed['efficiency']:.2f}",
-            "peak memory of DeiT's": "" if share is None else f"{share:.0%}",
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    frames = [frame.set_index(["task", "precision", "batch"]) for frame in (speed, memory)]
+    (deit, masked, packed), (*_, peaks) = ([frame[frame["model"] == name] for name in MODELS] for frame in frames)
+    return pd.DataFrame({
+        "DeiT [images/s]": deit["images_per_second"].map("{:.1f}".format),
+        "masked [images/s]": masked["images_per_second"].map("{:.1f}".format),
+        "packed [images/s]": packed["images_per_second"].map("{:.1f}".format),
+        "speed-up": packed["speedup"].map("{:.2f}".format),
+        "FLOP ratio": packed["flops_ratio"].map("{:.2f}".format),
+        "efficiency": packed["efficiency"].map("{:.2f}".format),
+        "peak memory of DeiT's": peaks["of_deit"].map("{:.0%}".format).reindex(packed.index, fill_value=""),
+    }).reset_index()  # fmt: skip

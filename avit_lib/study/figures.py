@@ -1,7 +1,4 @@
-"""The theme of all figures, and the charts that are drawn in several places; the others are made in the notebooks.
-
-Data in, matplotlib Figure out; nothing here shows or writes.
-"""
+"""The theme of all figures, and the charts drawn in several places: data in, a Figure out, neither shown nor written."""
 
 import io
 from pathlib import Path
@@ -32,12 +29,8 @@ class NotebookFigure(Figure):
 
 
 def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str = "constrained", **kwargs):
-    """An empty figure in the theme of the study, ``height`` inches high, and its axes [rows, columns].
-
-    The figure is unknown to pyplot, so nothing shows it by accident. The theme stays set: matplotlib reads it again
-    whenever it makes a tick or a label.
-    """
-    sns.set_theme(style="whitegrid", palette="colorblind", rc=THEME)
+    """An empty figure, ``height`` inches high and unknown to pyplot, and its axes [rows, columns]."""
+    sns.set_theme(style="whitegrid", palette="colorblind", rc=THEME)  # for good: every new tick and label reads it
     figure = NotebookFigure(figsize=(WIDTH, height), dpi=100, layout=layout)
     if layout == "constrained":
         figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
@@ -60,42 +53,37 @@ def percent(axis: Axes, which: str = "y") -> None:
     getattr(axis, f"{which}axis").set_major_formatter(PercentFormatter(1, decimals=None))
 
 
-def legend_above(figure: Figure, axis: Axes) -> None:
-    """The legend of ``axis`` above the figure, in as many lines as it takes."""
+def legend_above(figure: Figure, axis: Axes) -> Figure:
+    """``figure`` with the legend of ``axis`` above it, in as many lines as it takes."""
     handles, labels = axis.get_legend_handles_labels()
     if axis.get_legend():
         axis.get_legend().remove()
     rows = 1 + sum(len(label) + 7 for label in labels) // 110  # what fits beside each other
     figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
+    return figure
 
 
 def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) -> Figure:
     """One panel for each history column in ``panels`` (column: axis label), one line for each model that has it."""
-    columns = min(len(panels), 3)
-    rows = -(-len(panels) // columns)
-    figure, axes = subplots(rows, columns, 2.9 * rows)
-    for axis, (column, label) in zip(axes.flat, panels.items(), strict=False):
+    figure, axes = subplots(1, len(panels), 2.9)
+    for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
         for model, history in histories.items():
             if column in history:
                 axis.plot(history["epoch"], history[column], marker="o", color=model_colour(model), label=model)
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    legend_above(figure, axes[0, 0])
-    return figure
+    return legend_above(figure, axes[0, 0])
 
 
 def confusion_map(values: ArrayLike, classes: tuple[str, ...], label: str, colours: str, limits: tuple) -> Figure:
     """A heat map of values [K, K], rows the true class; names up to 30 classes, numbers up to 12."""
-    values, names = np.asarray(values, dtype=float), [name.replace("_", " ") for name in classes]
-    texts = np.vectorize(lambda value: "" if round(value, 1) == 0 else f"{value:.3g}")(values)
+    names = [name.replace("_", " ") for name in classes]
+    frame = pd.DataFrame(np.asarray(values, dtype=float), names, names)
+    texts = frame.map(lambda value: f"{value:.3g}" if round(value, 1) else "") if len(names) <= 12 else None
     figure, [[axis]] = subplots(height=6.2)
-    sns.heatmap(
-        values, vmin=limits[0], vmax=limits[1], cmap=colours, square=True, annot=texts if len(values) <= 12 else None,
-        fmt="", annot_kws={"size": 9}, cbar_kws={"label": label, "shrink": 0.85}, ax=axis,
-        xticklabels=names if len(names) <= 30 else False, yticklabels=names if len(names) <= 30 else False,
-    )  # fmt: skip
+    sns.heatmap(frame, vmin=limits[0], vmax=limits[1], cmap=colours, square=True, ax=axis,
+                annot=texts, fmt="", annot_kws={"size": 9}, cbar_kws={"label": label, "shrink": 0.85},
+                xticklabels=len(names) <= 30, yticklabels=len(names) <= 30)  # fmt: skip
     axis.tick_params(axis="x", rotation=40)
     axis.set(xlabel="predicted class", ylabel="true class")
     return figure
@@ -104,7 +92,7 @@ def confusion_map(values: ArrayLike, classes: tuple[str, ...], label: str, colou
 def accuracy_against(
     table: pd.DataFrame, x: str, xlabel: str, accuracy: str = "accuracy", points: pd.DataFrame | None = None
 ) -> Figure:
-    """Accuracy with its interval against column ``x`` of the evaluation ``table``; ``accuracy`` names another column.
+    """Column ``accuracy`` of the evaluation ``table`` with its interval against column ``x``, in the colours of models.
 
     Token merging at several r is joined to a curve, and so are the ``points`` of one model at several depths.
     """
@@ -113,18 +101,15 @@ def accuracy_against(
     for curve, style, dial in ((table[merged], "s:", "r"), (points, "o--", "beta")):
         if curve is not None and len(curve):
             name, curve = curve["model"].iloc[0].split(", ")[0], curve.sort_values(x)
-            label = f"{name}, by {dial}"
-            axis.plot(curve[x], curve[accuracy], style, color=model_colour(name), linewidth=1.2, alpha=0.8, label=label)
-    for row in table[~merged].to_dict("records"):
-        value, low, high = row[accuracy], row[f"{accuracy}_low"], row[f"{accuracy}_high"]
-        axis.errorbar(
-            row[x], value, [[value - low], [high - value]], fmt="o", color=model_colour(row["model"]), capsize=4,
-            markersize=9, label=row["model"],
-        )  # fmt: skip
+            look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {dial}"}
+            axis.plot(curve[x], curve[accuracy], style, **look)
+    for model, row in table[~merged].set_index("model").iterrows():
+        value, low, high = row[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]]
+        look = {"color": model_colour(model), "fmt": "o", "markersize": 9, "capsize": 4, "label": model}
+        axis.errorbar(row[x], value, [[value - low], [high - value]], **look)
     axis.set(xlabel=xlabel, ylabel=accuracy.replace("_macro", ", mean over classes"))
     percent(axis)
-    legend_above(figure, axis)
-    return figure
+    return legend_above(figure, axis)
 
 
 def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) -> Figure:
@@ -132,7 +117,7 @@ def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) ->
 
     ``table`` has class, images, before, after and change, sorted by change; ``names`` are those of the two models.
     """
-    losing, gaining = table[table["change"] < 0].head(most), table[table["change"] > 0].tail(most)
+    losing, gaining = table.query("change < 0").head(most), table.query("change > 0").tail(most)
     shown = pd.concat([losing, gaining]).iloc[::-1].reset_index(drop=True)
     figure, [[axis]] = subplots(height=1.2 + 0.25 * max(len(shown), 1))
     axis.hlines(shown.index, shown["before"], shown["after"], color=MUTED, linewidth=1.5, zorder=1)
@@ -144,8 +129,7 @@ def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) ->
     axis.set(xlabel="accuracy on the class (in brackets its test images)", ylim=(-0.7, len(shown) - 0.3))
     percent(axis, "x")
     axis.grid(axis="y", visible=False)
-    legend_above(figure, axis)
-    return figure
+    return legend_above(figure, axis)
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -160,17 +144,16 @@ def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
     axis.plot(sweep["flops_ratio"], sweep["speedup"], "o-", color=SPEED_COLOURS["A-ViT packed"], label="A-ViT packed")
     for row in sweep.itertuples():
         axis.annotate(f"{row.mean_depth:g}", (row.flops_ratio, row.speedup), (6, -11), textcoords="offset points")
-    axis.set(xlabel="FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
+    axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
     axis.set(ylabel="images a second, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup"].min()), highest))
-    legend_above(figure, axis)
-    return figure
+    return legend_above(figure, axis)
 
 
 def throughput_by_batch(table: pd.DataFrame) -> Figure:
     """Images a second against batch size, with quartiles, a line a model; a panel for each task and precision."""
     panels = list(table.groupby(["task", "precision"], sort=False))
-    rows, columns = -(-len(panels) // 2), min(2, len(panels))
-    figure, axes = subplots(rows, columns, 2.9 * rows, sharex=True)
+    rows = -(-len(panels) // 2)
+    figure, axes = subplots(rows, min(2, len(panels)), 2.9 * rows, sharex=True)
     for axis, ((task, precision), part) in zip(axes.flat, panels, strict=False):
         for model, line in part.groupby("model", sort=False):
             low, high = line["images_per_second_low"], line["images_per_second_high"]
@@ -178,8 +161,7 @@ def throughput_by_batch(table: pd.DataFrame) -> Figure:
             axis.plot(line["batch"], line["images_per_second"], color=SPEED_COLOURS[model], marker="o", label=model)
         batch_axis(axis, part["batch"])
         axis.set(title=f"{task}, {precision}", ylabel="images a second", ylim=(0, None))
-    legend_above(figure, axes[0, 0])
-    return figure
+    return legend_above(figure, axes[0, 0])
 
 
 def batch_axis(axis: Axes, batches: ArrayLike) -> None:
@@ -195,10 +177,8 @@ def layer_times(table: pd.DataFrame) -> Figure:
     figure, [[axis]] = subplots(height=3.4)
     for offset, column, label in ((-0.19, "deit", "DeiT"), (0.19, "packed", "A-ViT packed")):
         axis.bar(table["layer"] + offset, table[column], 0.38, color=SPEED_COLOURS[label], label=label)
-    ideal = {"marker": "_", "markersize": 14, "linestyle": "none", "mew": 2, "label": "DeiT x share of tokens left"}
-    axis.plot(table["layer"], table["ideal"], color=INK, **ideal)
+    axis.plot(table["layer"], table["ideal"], "_", color=INK, markersize=14, mew=2, label="DeiT x share of tokens left")
     axis.set(xlabel="layer, and below it the tokens of an image that are left in it", ylabel="time [ms an image]")
     axis.set_xticks(table["layer"], [f"{row.layer}\n{row.tokens:.0f}" for row in table.itertuples()])
     axis.grid(axis="x", visible=False)
-    legend_above(figure, axis)
-    return figure
+    return legend_above(figure, axis)

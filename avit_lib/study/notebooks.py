@@ -26,6 +26,7 @@ from avit_lib.study.results import provenance, results_dir
 from avit_lib.study.settings import Profile, get_profile
 from avit_lib.training import read_json, write_atomically, write_json
 
+RECORDS = Path("metrics", "notebooks.json")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
 ASIDE = ("search", "sweep", "sweep_seeds", "notes")  # settings of a profile that no notebook sees
@@ -68,11 +69,8 @@ class Runner:
     @property
     def records(self) -> dict[str, dict]:
         """Of each notebook that ran: what its results depend on (state), how long it took, provenance."""
-        return read_json(self._record) if self._record.is_file() else {}
-
-    @property
-    def _record(self) -> Path:
-        return self.results / "metrics" / "notebooks.json"
+        path = self.results / RECORDS
+        return read_json(path) if path.is_file() else {}
 
     def run_fresh(self) -> None:
         """Run every notebook from scratch, or go on with such a run that was interrupted.
@@ -88,7 +86,7 @@ class Runner:
             for folder in (self.results / "checkpoints").glob("*"):
                 if folder.name != "search" and not folder.name.startswith("seed"):  # these are not the notebooks'
                     shutil.rmtree(folder)
-            write_json(self._record, {name: known | {"state": {}} for name, known in self.records.items()})
+            write_json(self.results / RECORDS, {name: known | {"state": {}} for name, known in self.records.items()})
             begun = {"started": time.time(), "code": code}
             write_json(marker, begun)
         self.run_stale()
@@ -110,10 +108,10 @@ class Runner:
             started = time.perf_counter()
             self._execute(name)
             seconds = round(time.perf_counter() - started, 1)
-            known = {one: record for one, record in self.records.items() if one in self.names}
             origin = provenance(self.profile.name, self.seed)
-            known[name] = {"state": self._state(name), "seconds": seconds, "provenance": origin}
-            write_json(self._record, dict(sorted(known.items())))
+            record = {"state": self._state(name), "seconds": seconds, "provenance": origin}
+            known = self.records | {name: record}
+            write_json(self.results / RECORDS, {one: known[one] for one in self.names if one in known})
             print(f"{label}: done in {_duration(seconds)}", flush=True)
 
     def why_stale(self, name: str) -> str:

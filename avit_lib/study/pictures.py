@@ -1,7 +1,6 @@
 """Pictures of images and of what becomes of their tokens: arrays or CPU tensors in, a matplotlib Figure out.
 
-B images, N tokens (token 0 is the class token, the others form a square grid [G, G]), L layers; images [B, C, H, W] are
-grey or colour, values 0..1; depth [B, N] in layers.
+B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers: token 0 is the class token, the others a grid [G, G].
 """
 
 import textwrap
@@ -18,7 +17,7 @@ from avit_lib.study.figures import WIDTH, subplots
 DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # what covers halted tokens: a colour, so that it shows on black and on white
 
-Row = tuple[str, list[np.ndarray], list[str]]  # its name, pictures [H, W, 3], and titles above them, if any
+Row = tuple[str, np.ndarray, list[str]]  # its name, pictures [B, H, W, 3], and titles above them, if any
 
 
 def mosaic(rows: list[Row], span: tuple[int, int] | None = None, layers: int = 0) -> Figure:
@@ -48,30 +47,25 @@ def bare(axis: mpl.axes.Axes) -> None:
     axis.spines[:].set_visible(False)
 
 
-def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...], most: int = 10) -> Figure:
-    """Images [B, C, H, W] with labels [B], a row for each class (``most`` of them if there are more)."""
-    labels = np.asarray(labels)
-    present = np.unique(labels)
-    shown = present[np.linspace(0, len(present) - 1, min(most, len(present))).round().astype(int)]
-    rows = [(label, [rgb(images[index]) for index in np.flatnonzero(labels == label)]) for label in shown]
-    return mosaic([(classes[label].replace("_", " "), pictures, []) for label, pictures in rows])
+def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> Figure:
+    """Images [B, C, H, W] with labels [B], a row for each class among them."""
+    pictures, labels = rgb(images), np.asarray(labels)
+    return mosaic([(classes[label].replace("_", " "), pictures[labels == label], []) for label in np.unique(labels)])
 
 
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
-    """Images with the depth of their tokens, in four rows.
+    """In four rows: images, depth maps, images veiled the more the earlier a token halted, and what the last layer sees.
 
-    The image; its depth map, whose colours span the depths shown, the same for all; the image under a veil that is the
-    thicker the earlier a token halted (spanning them too, but for the outer 2 percent at either end); and what is left
-    in the last layer.
+    Colours and veils span the depths shown; the veils leave out the outer 2 percent at either end.
     """
     grid = grids(depth)
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = [
-        ("image", [rgb(image) for image in images], titles or []),
-        ("depth", list(coloured(grid, _span(grid))), []),
-        ("veiled\nby depth", [veiled(*pair) for pair in zip(images, veil, strict=True)], []),
-        ("in the\nlast layer", [veiled(*pair) for pair in zip(images, grid < layers, strict=True)], []),
+        ("image", rgb(images), titles or []),
+        ("depth", coloured(grid, _span(grid)), []),
+        ("veiled\nby depth", veiled(images, veil), []),
+        ("in the\nlast layer", veiled(images, grid < layers), []),
     ]
     return mosaic(rows, _span(grid), layers)
 
@@ -81,22 +75,21 @@ def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], la
     span = _span(np.concatenate([grids(depth) for _, depth, _ in groups.values()]))
     rows = []
     for name, (images, depth, titles) in groups.items():
-        rows += [(name, [rgb(image) for image in images], titles), ("", list(coloured(grids(depth), span)), [])]
+        rows += [(name, rgb(images), titles), ("", coloured(grids(depth), span), [])]
     return mosaic(rows, span, layers)
 
 
-def halting_progress(images: ArrayLike, depth: ArrayLike, rows: int = 7) -> Figure:
-    """What each layer still computes on: images in which the tokens halted before it are veiled.
+def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
+    """What a layer still computes on, the tokens halted before it veiled, with the share of patches above each picture.
 
-    Shows at most ``rows`` layers, from the last that computes all patches of these images to the deepest reached, with
-    the share of patches above each picture.
+    At most seven layers, from the last that computes all patches of these images to the deepest reached.
     """
     grid = grids(depth)
-    shown = []
-    for layer in np.unique(np.linspace(grid.min(), grid.max(), rows).round().astype(int)):
-        pictures = [veiled(*pair) for pair in zip(images, grid < layer, strict=True)]
-        shown.append((f"layer {layer}", pictures, [f"{(one >= layer).mean():.0%}" for one in grid]))
-    return mosaic(shown)
+    rows = []
+    for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
+        shares = (grid >= layer).mean(axis=(1, 2))
+        rows.append((f"layer {layer}", veiled(images, grid < layer), [f"{share:.0%}" for share in shares]))
+    return mosaic(rows)
 
 
 def grids(depth: ArrayLike) -> np.ndarray:
@@ -107,21 +100,21 @@ def grids(depth: ArrayLike) -> np.ndarray:
 
 
 def coloured(grid: np.ndarray, span: tuple[float, float]) -> np.ndarray:
-    """Depths [..., G, G] as colours [..., G, G, 3], which run over ``span``."""
+    """Depths [B, G, G] as colours [B, G, G, 3], which run over ``span``."""
     return mpl.colormaps[DEPTH_COLOURS](Normalize(*span)(grid))[..., :3]
 
 
-def rgb(image: ArrayLike) -> np.ndarray:
-    """An image [C, H, W] as RGB [H, W, 3]; grey becomes colour, so that veils know one case only."""
-    image = np.clip(np.asarray(image, dtype=float), 0, 1)
-    return np.broadcast_to(image.transpose(1, 2, 0), (*image.shape[1:], 3))
+def rgb(images: ArrayLike) -> np.ndarray:
+    """Images [B, C, H, W] as RGB [B, H, W, 3]; grey becomes colour, so that veils know one case only."""
+    pixels = np.clip(np.asarray(images, dtype=float), 0, 1).transpose(0, 2, 3, 1)
+    return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
 
-def veiled(image: ArrayLike, veil: np.ndarray, most: float = 0.88) -> np.ndarray:
-    """An image [C, H, W] as RGB [H, W, 3], each token covered as far as ``veil`` [G, G] says: 0 not, 1 nearly all."""
-    pixels = rgb(image)
-    patch = pixels.shape[0] // len(veil)
-    opacity = most * np.kron(veil, np.ones((patch, patch)))[..., None]
+def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
+    """Images [B, C, H, W] as RGB [B, H, W, 3], each token covered as ``veil`` [B, G, G] says: 0 not, 1 nearly all."""
+    pixels = rgb(images)
+    patch = pixels.shape[1] // veil.shape[1]
+    opacity = 0.88 * np.kron(veil, np.ones((patch, patch)))[..., None]
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 
@@ -135,9 +128,7 @@ def _depth_key(figure: Figure, axes: np.ndarray, span: tuple[int, int], layers: 
     shown = np.arange(span[0], span[1] + 1)
     norm = BoundaryNorm(np.append(shown, shown[-1] + 1) - 0.5, len(shown))
     key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(len(shown)))
-    bar = figure.colorbar(key, ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015)
-    bar.set_ticks(shown, labels=[str(layer) for layer in shown])
-    bar.minorticks_off()
-    bar.ax.tick_params(length=0)
-    bar.outline.set_visible(False)
+    bar = figure.colorbar(key, ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015, ticks=shown)
     bar.set_label(f"depth [layers of {layers}]")
+    bar.ax.tick_params(which="both", length=0)
+    bar.outline.set_visible(False)

@@ -2,9 +2,10 @@
 
 import os
 import platform
+import re
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from avit_lib.data import project_root
-from avit_lib.training import read_json, write_atomically, write_json
+from avit_lib.training import write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn", "papermill")
 FIGURE_DPI = 120
@@ -55,10 +56,6 @@ class Results:
         """Write ``values`` to metrics/<name>.json with the provenance inside."""
         write_json(self.folder / "metrics" / f"{name}.json", {**values, "provenance": self._provenance()})
 
-    def read_metrics(self, name: str) -> dict[str, Any]:
-        """Read metrics/<name>.json; raises UserError when it is missing."""
-        return read_json(self.folder / "metrics" / f"{name}.json")
-
     def _describe(self, path: Path, caption: str) -> None:
         write_json(path.with_suffix(".json"), {"caption": caption, "provenance": self._provenance()})
 
@@ -77,35 +74,32 @@ def provenance(profile: str, seed: int) -> dict[str, Any]:
         "dirty": dirty,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": dict(sorted((found.name, found.version) for found in distributions() if found.name in PACKAGES)),
         "hardware": hardware(),
     }
 
 
 def hardware() -> str:
     """The processor, its threads, and the GPU if one is visible, in words."""
-    found = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in found.read_text().splitlines() if "model name" in line] \
-        if found.is_file() else []  # fmt: skip
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    processor = named[1] if named else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    processor = names[0] if names else platform.processor() or platform.machine()
     return f"{processor}, {torch.get_num_threads()} threads{gpu}"
 
 
 def to_markdown(frame: pd.DataFrame) -> str:
     """A data frame as a Markdown table: numbers with four significant digits, right-aligned."""
-    numeric = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame.columns]
-    rows = [list(frame.columns), ["---:" if right else ":---" for right in numeric]]
+    right = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame.columns]
+    rows = [list(frame.columns), ["---:" if number else ":---" for number in right]]
     rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
-    return str(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _git_state() -> tuple[str, bool | None]:
@@ -117,10 +111,3 @@ def _git_state() -> tuple[str, bool | None]:
         return commit, bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"

@@ -38,8 +38,8 @@ def run_search(study: Study) -> pd.DataFrame:
     if not candidates:
         raise UserError(f"profile {study.profile.name} has no candidates; declare some in its file, as [search.NAME]")
     record = read_record(study)
-    facts = [[len(study.data.train), study.data.split["sha256"], study.data.augmentation]]
-    facts += [list(study.data.train.classes), study.seed]
+    data = study.data
+    facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
     images = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     for number, run in enumerate(candidates, start=1):
         known = record.get(run.name)
@@ -80,12 +80,12 @@ def read_record(study: Study) -> dict[str, dict]:
     """
     path = study.results.folder / "metrics" / "search.json"
     record = read_json(path)["candidates"] if path.is_file() else {}
-    anything = Run(name="", label="", model="", init="", training=Training(epochs=0, learning_rate=0.0),
-                   halting=Halting(), teacher="anyone")  # fmt: skip
+    training = Training(epochs=0, learning_rate=0.0)
+    anything = Run(name="", label="", model="", init="", training=training, halting=Halting(), teacher="anyone")
     defaults = flat_settings(anything) | {"teacher": ""}
     for entry in record.values():
-        sections = {name.split(".")[0] for name in entry["settings"]}
-        meant = {name: value for name, value in defaults.items() if "." not in name or name.split(".")[0] in sections}
+        absent = {"halting", "distillation"} - {name.split(".")[0] for name in entry["settings"]}
+        meant = {name: value for name, value in defaults.items() if name.split(".")[0] not in absent}
         entry["settings"] = meant | entry["settings"]
     return record
 
@@ -103,12 +103,8 @@ def flat_settings(run: Run) -> dict[str, Any]:
 def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
     """One row a candidate on record, those still declared first, in order: settings that differ, figures, minutes."""
     declared = [run.name for run in study.profile.search if run.name in record]
-    entries = [record[name] for name in dict.fromkeys([*declared, *record])]
-    names = dict.fromkeys(name for entry in entries for name in entry["settings"])
-    differing = [name for name in names if len({repr(entry["settings"].get(name)) for entry in entries}) > 1]
-    rows = []
-    for entry in entries:
-        row = {"candidate": entry["label"]} | {name: entry["settings"].get(name) for name in differing}
-        row |= {name: entry["figures"][name] for name in FIGURES}
-        rows.append(row | {"minutes": entry["minutes"], "commit": entry["commit"]})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame([record[name] for name in dict.fromkeys([*declared, *record])])
+    settings, reached = pd.DataFrame(table["settings"].tolist()), pd.DataFrame(table["figures"].tolist())
+    differing = settings.loc[:, settings.map(repr).nunique() > 1]
+    candidate = table["label"].rename("candidate")
+    return pd.concat([candidate, differing, reached[list(FIGURES)], table[["minutes", "commit"]]], axis=1)

@@ -102,14 +102,8 @@ class Study:
 
 def ingredients(run: Run) -> list[Any]:
     """The code that decides on the weights of a run; a change in it, or in what it uses, means training again."""
-    code = [
-        images.decode,
-        images.batch_transform,
-        images.ImageTensors,
-        images.ImageFiles,
-        register,
-        training.load_pretrained,
-    ]
+    code = [images.decode, images.batch_transform, images.Images, images.ImageFiles, register]
+    code += [training.load_pretrained] if run.init == "pretrained" else []
     code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
     if run.halting:
         code += [run_packed if run.training.execution == "packed" else run_masked]

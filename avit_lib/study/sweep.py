@@ -5,7 +5,7 @@ import pandas as pd
 from avit_lib.errors import UserError
 from avit_lib.study.search import figures
 from avit_lib.study.study import Study
-from avit_lib.study.tables import dialled_models
+from avit_lib.study.tables import dialled_models, percentages
 
 CAPTION = (
     "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
@@ -15,13 +15,10 @@ CAPTION = (
 
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
-    """Train the runs that a profile declares for its sweep, once a seed, evaluate them on the test images.
-
-    The run that the notebooks look into, if it is among them, is turned to the profile's other depths as well.
+    """Train the runs of a profile's sweep, once a seed, and test them, the focus run at its other depths too.
 
     Writes tables/sweep and returns it; an interrupted sweep goes on where training stopped. ``seed`` is that of the
-    study, whose own checkpoints serve for it; those of others lie in checkpoints/seed<k>. Raises UserError when the
-    profile declares none.
+    study, whose own checkpoints serve; those of others lie in checkpoints/seed<k>. Raises UserError for an empty sweep.
     """
     main = Study(profile, seed, "sweep", device)
     chosen, results = main.profile, main.results
@@ -47,12 +44,9 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
 
 def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
     """``rows`` with, for each reference (label to name), a column minus_<name>: accuracy_macro minus its, same seed."""
-    of_model = rows.set_index("seed").groupby("model")["accuracy_macro"]
-    columns = {
-        f"minus_{name}": rows["accuracy_macro"] - rows["seed"].map(of_model.get_group(label))
-        for label, name in references.items()
-    }
-    return rows.assign(**columns)
+    by_seed = rows.pivot(index="seed", columns="model", values="accuracy_macro")
+    bars = {f"minus_{name}": rows["seed"].map(by_seed[label]) for label, name in references.items()}
+    return rows.assign(**{column: rows["accuracy_macro"] - bar for column, bar in bars.items()})
 
 
 def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
@@ -66,22 +60,12 @@ def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
 
 def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
     """The sweep in words, for people: mean and deviation, with the differences from each reference (label to name)."""
-    columns = {
-        "model": sweep["model"],
-        "seeds": sweep["seeds"],
-        "mean per-class accuracy [%]": _mean_and_deviation(sweep, "accuracy_macro", ".1f"),
-    }
+    table, form = sweep[["model", "seeds"]].copy(), "{:.1f} ± {:.1f}"
+    table["mean per-class accuracy [%]"] = percentages(sweep[["accuracy_macro", "accuracy_macro_std"]], form)
     for label, name in references.items():
-        difference = _mean_and_deviation(sweep, f"minus_{name}", "+.2f")
-        columns[f"minus {label} [points]"] = difference.mask(sweep["model"] == label, "")
-    columns["accuracy [%]"] = _mean_and_deviation(sweep, "accuracy", ".1f")
-    columns["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format)
-    columns["FLOPs saved [%]"] = _mean_and_deviation(sweep, "flops_saved", ".1f")
-    return pd.DataFrame(columns)
-
-
-def _mean_and_deviation(sweep: pd.DataFrame, name: str, form: str) -> pd.Series:
-    """A fraction in percent, as words: its mean in format ``form`` and the deviation with as many digits."""
-    means, deviations = (100 * sweep[column] for column in (name, f"{name}_std"))
-    pairs = zip(means, deviations, strict=True)
-    return pd.Series([f"{mean:{form}} ± {deviation:{form.strip('+')}}" for mean, deviation in pairs], sweep.index)
+        difference = percentages(sweep[[f"minus_{name}", f"minus_{name}_std"]], "{:+.2f} ± {:.2f}")
+        table[f"minus {label} [points]"] = difference.mask(sweep["model"] == label, "")
+    table["accuracy [%]"] = percentages(sweep[["accuracy", "accuracy_std"]], form)
+    table["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format)
+    table["FLOPs saved [%]"] = percentages(sweep[["flops_saved", "flops_saved_std"]], form)
+    return table

@@ -1,11 +1,9 @@
-"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model; fractions are 0 to 1.
-
-Tables of one notebook alone are made there.
-"""
+"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model; fractions are 0 to 1."""
 
 import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -22,7 +20,8 @@ from avit_lib.starts import calibrated_beta
 from avit_lib.study.settings import Profile
 from avit_lib.study.study import Study
 
-DIFFERENCE = ("difference", "low", "high")
+DIFFERENCE = ["difference", "low", "high"]
+MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
 PUBLISHED_FIGURES = {
     "accuracy": "accuracy", "f1_macro": "macro F1", "minus_deit": "accuracy minus DeiT's",
@@ -54,26 +53,25 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
 
     Merged models have no depth of their own.
     """
-    rows = []
+    plain, rows = study.profile.plain, []
     for run in study.profile.runs:
-        values = metrics(study.load(run.name), predictions[run.name])
-        rows.append({"model": run.label, "init": run.init} | _with_intervals(values, predictions[run.name]))
+        figures = _with_intervals(study.load(run.name), predictions[run.name])
+        rows.append({"model": run.label, "init": run.init} | figures)
     for name, model in merged_models(study).items():
-        values = metrics(model.model, predictions[name])
-        values |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}
-        values["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
-        init = f"{study.profile.plain.name}, not trained"
-        rows.append({"model": name, "init": init} | _with_intervals(values, predictions[name]))
+        figures = _with_intervals(model.model, predictions[name]) | {"mean_depth": math.nan, "mean_executed_depth": math.nan}
+        figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
+        rows.append({"model": name, "init": f"{plain.name}, not trained"} | figures)
     table = pd.DataFrame(rows)
-    flops = table.set_index("model")["gflops_per_image"]
-    return table.assign(flops_saved=1 - table["gflops_per_image"] / flops[study.profile.plain.label])
+    full = table.set_index("model").loc[plain.label, "gflops_per_image"]
+    return table.assign(flops_saved=1 - table["gflops_per_image"] / full)
 
 
-def _with_intervals(values: dict[str, float], predictions: Predictions) -> dict[str, float]:
-    row = {}
+def _with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, float]:
+    """The metrics of a model; after those that have a 95 % interval its ends, _low and _high."""
+    values, row = metrics(model, predictions), {}
     for name, (low, high) in bootstrap_intervals(predictions).items():
-        row |= {name: values[name], f"{name}_low": low, f"{name}_high": high}
-    return row | {name: value for name, value in values.items() if name not in row}
+        row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
+    return row | values
 
 
 def speed_table(
@@ -88,29 +86,21 @@ def speed_table(
     models = {run.label: (study.load(run.name), "packed") for run in runs}
     if masked:
         models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
-    else:
-        models |= {name: (model, "") for name, model in merged_models(study).items()}
-    models |= {name: (model, "packed") for name, model in (others or {}).items()}
-    frames = []
-    for batch in batches or [study.profile.plain.training.batch_size]:
-        frames.append(throughput(models, first_images(study, batch)))
-    return pd.concat(frames, ignore_index=True)
+    more = ({} if masked else merged_models(study)) | dict(others or {})
+    models |= {name: (model, "packed") for name, model in more.items()}
+    batches = batches or [study.profile.plain.training.batch_size]
+    return pd.concat([throughput(models, first_images(study, batch)) for batch in batches], ignore_index=True)
 
 
 def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> pd.DataFrame:
     """Accuracy of each model minus a plain one's on the same images, with its 95 % interval; _macro: mean per class."""
     labels = {run.name: run.label for run in profile.runs}
     rows = []
-    for plain in (run for run in profile.runs if run.halting is None):
-        for name, found in predictions.items():
-            if name == plain.name:
-                continue
-            row = {"model": labels.get(name, name), "minus": plain.label}
-            for suffix in ("", "_macro"):
-                figures = paired_difference(found, predictions[plain.name], per_class=bool(suffix))
-                row |= {f"{part}{suffix}": value for part, value in zip(DIFFERENCE, figures, strict=True)}
-            rows.append(row)
-    return pd.DataFrame(rows)
+    for plain, (name, found) in product(profile.runs, predictions.items()):
+        if plain.halting is None and name != plain.name:
+            figures = [paired_difference(found, predictions[plain.name], per_class) for per_class in (False, True)]
+            rows.append((labels.get(name, name), plain.label, *figures[0], *figures[1]))
+    return pd.DataFrame(rows, columns=["model", "minus", *DIFFERENCE, *MACRO_DIFFERENCE])
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
@@ -119,37 +109,36 @@ def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.Dat
     Mean per-class accuracy and its differences stand there where classes are not equally large.
     """
     even = np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])
-    table = pd.DataFrame({"model": evaluation["model"], "starts from": evaluation["init"]})
+    table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
+
+    def with_interval(name: str) -> pd.Series:
+        return percentages(evaluation[[name, f"{name}_low", f"{name}_high"]], "{:.1f} ({:.1f} to {:.1f})")
+
     if not even:
-        table["mean per-class accuracy [%]"] = _with_interval(evaluation, "accuracy_macro")
-    for plain, part in differences.groupby("minus", sort=False):
-        names = [name if even else f"{name}_macro" for name in DIFFERENCE]
-        words = dict(zip(part["model"], _percentages(part[names], "+.2f"), strict=True))
+        table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
+    for plain, part in differences.set_index("model").groupby("minus", sort=False):
+        words = percentages(part[DIFFERENCE if even else MACRO_DIFFERENCE], "{:+.2f} ({:+.2f} to {:+.2f})")
         table[f"minus {plain} [points]"] = table["model"].map(words).fillna("")
-    table["accuracy [%]"] = _with_interval(evaluation, "accuracy")
-    table["macro F1 [%]"] = _with_interval(evaluation, "f1_macro")
+    table["accuracy [%]"] = with_interval("accuracy")
+    table["macro F1 [%]"] = with_interval("f1_macro")
     table["mean depth [layers]"] = evaluation["mean_depth"].map("{:.2f}".format).replace("nan", "")
-    forms = {"GFLOPs per image": "{:.4f}", "FLOPs saved": "{:.1%}", "images a second": "{:.0f}", "speed-up": "{:.2f}"}
-    columns = ("gflops_per_image", "flops_saved", "images_per_second", "speedup")
-    return table.assign(**{name: evaluation[column].map(form.format)
-                           for (name, form), column in zip(forms.items(), columns, strict=True)})  # fmt: skip
+    table["GFLOPs per image"] = evaluation["gflops_per_image"].map("{:.4f}".format)
+    table["FLOPs saved"] = evaluation["flops_saved"].map("{:.1%}".format)
+    table["images a second"] = evaluation["images_per_second"].map("{:.0f}".format)
+    table["speed-up"] = evaluation["speedup"].map("{:.2f}".format)
+    return table
 
 
-def _with_interval(frame: pd.DataFrame, name: str) -> list[str]:
-    return _percentages(frame[[name, f"{name}_low", f"{name}_high"]], ".1f")
+def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
+    """Each row of ``fractions`` in words, as percentages: ``form`` has a place for each column."""
+    return pd.Series([form.format(*row) for row in 100 * fractions.to_numpy()], fractions.index)
 
 
-def _percentages(frame: pd.DataFrame, form: str) -> list[str]:
-    """In words, from a fraction and the ends of its interval, a row each."""
-    return [f"{middle:{form}} ({low:{form}} to {high:{form}})" for middle, low, high in 100 * frame.to_numpy()]
-
-
-def dialled_models(study: Study, images: int = 64) -> dict[str, AViT]:
-    """The focus model turned to other depths by its beta, found on validation images drawn by seed; nothing trained."""
+def dialled_models(study: Study) -> dict[str, AViT]:
+    """The focus model turned to other depths by its beta, found on 64 validation images; nothing is trained."""
     run = study.profile.run(study.profile.focus)
-    model = study.load(run.name)
-    validation = study.data.validation
-    chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(study.seed))[:images]
+    model, validation = study.load(run.name), study.data.validation
+    chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(study.seed))[:64]
     pixels = validation[chosen][0].to(study.device)
     models = {}
     for wish in study.profile.dial:
@@ -161,18 +150,14 @@ def dialled_models(study: Study, images: int = 64) -> dict[str, AViT]:
 def operating_points(
     study: Study, predictions: dict[str, Predictions], turned: Mapping[str, AViT], speed: pd.DataFrame
 ) -> pd.DataFrame:
-    """The focus model as trained and ``turned`` to other depths, shallowest first: beta, depth, accuracy, FLOPs, speed.
-
-    ``turned`` is what ``dialled_models`` gave, ``speed`` the table of ``speed_table`` with them.
-    """
+    """The focus model as trained and ``turned`` by ``dialled_models``, shallowest first; ``speed`` has them all timed."""
     plain, run = study.profile.plain, study.profile.run(study.profile.focus)
     rows = []
     for name, model in {run.label: study.load(run.name), **turned}.items():
         found = study.predict(model, study.test) if name in turned else predictions[run.name]
-        rows.append({"model": name, "beta": model.beta} | _with_intervals(metrics(model, found), found))
+        rows.append({"model": name, "beta": model.beta} | _with_intervals(model, found))
     full = metrics(study.load(plain.name), predictions[plain.name])["gflops_per_image"]
-    table = pd.DataFrame(rows)
-    table = table.assign(flops_saved=1 - table["gflops_per_image"] / full)
+    table = pd.DataFrame(rows).assign(flops_saved=lambda frame: 1 - frame["gflops_per_image"] / full)
     table = table.merge(speed[["model", "images_per_second", "speedup"]], on="model", validate="one_to_one")
     return table.sort_values("mean_depth", ignore_index=True)
 
@@ -181,14 +166,8 @@ def published_table(study: Study, evaluation: pd.DataFrame) -> pd.DataFrame:
     """Our figures beside published ones, a column each named for its source: other data, so not to be compared."""
     table = evaluation.set_index("model")
     table["minus_deit"] = table["accuracy"] - table.loc[study.profile.plain.label, "accuracy"]
-    rows = []
-    for run in study.profile.runs:
-        for name, words in PUBLISHED_FIGURES.items():
-            others = {source: found.get(run.name, {}).get(name, math.nan) for source, found in PUBLISHED.items()}
-            row = {
-                "model": run.label,
-                "figure": words,
-                f"ours, {study.profile.data.dataset}": table.loc[run.label, name],
-            }
-            rows += [row | others] if not all(map(math.isnan, others.values())) else []
-    return pd.DataFrame(rows)
+    ours, rows = f"ours, {study.profile.data.dataset}", []
+    for run, (name, words) in product(study.profile.runs, PUBLISHED_FIGURES.items()):
+        others = {source: found.get(run.name, {}).get(name, math.nan) for source, found in PUBLISHED.items()}
+        rows.append({"model": run.label, "figure": words, ours: table.loc[run.label, name]} | others)
+    return pd.DataFrame(rows).dropna(subset=list(PUBLISHED), how="all", ignore_index=True)

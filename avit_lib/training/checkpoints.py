@@ -39,16 +39,13 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
     Raises UserError when a file is missing, damaged, or holds another model than its JSON says.
     """
     path = Path(path)
-    description = read_json(path.with_suffix(".json"))
-    weights = _read_weights(path)
-    if not isinstance(description, dict) or "sha256" not in description:
-        raise UserError(f"{path.with_suffix('.json')} does not describe a checkpoint; train it again")
-    if hashlib.sha256(path.read_bytes()).hexdigest() != description["sha256"]:
-        raise UserError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
+    description, weights = read_json(path.with_suffix(".json")), _read_weights(path)
     try:
-        model = create_model(description["model"], description["arguments"])
+        model, checksum = create_model(description["model"], description["arguments"]), description["sha256"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
+    if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+        raise UserError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
 
@@ -61,8 +58,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """Load ImageNet weights from $AVIT_WEIGHTS/<timm name>.safetensors, else from timm's hub.
 
-    A classification head of another size is left at its initialisation. Raises UserError when neither is there, or
-    what the hub sent does not have the checksum that the hub publishes.
+    A classification head of another size is left at its initialisation. Raises UserError without weights, or when the
+    checksum of a download is not the one published.
     """
     path = weights_dir() / f"{timm_name}.safetensors"
     if not path.is_file():
@@ -76,10 +73,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
 
 
 def _download(timm_name: str, wanted: Path) -> Path:
-    """The weights from timm's hub, always as safetensors, in the hub's cache.
-
-    There a file is a link to one that bears the SHA-256 published by the hub as its name.
-    """
+    """The weights from timm's hub, always as safetensors, in the hub's cache."""
     repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
         path = Path(hf_hub_download(repository, "model.safetensors"))
@@ -88,7 +82,7 @@ def _download(timm_name: str, wanted: Path) -> Path:
             f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; "
             f"put the file there, or name its folder in AVIT_WEIGHTS"
         ) from error
-    published = path.resolve().name
+    published = path.resolve().name  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
     if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
         raise UserError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")
     return path
@@ -110,9 +104,8 @@ def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Pat
     if surplus := sorted(weights.keys() - own.keys()):
         raise UserError(f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare")
     for key, value in own.items():
-        if value.shape != weights[key].shape:
+        found, wanted = list(weights[key].shape), list(value.shape)
+        if found != wanted:
             what = "number of classes" if key.startswith("head.") else "shape"
-            raise UserError(
-                f"{path} has another {what}: {key} is {list(weights[key].shape)}, the model's {list(value.shape)}"
-            )
+            raise UserError(f"{path} has another {what}: {key} is {found}, the model's {wanted}")
     model.load_state_dict(weights)

@@ -67,11 +67,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """The seed of everything random in one epoch: resuming needs no stored random state."""
-    return seed * 10_007 + epoch
-
-
 def pick_device(name: str = "auto") -> torch.device:
     """The device called "cpu", "gpu" or "auto" (a GPU if there is one); raises UserError when it is not there."""
     if name not in ("cpu", "gpu", "auto"):
@@ -86,18 +81,9 @@ def gains_by_bfloat16(device: torch.device) -> bool:
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where ``precision`` asks for it and the device gains by it, else a no-op."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" and gains_by_bfloat16(device))
-
-
 @dataclass(frozen=True)
 class _State:
-    """What training changes and an interruption must not lose, and the schedule and Mixup, which follow from settings.
-
-    Where the schedule stands follows from the number of finished epochs, random numbers and the order of the images
-    from the seed.
-    """
+    """What training changes; the state of the schedule follows from the number of epochs, of all else from the seed."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -111,45 +97,26 @@ class _State:
         """The model that is evaluated and kept: the averaged one, if there is one."""
         return self.ema.module if self.ema else self.model
 
-    def parts(self) -> dict:
-        """All of it, to be saved."""
-        ema = self.ema.module.state_dict() if self.ema else None
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return parts | {"ema": ema, "records": self.records}
-
-    def load(self, parts: dict) -> None:
-        """Take over what ``parts`` returned."""
-        self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state_dict(parts["optimizer"])
-        if self.ema:
-            self.ema.module.load_state_dict(parts["ema"])
-        self.records[:] = parts["records"]
+    @property
+    def stateful(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What has a state of its own to be saved, beside the records."""
+        return {"model": self.model, "optimizer": self.optimizer} | ({"ema": self.ema.module} if self.ema else {})
 
 
 def fit(
-    model: nn.Module,
-    train: Images,
-    loss: Loss,
-    config: Training,
-    output: Path,
-    validate: Callable[[nn.Module], dict[str, float]],
-    *,
-    description: dict,
-    seed: int = 0,
+    model: nn.Module, train: Images, loss: Loss, config: Training, output: Path,
+    validate: Callable[[nn.Module], dict[str, float]], *, description: dict, seed: int = 0,
     device: torch.device | str = "cpu",
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Train ``model`` and return its history, one row an epoch.
 
     ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and best.safetensors
-    (best by validation accuracy), history.csv and the resume state; with the same ``output``, an interrupted run goes
-    on after its last finished epoch and a finished one returns at once. ``description`` (model, arguments, ...) goes
-    into the JSON of each checkpoint; a folder whose description differs is refused. Several processes (see
-    ``processes``) share each batch. Raises UserError on a refused folder or one that cannot be written, when memory
-    does not suffice and when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
+    (best by validation accuracy), history.csv and the resume state; an interrupted run goes on from there, a finished
+    one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. Raises UserError
+    when another description lies in ``output``, when nothing can be written there, when memory does not suffice and
+    when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
     """
-    device = torch.device(device)
-    output = Path(output)
-    run = description | {"seed": seed}
+    device, output, run = torch.device(device), Path(output), description | {"seed": seed}
     history = finished_history(output, run, config)
     if history is not None:
         return history
@@ -161,20 +128,21 @@ def fit(
     state = prepared(model, config, len(train.classes), len(loader(train, config.batch_size, shuffle_seed=0)))
     _resume(output, state, run, device)
     processes.barrier()  # until here all processes only read
-    if state.records:  # the machine may have stopped between the resume state and these
+    if state.records and processes.rank() == 0:  # the machine may have stopped between the resume state and these
         _save_checkpoints(output, state, run)
     for epoch in range(len(state.records) + 1, config.epochs + 1):
         started = time.perf_counter()
         with fitting_memory(config.batch_size, "lower batch_size (--batch-size), or train on more devices"):
-            parts = train_epoch(state, train, loss, config, epoch, seed, device)
+            losses = train_epoch(state, train, loss, config, epoch, seed, device)
         record = {"epoch": epoch, "learning_rate": state.optimizer.param_groups[0]["lr"]}
-        record |= {f"train_{name}": value for name, value in parts.items()}
+        record |= {f"train_{name}": value for name, value in losses.items()}
         record |= {f"val_{name}": value for name, value in validate(state.result).items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
         state.records.append(record)
         if processes.rank() == 0:
-            write_state(output / RESUME, state.parts() | {"run": run}, previous=output / PREVIOUS)
-        _save_checkpoints(output, state, run)
+            parts = {name: thing.state_dict() for name, thing in state.stateful.items()}
+            write_state(output / RESUME, parts | {"records": state.records, "run": run}, previous=output / PREVIOUS)
+            _save_checkpoints(output, state, run)
         values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
         print(f"epoch {epoch}/{config.epochs}: {values}", flush=True)
     if processes.rank() == 0:
@@ -187,30 +155,24 @@ def prepared(model: nn.Module, config: Training, classes: int, updates_per_epoch
     # timm's Muon always orthogonalises in bfloat16; where that is slow it takes as long as the rest of a step.
     dtype = torch.bfloat16 if gains_by_bfloat16(next(model.parameters()).device) else torch.float32
     muon.zeropower_via_newtonschulz = partial(NEWTON_SCHULZ, dtype=dtype)
-    optimizer = create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
+    rate, warmup = config.learning_rate, round(config.warmup_epochs * updates_per_epoch)
+    optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=rate, weight_decay=config.weight_decay)
     schedule = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * updates_per_epoch,
-        warmup_t=round(config.warmup_epochs * updates_per_epoch),
-        warmup_lr_init=config.learning_rate * 1e-3,
-        t_in_epochs=False,
+        optimizer, config.epochs * updates_per_epoch, warmup_t=warmup, warmup_lr_init=rate * 1e-3, t_in_epochs=False
     )
-    mix = None
-    if config.mixup or config.cutmix:
-        mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)  # the loss smooths
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)  # the loss smooths
     ema = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    return _State(model, optimizer, ema, schedule, mix, records=[])
+    return _State(model, optimizer, ema, schedule, mix if config.mixup or config.cutmix else None, records=[])
 
 
 def train_epoch(
     state: _State, train: Images, loss: Loss, config: Training, epoch: int, seed: int, device: torch.device
 ) -> dict[str, float]:
     """One pass over the training images; returns the mean of the loss and of each of its parts."""
-    seed_everything(epoch_seed(seed, epoch) + 1_000_003 * processes.rank())
-    share = (processes.rank(), processes.count())
-    batches = loader(train, config.batch_size, shuffle_seed=epoch_seed(seed, epoch), share=share)
+    epoch_seed = seed * 10_007 + epoch  # of everything random in this epoch: resuming needs no stored random state
+    seed_everything(epoch_seed + 1_000_003 * processes.rank())
+    batches = loader(train, config.batch_size, epoch_seed, share=(processes.rank(), processes.count()))
+    half = config.precision == "bfloat16" and gains_by_bfloat16(device)
     model = state.model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sums = defaultdict(float)
@@ -221,7 +183,7 @@ def train_epoch(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         if state.mix:
             images, labels = state.mix(images, labels)
-        with autocast(config.precision, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             losses = loss(model, images, labels, update / (config.epochs * len(batches)))
         state.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -277,12 +239,10 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
 
 def _save_checkpoints(output: Path, state: _State, run: dict) -> None:
     """Write what follows from the last finished epoch: history, last and, if it is the best so far, best."""
-    if processes.rank() > 0:
-        return
-    records = state.records
-    facts = {"run": run, "epoch": records[-1]["epoch"], "validation": records[-1]}
-    best = records[-1]["val_accuracy"] >= max(record["val_accuracy"] for record in records)
-    write_atomically(output / "history.csv", pd.DataFrame(records).to_csv(index=False).encode())
+    history, last = pd.DataFrame(state.records), state.records[-1]
+    facts = {"run": run, "epoch": last["epoch"], "validation": last}
+    best = last["val_accuracy"] >= history["val_accuracy"].max()
+    write_atomically(output / "history.csv", history.to_csv(index=False).encode())
     for name in ("best", "last") if best else ("last",):
         save_checkpoint(output / f"{name}.safetensors", state.result, run["model"], run["arguments"], **facts)
 
@@ -301,7 +261,9 @@ def _resume(output: Path, state: _State, run: dict, device: torch.device) -> Non
             continue
         if parts["run"] != run:
             raise UserError(f"{output} holds another run; name another folder, or delete it to start again")
-        state.load(parts)
+        for name, thing in state.stateful.items():
+            thing.load_state_dict(parts[name])
+        state.records[:] = parts["records"]
         print(f"going on after epoch {len(state.records)} of the run in {output}", flush=True)
         return
     if found:

@@ -1,7 +1,6 @@
 """One training on several processes, started by ``torchrun`` or ``accelerate launch``; on a single one nothing happens.
 
-Every process holds the whole model and computes its share of each batch; gradients and means are averaged over all of
-them. The first process writes and prints.
+Each holds the whole model and computes its share of each batch; all average gradients and means, the first one writes.
 """
 
 import math

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_images
+from msgspec.structs import replace
 from PIL import Image
+from small_sets import COLOUR
 from timm.data import create_transform
 
-from avit_lib.data import ImageFiles, ImageTensors, folder_training_data, images, loader, read_image
+from avit_lib.data import folder_training_data, images, loader, read_image
 from avit_lib.data.datasets import folder_images
-from avit_lib.data.images import batch_transform, decode, load
+from avit_lib.data.images import ImageFiles, batch_transform, decode, load
 from avit_lib.errors import UserError
 
 
@@ -32,7 +34,7 @@ def write_folder(root, split="train", counts=(("ants", 6), ("bees", 7))):
 
 def loaded(root, image_size, channels=3):
     """The images that ``write_folder`` wrote."""
-    return load(folder_images(root, "train", image_size, channels), "training")
+    return load(folder_images(root / "train", image_size, channels), "training")
 
 
 def test_evaluation_sees_what_timm_shows(tmp_path):
@@ -136,7 +138,7 @@ def test_files_and_tensors_give_the_same_batches(tmp_path, monkeypatch, image_si
     monkeypatch.setattr(images, "MEMORY_LIMIT", 13 * 3 * 28**2 - 1)
     monkeypatch.setattr(images, "worker_count", lambda: 2)
     on_disk = loaded(tmp_path, image_size)
-    assert isinstance(in_memory, ImageTensors) and isinstance(on_disk, ImageFiles)
+    assert isinstance(in_memory.images, torch.Tensor) and isinstance(on_disk.images, ImageFiles)
     assert len(in_memory) == len(on_disk) == 13 and in_memory.classes == on_disk.classes
     for seed in (None, 1):
         pairs = list(zip(loader(in_memory, 4, seed), loader(on_disk, 4, seed), strict=True))
@@ -153,8 +155,8 @@ def test_files_and_tensors_give_the_same_batches(tmp_path, monkeypatch, image_si
 def test_what_fits_is_held_in_memory(tmp_path, monkeypatch):
     write_folder(tmp_path)
     monkeypatch.setattr(images, "MEMORY_LIMIT", 13 * 3 * 28**2)
-    assert isinstance(loaded(tmp_path, 28), ImageTensors)
-    assert isinstance(loaded(tmp_path, 29), ImageFiles)
+    assert isinstance(loaded(tmp_path, 28).images, torch.Tensor)
+    assert isinstance(loaded(tmp_path, 29).images, ImageFiles)
 
 
 def test_images_are_decoded_once(tmp_path):
@@ -187,7 +189,7 @@ def test_augmentation_follows_the_seed_and_differs_between_epochs(tmp_path, monk
     write_folder(tmp_path)
     monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
     monkeypatch.setattr(images, "worker_count", lambda: 2)
-    data = folder_training_data(tmp_path, 28, 3, seed=0, augmentation="standard").train
+    data = folder_training_data(tmp_path, replace(COLOUR, image_size=28), seed=0).train
 
     def epoch(seed):
         torch.manual_seed(seed)

@@ -9,8 +9,7 @@ from msgspec.structs import replace
 from small_sets import COLOUR, SMOKE, assert_named, carried, indices, write_fashion, write_images, write_pool
 
 from avit_lib.data import (
-    ImageFiles,
-    ImageTensors,
+    Images,
     check_split,
     folder_test_data,
     folder_training_data,
@@ -18,6 +17,7 @@ from avit_lib.data import (
     test_data,
     training_data,
 )
+from avit_lib.data.images import ImageFiles
 from avit_lib.data.splits import split_pool
 from avit_lib.errors import UserError
 
@@ -78,7 +78,7 @@ def test_too_few_images_of_a_class(small):
 
 def test_a_folder_without_validation_images_gives_some_up(tmp_path):
     write_images(tmp_path / "train", {"ants": 20, "bees": 25})
-    data = folder_training_data(tmp_path, 16, 3, seed=0)
+    data = folder_training_data(tmp_path, COLOUR, seed=0)
     assert data.validation.labels.bincount().tolist() == [2, 2]
     assert data.train.labels.bincount().tolist() == [18, 23]
     held, kept = (set(zip(part.labels.tolist(), part.images[:, 0, 0, 0].tolist(), strict=True))
@@ -89,7 +89,7 @@ def test_a_folder_without_validation_images_gives_some_up(tmp_path):
 def test_a_folder_with_validation_images_keeps_them_apart(tmp_path):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"ants": 1, "bees": 2})
-    data = folder_training_data(tmp_path, 16, 1, seed=0)
+    data = folder_training_data(tmp_path, SMOKE, seed=0)
     assert (len(data.train), data.validation.labels.tolist()) == (6, [0, 1, 1])
 
 
@@ -97,7 +97,7 @@ def test_validation_classes_are_those_of_training(tmp_path):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"bees": 2})
     try:
-        data = folder_training_data(tmp_path, 16, 1, seed=0)
+        data = folder_training_data(tmp_path, SMOKE, seed=0)
     except UserError as error:
         assert "val" in str(error)  # refusing is as good
     else:
@@ -108,7 +108,7 @@ def test_validation_classes_are_those_of_training(tmp_path):
 def test_test_images_of_a_folder_are_of_the_classes_of_the_model(tmp_path, decode):
     write_images(tmp_path / "test", {"ants": 2, "bees": 3})
     data = folder_test_data(tmp_path, 16, 3, ("ants", "bees"), decode)
-    assert isinstance(data, ImageTensors if decode else ImageFiles)
+    assert isinstance(data.images, torch.Tensor if decode else ImageFiles)
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
     with pytest.raises(UserError, match=r"other classes than the model .*: ants, wasps") as error:
         folder_test_data(tmp_path, 16, 3, ("bees", "wasps"), decode)
@@ -141,7 +141,7 @@ def test_a_pool_gives_training_validation_and_test_images(caltech):
 
 def test_test_images_can_be_left_on_disk(caltech):
     decoded, on_disk = test_data(COLOUR, 0), test_data(COLOUR, 0, decode=False)
-    assert isinstance(decoded, ImageTensors) and isinstance(on_disk, ImageFiles)
+    assert isinstance(decoded.images, torch.Tensor) and isinstance(on_disk.images, ImageFiles)
     assert torch.equal(torch.stack([image for image, _ in on_disk]), torch.stack([image for image, _ in decoded]))
     assert torch.equal(on_disk.labels, decoded.labels)
 
@@ -185,7 +185,7 @@ def test_small_classes_are_in_every_part(images, expected):
 
 def images_of_classes(labels, classes):
     """Empty images with these labels."""
-    return ImageTensors(torch.zeros(len(labels), 1, 1, 1), labels, classes, None)
+    return Images(torch.zeros(len(labels), 1, 1, 1), labels, classes, None)
 
 
 def test_a_class_of_two_images_is_named():

@@ -1,14 +1,18 @@
 """A study: what its runs start from, and what their checkpoints keep."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_images
-from msgspec.structs import replace
+from msgspec import structs
 
 from avit_lib.data import TrainingData
+from avit_lib.errors import UserError
 from avit_lib.starts import channel_parameters
 from avit_lib.study.settings import Halting, Run
-from avit_lib.study.study import describe, initial_model, train_run
+from avit_lib.study.study import initial_model, train_run
 from avit_lib.training import Training, load_checkpoint
 
 CPU = torch.device("cpu")
@@ -37,12 +41,29 @@ def channels(model):
 
 
 def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
-    unfitted_run = replace(run, halting=replace(run.halting, fitted=False))
+    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, fitted=False))
     start = initial_model(run, data, None, 0, CPU)
     plain = initial_model(unfitted_run, data, None, 0, CPU)
-    history = train_run(run, data, tmp_path, None, describe(run, data, None), 0, CPU)
+    history = train_run(run, data, tmp_path, None, None, 0, CPU)
     assert len(history) == 2
     trained = load_checkpoint(tmp_path / "last.safetensors", CPU)[0]
     kept, after, unfitted = (channels(model) for model in (start, trained, plain))
     assert all(map(torch.equal, kept, after))
     assert not all(map(torch.equal, kept, unfitted))
+
+
+def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
+    plain = structs.replace(run, name="plain", model="deit_nano_patch7_28", halting=None)
+    train_run(plain, data, tmp_path / "plain", None, None, 0, CPU)
+    weights, others = tmp_path / "plain" / "last.safetensors", replace(data, train=random_images(64, classes=3))
+    for changes, teacher, images, message in (
+        ({"init": "plain"}, None, data, "run 'fitted' starts or learns from run 'plain': name its weights by --ckpt"),
+        ({"teacher": "plain"}, None, data, "learns from run 'plain': name its weights by --teacher"),
+        ({}, weights, data, "run 'fitted' has no teacher; leave out --teacher"),
+        ({"teacher": "plain"}, weights, others, f"{weights} was trained for other classes"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)) as error:
+            train_run(structs.replace(run, **changes), images, tmp_path / "run", None, teacher, 0, CPU)
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    taught = structs.replace(run, teacher="plain")
+    assert "train_distillation" in train_run(taught, data, tmp_path / "run", None, weights, 0, CPU)

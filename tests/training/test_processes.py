@@ -29,15 +29,17 @@ def small_model(beta: float) -> torch.nn.Module:
 
 
 def train(folder: Path, execution: str, images=TRAIN, batch_size: int = 16) -> dict:
-    """The losses of each step of a training, means over the processes, and the weights it ends with."""
+    """The losses of each step of a training, means over the processes, the images of each, the weights it ends with."""
     model = small_model(EXECUTIONS[execution])
     model.execution = execution
     weights = {"alpha_ponder": 0.01, "alpha_distr": 1.0, "target_depth": 2.0}
     compute, steps = AdaptiveLoss(**weights, task=TaskLoss(0.1), average=processes.mean), []
+    shares = []
 
-    def recorded(*arguments):
-        losses = compute(*arguments)
+    def recorded(model, images, labels, progress):
+        losses = compute(model, images, labels, progress)
         steps.append({"total": losses.total, **losses.parts})
+        shares.append(len(images))
         return losses
 
     config = Training(epochs=2, learning_rate=2e-3, batch_size=batch_size, warmup_epochs=0)
@@ -46,7 +48,7 @@ def train(folder: Path, execution: str, images=TRAIN, batch_size: int = 16) -> d
         description={"model": NAME, "arguments": {}},
     )  # fmt: skip
     steps = [{name: processes.mean(value.detach()).item() for name, value in step.items()} for step in steps]
-    return {"steps": steps, "weights": model.state_dict()}
+    return {"steps": steps, "weights": model.state_dict(), "shares": shares}
 
 
 def results(folder: Path) -> dict:
@@ -98,8 +100,9 @@ def several(tmp_path_factory):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_the_losses_are_those_of_a_single_process(single, several, execution):
     expected = pd.DataFrame(single[execution]["steps"])
-    assert len(expected) == 8
+    assert single[execution]["shares"] == [16] * 8
     for found in several:
+        assert found[execution]["shares"] == [16 // PROCESSES] * 8
         pd.testing.assert_frame_equal(pd.DataFrame(found[execution]["steps"]), expected, rtol=1e-5)
 
 
