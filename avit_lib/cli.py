@@ -24,8 +24,10 @@ from avit_lib.study.settings import changed
 from avit_lib.study.study import predict, train_run
 from avit_lib.training import load_checkpoint, pick_device, processes, read_json, write_atomically, write_json
 
-app = App("python -m avit_lib", help="Train, test and look into A-ViT.", version_flags=[], result_action="return_value")
-app.default_parameter = Parameter(negative=())
+app = App(
+    "python -m avit_lib", help="Train, test and look into A-ViT.", default_parameter=Parameter(negative=()),
+    version_flags=[], result_action="return_value", suppress_keyboard_interrupt=False,
+)  # fmt: skip
 Several = Parameter(consume_multiple=1)
 
 

@@ -40,7 +40,7 @@ class HaltingTrace:
 
     @property
     def executed_depth(self) -> Tensor:
-        """``executed_depth`` of these tokens."""
+        """Layers [B, N] that plain inference computes."""
         return executed_depth(self.depth)
 
 
@@ -51,8 +51,7 @@ def executed_depth(depth: Tensor) -> Tensor:
 
 def halting_score(tokens: Tensor, gamma: float, beta: float) -> Tensor:
     """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3): no parameter is added."""
-    channel = tokens[..., 0]
-    channel = channel.to(torch.promote_types(channel.dtype, torch.float32))
+    channel = tokens[..., 0].to(torch.promote_types(tokens.dtype, torch.float32))
     return torch.sigmoid(gamma * channel + beta)  # h = sigmoid(gamma * t_0 + beta)
 
 

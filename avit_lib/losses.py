@@ -1,7 +1,4 @@
-"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11), term by term.
-
-Beyond the paper, a teacher may add alpha * L_distillation to L_task, and alpha_p may grow from 0 as training goes on.
-"""
+"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11), term by term."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss to minimise and its unweighted parts, scalars each, by the name under which they are logged."""
+    """The loss to minimise, and its unweighted parts by the name under which they are logged."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -30,11 +27,8 @@ def same(value: Tensor) -> Tensor:
 
 
 def halting_distribution(halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same) -> Tensor:
-    """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10).
-
-    The mean is over images, of all processes by ``average``, and patches, not the class token; halted ones count 0.
-    """
-    mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))
+    """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10)."""
+    mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))  # without the class token; halted patches count 0
     return mean_score / mean_score.sum()
 
 
@@ -45,10 +39,7 @@ def target_distribution(mean: float, std: float, layers: int, device: torch.devi
 
 
 def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "paper") -> Tensor:
-    """KL divergence between the halting distribution H [L] and its target [L] (equation 11).
-
-    ``direction`` "paper" is KL(H || target), as printed; "code" is KL(target || H), as in the published code.
-    """
+    """KL(H || target), [L] both (equation 11); ``direction`` "code": KL(target || H), as in the published code."""
     if direction not in ("paper", "code"):
         raise ValueError(f"direction must be 'paper' or 'code', not {direction!r}")
     p, q = (distribution, target) if direction == "paper" else (target, distribution)
@@ -57,10 +48,7 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) of the classes at temperature T, from logits [B, K] each, mean over images.
-
-    T^2 keeps the size of the gradients independent of T (Hinton et al. 2015, arXiv 1503.02531, section 2).
-    """
+    """T^2 * KL(teacher || student) at temperature T, logits [B, K], mean over images (arXiv 1503.02531, section 2)."""
     student, teacher = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher_logits))
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
@@ -72,7 +60,7 @@ def ramp(progress: float, duration: float) -> float:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model in evaluation mode whose logits another model learns to give; it learns nothing itself."""
+    """A trained model in evaluation mode whose logits another model learns to give (not in the paper)."""
 
     model: nn.Module
     alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
@@ -81,10 +69,7 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy with label smoothing and, with a teacher, distillation.
-
-    Labels are classes [B] or, as Mixup makes them, probabilities [B, K].
-    """
+    """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K]; a teacher adds its distillation."""
 
     label_smoothing: float = 0.0
     teacher: Teacher | None = None

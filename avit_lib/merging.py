@@ -1,7 +1,5 @@
-"""What becomes of tokens that halt and don't vanish: they live on in others (not in the paper).
-
-Either each image has one summary token, the mean of all that halted (``fuse``), or each token that halts joins the most
-similar patch that goes on (``join``). Masked execution is here; ``packed`` does the same on its buffer.
+"""Tokens that halt and don't vanish (not in the paper): they live on in one summary token an image, the mean of all
+that halted (``fuse``), or each in the most similar patch that goes on (``join``). ``packed`` does so on its buffer.
 """
 
 import torch
@@ -20,10 +18,7 @@ def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple
 
 
 def most_similar(leaving: Tensor, staying: Tensor, takers: Tensor) -> Tensor:
-    """For each of the tokens [..., H, D] the index [..., H] of the most similar (cosine) of others [..., A, D].
-
-    Only those are eligible for which ``takers`` [..., A] is True; where there is none, the index means nothing.
-    """
+    """The index [..., H] of the taker [..., A] most similar (cosine) to each token [..., H, D], of [..., A, D]."""
     leaving, staying = (F.normalize(tokens.detach(), dim=-1) for tokens in (leaving, staying))
     similarity = leaving @ staying.transpose(-1, -2)
     return similarity.masked_fill(~takers[..., None, :], -torch.inf).argmax(dim=-1)

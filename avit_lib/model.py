@@ -1,7 +1,4 @@
-"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``.
-
-``AViT`` adds no parameter: it accepts the state dict of a DeiT or ViT of the same shape unchanged.
-"""
+"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``; no parameter more than a DeiT or ViT."""
 
 import torch
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
@@ -42,8 +39,7 @@ class AViT(VisionTransformer):
     @property
     def rule(self) -> HaltingRule:
         """When a token halts, and what becomes of it."""
-        variant = (self.class_token_halts, self.fuse_halted, self.merge_halted)
-        return HaltingRule(self.gamma, self.beta, self.eps, *variant)
+        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.fuse_halted, self.merge_halted)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
@@ -73,15 +69,11 @@ class AViT(VisionTransformer):
 
 
 def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
-    """Algorithm 1 with masks, as published: halted tokens are computed on and ignored.
-
-    From the embedded tokens [B, N, D] to the representation [B, 1, D] before the final norm, and the trace.
-    """
+    """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace."""
     state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
     summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
     size = torch.ones_like(state.cumulative) if rule.merge_halted else None  # how many tokens each stands for
-    representation = 0.0
-    scores, weights = [], []
+    representation, scores, weights = 0.0, [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
@@ -95,16 +87,15 @@ def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tupl
         elif not rule.class_token_halts:
             score = torch.cat([torch.zeros_like(score[:, :1]), score[:, 1:]], dim=1)
         state, weight = halting_step(state, score, rule.eps)
-        if rule.fuse_halted:
-            halts = (active & ~state.active)[..., None]
-            total, number = (tokens * halts).sum(dim=1, keepdim=True), halts.sum(dim=1, keepdim=True)
-            summary, fused = fuse(summary, fused, total, number)
-        class_weight = weight[:, :1]  # w of the class token
-        representation = representation + class_weight[..., None] * tokens[:, :1]
-        if rule.merge_halted and layer < len(blocks):
-            tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
+        halts = active & ~state.active
         scores.append(torch.where(active, score, 0.0))
-        weights.append(class_weight)
+        weights.append(weight[:, :1])  # w of the class token
+        representation = representation + weight[:, :1, None] * tokens[:, :1]
+        if rule.fuse_halted:
+            total = (tokens * halts[..., None]).sum(dim=1, keepdim=True)
+            summary, fused = fuse(summary, fused, total, halts[..., None].sum(dim=1, keepdim=True))
+        elif rule.merge_halted and layer < len(blocks):
+            tokens, size = merge_masked(tokens, size, halts, state.active)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
 
@@ -113,6 +104,7 @@ def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tupl
 
 # The last two are narrow backbones for 28 x 28 grey images, trained from random weights.
 _GREY = dict(img_size=28, in_chans=1, num_classes=10, embed_dim=64, num_heads=2, mlp_ratio=2.0)
+_UNTRAINED = dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
 SHAPES = {
     "tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
     "small_patch16_224": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
@@ -120,30 +112,25 @@ SHAPES = {
     "micro_patch4_28": _GREY | dict(patch_size=4, depth=12),
     "nano_patch7_28": _GREY | dict(patch_size=7, embed_dim=16, depth=4),
 }
-
-
 default_cfgs = {}  # timm reads them when a model is registered
 
 
 def register(kind: str, model_class: type, size: str) -> None:
     """Register ``<kind>_<size>`` with timm: a ``model_class`` of the shape ``SHAPES[size]``."""
-    name, shape, grey = f"{kind}_{size}", SHAPES[size], size.endswith("_28")
+    name, grey = f"{kind}_{size}", size.endswith("_28")
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
-        arguments = {"pretrained_filter_fn": checkpoint_filter_fn, **shape, **kwargs}
-        model = build_model_with_cfg(model_class, name, pretrained, **arguments)
+        options = {"pretrained_filter_fn": checkpoint_filter_fn} | SHAPES[size] | kwargs
+        model = build_model_with_cfg(model_class, name, pretrained, **options)
         if grey:  # learnt positions start as sines and cosines, which saves epochs
             with torch.no_grad():
                 sines = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
                 model.pos_embed[0, model.num_prefix_tokens :] = sines
         return model
 
-    create.__name__, create.__doc__ = name, f"{model_class.__name__} of shape {size}: {shape}."
-    if grey:
-        cfg = {f"{name}.untrained": dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))}
-    else:
-        cfg = {f"{name}.fb_in1k": get_pretrained_cfg(f"deit_{size}.fb_in1k")}
-    default_cfgs.update(generate_default_cfgs(cfg))
+    create.__name__ = name
+    tag, cfg = ("untrained", _UNTRAINED) if grey else ("fb_in1k", get_pretrained_cfg(f"deit_{size}.fb_in1k"))
+    default_cfgs.update(generate_default_cfgs({f"{name}.{tag}": cfg}))
     register_model(create)
 
 

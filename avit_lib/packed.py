@@ -38,13 +38,6 @@ class Layout:
         return self.starts + self.counts - 1
 
 
-def full_layout(images: int, tokens: int, device: torch.device) -> Layout:
-    """The layout of a whole batch: ``images`` of ``tokens`` each."""
-    index = torch.arange(images * tokens, device=device)
-    counts = torch.full((images,), tokens, device=device)
-    return Layout(index, index // tokens, index[:images], index[::tokens], counts, (tokens,) * images)
-
-
 # --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -------------------------
 # ``bias`` [T], if any, is added to the attention logits of each key.
 
@@ -116,8 +109,7 @@ def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Te
 def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     if isinstance(module, nn.Identity) or not module.training:
         return tokens
-    kept = module(tokens.new_ones(len(layout.counts), 1))  # one draw an image
-    return tokens * kept[layout.segment]
+    return tokens * module(tokens.new_ones(len(layout.counts), 1))[layout.segment]  # one draw an image
 
 
 # --- tokens leave -----------------------------------------------------------------------------------------------------
@@ -134,12 +126,9 @@ class Move:
 
 
 def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Move | None]:
-    """The layout without the tokens for which ``keep`` [T] is False, and the way there (None: all stay as they lie).
-
-    The numbers of tokens that are left come to the host: the only synchronisation of a layer.
-    """
+    """The layout without the tokens for which ``keep`` [T] is False, and the way there (None: all stay as they lie)."""
     counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
-    lengths = counts.tolist()
+    lengths = counts.tolist()  # on the host: the only synchronisation of a layer
     total = sum(lengths)
     if total == len(keep):
         return layout, None
@@ -164,16 +153,17 @@ def packed_layers(
 
     Yields after each layer the layout of the buffer, its tokens [T, D], their scores h [T] and their output weights
     w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has halted:
-    nothing can change its representation any more. With ``rule.fuse_halted`` the last token of each image in the buffer
-    is its summary; with ``rule.merge_halted`` tokens that leave join others.
+    nothing can change its representation any more. The last token of each image is its summary, if there is one.
     """
     if rule.fuse_halted:
         tokens = F.pad(tokens, (0, 0, 0, 1))
-    buffer, layout = tokens.flatten(0, 1), full_layout(*tokens.shape[:2], tokens.device)
+    (images, count, _), buffer = tokens.shape, tokens.flatten(0, 1)
+    index = torch.arange(len(buffer), device=buffer.device)
+    counts = torch.full((images,), count, device=buffer.device)
+    layout = Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
-    size = None  # how many tokens each one stands for [T]; None: one
-    if rule.fuse_halted:
-        size = torch.ones_like(cumulative).index_fill(0, layout.ends, 0.0)
+    # [T] how many tokens each one stands for, a summary none so far; None: each for itself.
+    size = torch.ones_like(cumulative).index_fill(0, layout.ends, 0.0) if rule.fuse_halted else None
     for layer, block in enumerate(blocks, start=1):
         buffer = packed_block(block, buffer, layout, bias=None if size is None else size.log())
         score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
@@ -194,7 +184,7 @@ def packed_layers(
             continue
         if rule.merge_halted:
             size = torch.ones_like(score) if size is None else size
-            buffer, size = _merge(buffer, size, layout, move, *tokens.shape[:2])
+            buffer, size = _merge(buffer, size, layout, move, images, count)
         else:
             buffer = buffer.index_select(0, move.stay)
             size = None if size is None else size[move.stay]
@@ -212,22 +202,17 @@ def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Ten
 
 
 def _fuse(buffer: Tensor, size: Tensor, layout: Layout, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Let the summary token of each image take in those that have halted.
-
-    Returns buffer and sizes anew, and which tokens [T] stay: the active ones, but no summary that would be left alone.
-    """
+    """Let the summary token of each image take in those that have halted; returns buffer, sizes and who stays [T]."""
     halted = torch.where(active[:, None], 0.0, buffer).to(size.dtype)
     total = halted.new_zeros(len(layout.counts), buffer.shape[1]).index_add(0, layout.segment, halted)
     number = size.new_zeros(len(layout.counts)).index_add(0, layout.segment, (~active).to(size.dtype))
     summary, together = fuse(buffer[layout.ends], size[layout.ends, None], total, number[:, None])
-    keep = active & (layout.counts - number > 1)[layout.segment]
+    keep = active & (layout.counts - number > 1)[layout.segment]  # no summary that would be left alone
     buffer = buffer.index_copy(0, layout.ends, summary.to(buffer.dtype))
     return buffer, size.index_copy(0, layout.ends, together[:, 0]), keep
 
 
-def _merge(
-    buffer: Tensor, size: Tensor, layout: Layout, move: Move, batch: int, per_image: int
-) -> tuple[Tensor, Tensor]:
+def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int, count: int) -> tuple[Tensor, Tensor]:
     """Let each token that leaves join the most similar patch of its image among those that stay.
 
     From buffer and sizes, [T, D] and [T], of the layer before to those of the new ``layout``. Both sides are padded, an
@@ -241,10 +226,10 @@ def _merge(
     leaving, weight, image = buffer[move.leave], size[move.leave], move.segment[move.leave]
     buffer, size = buffer.index_select(0, move.stay), size[move.stay]
     number = torch.arange(len(leaving), device=buffer.device)
-    first = torch.full((batch,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
+    first = torch.full((images,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
     slot, image = number - first[image], image.clamp(max=len(layout.lengths))  # where it stands among its image's
     place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]
-    patches = layout.index % per_image > 0  # not the class token
+    patches = layout.index % count > 0  # not the class token
     takers = padded(patches, layout.segment, place, layout.lengths[0])
     staying = padded(buffer, layout.segment, place, layout.lengths[0])
     into = most_similar(padded(leaving, image, slot, move.most), staying, takers)[image, slot]
@@ -268,10 +253,7 @@ def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> 
 
 
 def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
-    """``predict_packed`` of a single image [1, N, D], which is packed execution at its plainest: tokens[:, active].
-
-    On the CPU only; a GPU would have to wait for the host twice a layer.
-    """
+    """``predict_packed`` of one image [1, N, D] at its plainest, tokens[:, active]; a GPU would wait for the host."""
     dtype = tokens.dtype
     cumulative = torch.zeros_like(halting_score(tokens, rule.gamma, rule.beta))  # cumul
     size = torch.ones_like(cumulative[0])  # how many tokens each one stands for
@@ -299,10 +281,7 @@ def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Ten
 
 
 def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
-    """The representation [B, 1, D] and the trace of the embedded tokens [B, N, D], every token to its own halting.
-
-    Equal to ``model.run_masked`` up to rounding, in gradients too.
-    """
+    """The same as ``model.run_masked``: representation [B, 1, D] and trace of the embedded tokens [B, N, D]."""
     images, real, width = tokens.shape
     per_image = real + rule.fuse_halted
     depth = torch.zeros(images * per_image, dtype=torch.long, device=tokens.device)  # N_k
@@ -312,9 +291,9 @@ def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tupl
         depth.index_add_(0, layout.index, torch.ones_like(layout.index))
         # Of an image whose class token has halted this is another token; its weight is 0.
         class_tokens.append(buffer.new_zeros(images, width).index_copy(0, layout.images, buffer[layout.starts]))
-    unused = len(blocks) - len(scores)
     scores = torch.stack(scores).view(-1, images, per_image)[..., :real].transpose(0, 1)
-    trace = trace_of(F.pad(scores, (0, 0, 0, unused)), depth.view(images, per_image)[:, :real])
+    scores = F.pad(scores, (0, 0, 0, len(blocks) - len(class_tokens)))  # layers that nobody reached
+    trace = trace_of(scores, depth.view(images, per_image)[:, :real])
     weights = trace.output_weights[:, : len(class_tokens), None]  # w
     representation = (weights * torch.stack(class_tokens, dim=1)).sum(dim=1, keepdim=True)
     return representation.to(tokens.dtype), trace

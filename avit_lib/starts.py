@@ -9,8 +9,6 @@ what it meant to the backbone, and then kept for halting alone (``hold_channel``
 
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,41 +78,28 @@ def grid_rank(height: int, width: int) -> Tensor:
 
 
 def redundancy(keys: Tensor, rank: Tensor, active: Tensor) -> Tensor:
-    """How similar (cosine) each patch [B, P] is to the most similar active one of higher rank; -inf if there is none.
-
-    ``keys`` [B, P, d] are what attention sees of the patches, ``rank`` [P] and ``active`` [B, P] as above.
-    """
+    """Cosine [B, P] of the keys [B, P, d] of each patch and the most similar active one of higher rank; none: -inf."""
     keys = F.normalize(keys, dim=-1)
     could_stand_for = active[:, None, :] & (rank[None, :] > rank[:, None])
     return (keys @ keys.transpose(1, 2)).masked_fill(~could_stand_for, -torch.inf).amax(dim=2)
 
 
-def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, Any]]:
+def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, int | tuple]]:
     """Where channel 0 is written and, by the norms, read: parameters, each with the index of its part."""
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
-    yield from ((parameter, 0) for parameter in model.patch_embed.proj.parameters())
-    for block in model.blocks:
-        for layer in (block.attn.proj, block.mlp.fc2):
-            yield from ((parameter, 0) for parameter in layer.parameters())
-        yield from ((norm.weight, 0) for norm in (block.norm1, block.norm2))
-    yield model.norm.weight, 0
+    layers = [model.patch_embed.proj, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
+    norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
+    yield from ((parameter, 0) for layer in layers for parameter in layer.parameters())
+    yield from ((norm.weight, 0) for norm in norms)
 
 
 def hold_channel(model: AViT) -> None:
-    """Keep channel 0 as it was fitted: training changes neither what writes it nor that nothing else reads it.
-
-    Adam, which scales each gradient by its own size, would take these weights far away within an epoch: no task loss
-    holds them back.
-    """
+    """Keep channel 0 as it was fitted, in training too; Adam would take it far away, as no task loss holds it back."""
     for parameter, index in channel_parameters(model):
-        parameter.register_hook(partial(_without, index))
-
-
-def _without(index: Any, gradient: Tensor) -> Tensor:
-    gradient = gradient.clone()
-    gradient[index] = 0.0
-    return gradient
+        held = torch.zeros_like(parameter, dtype=torch.bool)
+        held[index] = True
+        parameter.register_hook(lambda gradient, held=held: gradient.masked_fill(held, 0.0))
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """The command line as a new user tries it: a folder of one's own images, then the faults it may have."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,16 @@ def test_a_run_with_other_settings_is_not_overwritten(trained, folder, capsys):
     assert (trained / "last.safetensors").read_bytes() == before
 
 
+def test_lost_weights_of_a_finished_run_are_trained_again(trained, folder, tmp_path):
+    output = shutil.copytree(trained, tmp_path / "run")
+    weights = output / "last.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    command = ["fit", "--profile", "smoke", "--data-dir", str(folder), "--output", str(output), "--epochs", "1"]
+    assert main(command) == 0
+    assert weights.read_bytes() == before
+
+
 def test_images_that_do_not_exist(trained, capsys, tmp_path):
     command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--output", str(tmp_path / "a.png")]
     assert main([*command, "--images", "nothing.jpg"]) == 2
@@ -178,11 +190,15 @@ def pool(tmp_path, monkeypatch):
     path.write_text("""
         purpose = "a test"
         focus = "avit"
-        data = { dataset = "Caltech101", image_size = 224, validation_per_class = 5, train_per_class = 4,
-                 test_per_class = 4 }
         training = { epochs = 1, learning_rate = 1e-3, batch_size = 4 }
         runs.avit = { label = "A-ViT", model = "avit_tiny_patch16_224", init = "random", halting = {} }
-    """)  # fmt: skip
+        [data]
+        dataset = "Caltech101"
+        image_size = 224
+        train_per_class = 4
+        validation_per_class = 5
+        test_per_class = 4
+    """)
     return str(path)
 
 
@@ -226,18 +242,20 @@ def own(tmp_path, monkeypatch):
     return Path("mine.toml")
 
 
-def test_a_profile_of_ones_own_is_trained_tested_and_drawn(own, tmp_path, capsys):
+def test_a_profile_of_ones_own_is_trained_tested_and_drawn(own, tmp_path, monkeypatch, capsys):
     assert main(["fit", "--profile", str(own)]) == 0
     folder = tmp_path / "results" / "mine" / "checkpoints" / "avit"
     assert pd.read_csv(folder / "history.csv")["epoch"].tolist() == [1]  # of the smoke profile: two
+    file = str(own.resolve())
+    monkeypatch.chdir(tmp_path)
     capsys.readouterr()
-    assert main(["test", "--profile", str(own)]) == 0
+    assert main(["test", "--profile", os.path.relpath(file)]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 200
     assert json.loads((folder / "last_test.json").read_text())["provenance"]["profile"] == "mine"
-    assert main(["visualize", "--profile", str(own.resolve()), "--images", "0", "1", "2"]) == 0
+    assert main(["visualize", "--profile", file, "--images", "0", "1", "2"]) == 0
     with Image.open("halting.png") as picture:
         assert min(picture.size) > 100
-    assert {path.name for path in Path().iterdir()} == {"mine.toml", "halting.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "halting.png", "results"}
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"mine"}
 
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from avit_lib import checkpoints, evaluation
-from avit_lib.checkpoints import save_checkpoint
 from avit_lib.cli import main
 from avit_lib.losses import AdaptiveLoss, Losses
+from avit_lib.model import AViT
+from avit_lib.training import files, save_checkpoint
 
 FINISHED = {"best.json", "best.safetensors", "history.csv", "last.json", "last.safetensors"}
 UNFINISHED = FINISHED | {"resume.pt"}
@@ -34,10 +34,11 @@ class Place:
     def __getattr__(self, name: str) -> Path:
         return self.root / name  # images, trained, output
 
-    def fit(self, *options) -> list[str]:
-        """The command that trains two epochs of three batches on ``images`` into ``output``; options may be changed."""
-        fixed = ["--data-dir", self.images, "--output", self.output, "--epochs", 2, "--batch-size", 6]
-        return ["fit", "--profile", "smoke", "--device", "cpu", *map(str, fixed), *map(str, options)]
+    def fit(self, *changes) -> list[str]:
+        """The command that trains two epochs of three batches on ``images`` into ``output``, with changed options."""
+        options = {"--profile": "smoke", "--device": "cpu", "--data-dir": self.images, "--output": self.output}
+        options |= {"--epochs": 2, "--batch-size": 6} | dict(zip(changes[::2], changes[1::2], strict=True))
+        return ["fit", *(str(word) for option in options.items() for word in option)]
 
     def test(self) -> list[str]:
         """The command that evaluates ``trained`` on ``images``."""
@@ -58,7 +59,7 @@ class Place:
 
     def at_write(self, number: int, error: OSError) -> None:
         """Let a write fail, counted over files."""
-        calls, write = 0, checkpoints.os.fsync
+        calls, write = 0, files.os.fsync
 
         def failing(descriptor):
             nonlocal calls
@@ -67,7 +68,7 @@ class Place:
                 raise error
             write(descriptor)
 
-        self.patch.setattr(checkpoints.os, "fsync", failing)
+        self.patch.setattr(files.os, "fsync", failing)
 
 
 ROWS = []
@@ -86,57 +87,72 @@ def fault(message: str, leaves: set[str] = frozenset(), also: str = ""):
 # ---- what is typed ----
 
 
-@fault("unknown profile 'imagnet'; choose from smoke, fashion")
+@fault("unknown profile 'imagnet'; choose from caltech101, ", also=", smoke, or name a file that ends in .toml")
 def unknown_profile(place):
     return place.fit("--profile", "imagnet")
 
 
-@fault("unrecognized arguments: --epoch-count 3")
+@fault("Unknown option: --epoch-count. Did you mean --epochs?")
 def unknown_option(place):
     return place.fit("--epoch-count", 3)
 
 
-@fault("invalid choice: 'train'")
+@fault('Unknown command "train"', also="Available commands: fit, test")
 def unknown_command(place):
     return ["train"]
 
 
-@fault("has no run 'resnet'", also="choose from ['deit', 'avit', 'avit_finetuned']")
+@fault("Parameter --model specified multiple times")
+def an_option_twice(place):
+    return [*place.fit("--model", "AViT"), "--model", "DeiT"]
+
+
+@fault("Unused Tokens: ['more']")
+def a_word_too_many(place):
+    return [*place.fit(), "more"]
+
+
+@fault("parameter --lr requires an argument")
+def an_option_without_its_value(place):
+    return [*place.fit(), "--lr"]
+
+
+@fault("has no run 'resnet'", also="choose from ['deit', 'deit_longer', 'avit', 'avit_finetuned']")
 def unknown_model(place):
     return place.fit("--model", "ResNet")
 
 
-@fault("unknown device 'tpu'; choose from cpu, gpu, auto")
+@fault('Invalid value "tpu" for --device. Choose from: "auto", "cpu", "gpu"')
 def unknown_device(place):
     return place.fit("--device", "tpu")
 
 
-@fault("--epochs must be positive, not -1")
+@fault("training.epochs: expected `int` >= 1")
 def negative_epochs(place):
     return place.fit("--epochs", -1)
 
 
-@fault("--batch-size must be positive, not 0")
+@fault("training.batch_size: expected `int` >= 1")
 def batches_of_nothing(place):
     return place.fit("--batch-size", 0)
 
 
-@fault("--lr must be positive, not -0.1")
+@fault("training.learning_rate: expected `float` > 0")
 def negative_learning_rate(place):
     return place.fit("--lr", -0.1)
 
 
-@fault("--lr must be positive, not nan")
+@fault("training.learning_rate: expected `float` > 0")
 def learning_rate_that_is_no_number(place):
     return place.fit("--lr", "nan")
 
 
-@fault("argument --epochs: invalid int value: 'two'")
+@fault('Invalid value for --epochs: unable to convert "two" into int')
 def epochs_in_words(place):
     return place.fit("--epochs", "two")
 
 
-@fault("run 'avit_finetuned' starts from the weights of run 'deit': name them by --ckpt")
+@fault("run 'avit_finetuned' starts or learns from run 'deit': name its weights by --ckpt")
 def weights_to_start_from_are_not_named(place):
     return place.fit("--model", "avit_finetuned")
 
@@ -144,6 +160,48 @@ def weights_to_start_from_are_not_named(place):
 @fault("add --output DIR")
 def own_settings_for_the_profiles_folder(place):
     return ["fit", "--profile", "smoke", "--epochs", "1"]
+
+
+# ---- profiles of one's own ----
+
+
+def profile(place: Place, content: str) -> list[str]:
+    """The command that trains by the smoke profile with ``content`` in a file."""
+    path = place.root / "mine.toml"
+    path.write_text(f'extends = "smoke"\n{content}\n')
+    return place.fit("--profile", path)
+
+
+@fault("mine.toml: ", also="(at line 2, column 10); mend this line")
+def a_file_that_is_no_toml(place):
+    return profile(place, "epochs = ")
+
+
+@fault("mine.toml: runs.deit.training: ", also="contains unknown field `epoch`")
+def a_setting_that_does_not_exist(place):
+    return profile(place, "training.epoch = 3")
+
+
+@fault("mine.toml: runs.avit.halting.eps: expected `float` < 1.0")
+def a_setting_that_makes_no_sense(place):
+    return profile(place, "runs.avit.halting.eps = 2.0")
+
+
+@fault("mine.toml: focus names 'nobody', but the runs are deit")
+def a_run_that_is_not_declared(place):
+    return profile(place, 'focus = "nobody"')
+
+
+@fault("fashion.toml would share the results of the profile fashion: give the file another name")
+def the_name_of_another_profile(place):
+    path = place.root / "fashion.toml"
+    path.write_text('extends = "smoke"')
+    return place.fit("--profile", path)
+
+
+@fault("unknown profile 'missing.toml'")
+def a_profile_file_that_is_not_there(place):
+    return place.fit("--profile", "missing.toml")
 
 
 # ---- data ----
@@ -297,7 +355,7 @@ def no_permission_to_write(place):
     def refused(dir):
         raise PermissionError(errno.EACCES, "Permission denied", dir)
 
-    place.patch.setattr(checkpoints.tempfile, "TemporaryFile", refused)
+    place.patch.setattr(files.tempfile, "TemporaryFile", refused)
     return place.fit()
 
 
@@ -366,7 +424,7 @@ def no_memory_on_a_cpu(place):
 
 @fault("out of memory with 250 images at once; lower batch_size of predict, or use --device cpu")
 def no_memory_for_an_evaluation(place):
-    place.patch.setattr(evaluation.AViT, "forward_with_trace", out_of_memory)
+    place.patch.setattr(AViT, "forward_with_trace", out_of_memory)
     return place.test()
 
 
@@ -397,22 +455,14 @@ def place(prepared, tmp_path, monkeypatch):
     return Place(tmp_path, monkeypatch)
 
 
-def run(arguments: list[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as exit:  # of argparse
-        return exit.code
-
-
 @pytest.mark.parametrize(("arrange", "message", "also", "leaves"), ROWS)
 def test_a_fault_is_one_line_and_loses_nothing(arrange, message, also, leaves, place, capsys):
     arguments = arrange(place)
     before = {path: path.read_bytes() for path in place.trained.rglob("*.*")}
     capsys.readouterr()
-    assert run(arguments) == 2
-    *usage, line = capsys.readouterr().err.splitlines()
-    assert "error: " in line and message in line and also in line
-    assert not usage or usage[0].startswith("usage: ")
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line and also in line
     if arrange is not a_finished_run_without_its_history:
         assert {path.name for path in place.output.glob("*")} == leaves
     assert {path: path.read_bytes() for path in place.trained.rglob("*.*")} == before

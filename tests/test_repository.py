@@ -7,12 +7,13 @@ import re
 import subprocess
 from pathlib import Path
 
+import msgspec
 import nbformat
 import pytest
 from torchvision.datasets import FashionMNIST
 
-from avit_lib import notebooks
-from avit_lib.config import PROFILES
+from avit_lib.study import notebooks
+from avit_lib.study.settings import profile_names
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -78,20 +79,19 @@ def test_classes_belong_to_the_library(path):
 def test_the_parameters_are_what_the_runner_passes(path):
     (code,) = tagged(path, "parameters")
     assert code == 'PROFILE = "fashion"\nSEED = 0'
-    assert "fashion" in PROFILES
+    assert "fashion" in profile_names()
 
 
 @each_notebook
 def test_the_bootstrap_cell_and_badge_are_up_to_date(path):
-    assert len(tagged(path, "bootstrap")) == 1
     assert path.stem not in notebooks.stamp(path.parent, notebooks.repository_address(ROOT), check=True), "make badges"
 
 
-@pytest.mark.parametrize("address", ["", "https://github.com/OWNER/NAME"])
-def test_the_bootstrap_cell_is_short(address):
-    code = notebooks.bootstrap(address)
-    ast.parse(code)
-    assert len(code.splitlines()) <= 15
+def test_all_notebooks_begin_with_the_same_short_bootstrap_cell():
+    cells = [tagged(path, "bootstrap") for path in SOURCES]
+    ((code,),) = {tuple(found) for found in cells}
+    assert len(SOURCES) >= 6 and len(code.splitlines()) <= 15
+    assert len(re.findall(r'^address = ".*"', code, re.MULTILINE)) == 1  # the line that is stamped
 
 
 @pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
@@ -117,6 +117,25 @@ def test_the_archives_are_those_published(name, md5):
     readme = (ROOT / "data/README.md").read_text()
     assert f"| `{name}` | {len(content)} | `{md5}` |" in readme
     assert hashlib.sha256(content).hexdigest() in readme
+
+
+def test_no_file_of_the_library_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "avit_lib").rglob("*.py")}
+    assert len(lengths) > 30 and not {path: length for path, length in lengths.items() if length > 350}
+
+
+def test_everything_that_is_no_code_is_packaged():
+    """Profiles among it; setuptools leaves out what package-data does not name."""
+    settings = msgspec.toml.decode((ROOT / "pyproject.toml").read_bytes())["tool"]["setuptools"]
+    packaged = set()
+    for package, patterns in settings["package-data"].items():
+        for pattern in patterns:
+            found = set((ROOT / package.replace(".", "/")).glob(pattern))
+            assert found, f"{pattern} of {package} names nothing"
+            packaged |= found
+    files = {path for path in (ROOT / "avit_lib").rglob("*.*") if path.suffix not in (".py", ".pyc")}
+    assert {path.stem for path in packaged if path.parent.name == "profiles"} == set(profile_names()) >= {"smoke"}
+    assert files == packaged
 
 
 def test_help_lists_every_target():

@@ -56,7 +56,7 @@ class ImageFiles:
     channels: int
 
     def __getitem__(self, index: int | list[int] | Tensor) -> Tensor:
-        chosen = self.names[index]
+        chosen = self.names[np.asarray(index)]  # NumPy takes a tensor of one index for a number
         if isinstance(chosen, str):
             return decode(self.root / chosen, self.image_size, self.channels)
         return torch.stack([decode(self.root / name, self.image_size, self.channels) for name in chosen])
@@ -83,7 +83,7 @@ class Images(Dataset):
     def select(self, indices: Tensor) -> "Images":
         """The images at ``indices`` [k], in that order; files are not decoded."""
         images = self.images
-        chosen = images[indices] if isinstance(images, Tensor) else replace(images, names=images.names[indices])
+        chosen = images[indices] if isinstance(images, Tensor) else replace(images, names=images.names[indices.numpy()])
         return replace(self, images=chosen, labels=self.labels[indices])
 
 

@@ -1,7 +1,4 @@
-"""Computation in FLOPs: predicted from how deep the tokens went, and counted by torch.
-
-One multiply-add counts as one FLOP, as in the paper (DeiT-T: 1.3 G).
-"""
+"""FLOPs, predicted from depths and counted by torch; a multiply-add is one, as in the paper (DeiT-T: 1.3 G)."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer

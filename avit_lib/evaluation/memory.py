@@ -14,11 +14,8 @@ from avit_lib.evaluation.speed import prepared, step_of, synthetic_workload
 
 
 def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
-    """Peak memory in MiB that steps of ``model`` (of ``speed.MODELS``) take on a synthetic workload of ``name``.
-
-    Without weights and images; in a fresh process, because one may not give back what it once took from the system.
-    """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
         return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
 
 

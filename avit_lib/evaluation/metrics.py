@@ -52,7 +52,8 @@ def predict(model: nn.Module, data: Images, batch_size: int = 250, device: str |
     layers, tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens
     outputs = []
     with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
-        for images, labels in tqdm(loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None):
+        batches = tqdm(loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None)
+        for images, labels in batches:
             if isinstance(model, AViT):
                 logits, trace = model.forward_with_trace(images.to(device))
                 depth, scores = trace.depth, trace.halting_scores
@@ -101,16 +102,11 @@ def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tu
     return dict(zip(("accuracy", "accuracy_macro", "f1_macro"), map(tuple, found.tolist()), strict=True))
 
 
-def paired_difference(
-    first: Predictions, second: Predictions, per_class: bool = False, seed: int = 0
-) -> tuple[float, float, float]:
-    """Accuracy of ``first`` minus that of ``second`` on the same images: difference, low and high end (95 %).
-
-    Both are resampled together, so that what is hard for both cancels; ``per_class``: of mean per-class accuracy.
-    """
+def paired_difference(first: Predictions, second: Predictions, per_class: bool = False) -> tuple[float, float, float]:
+    """(Mean per-class) accuracy of ``first`` minus that of ``second``: difference, low and high end (95 %), paired."""
     if not torch.equal(first.labels, second.labels):
         raise ValueError("the two models were evaluated on different images")
-    gain = (first.correct.long() - second.correct.long()).numpy()
+    gain = (first.correct.long() - second.correct.long()).numpy()  # of each image: what is hard for both cancels
     labels = first.labels.numpy() if per_class else np.zeros_like(gain)
 
     def mean(chosen: np.ndarray) -> np.ndarray:
@@ -118,7 +114,7 @@ def paired_difference(
         sums = np.bincount(labels[chosen], weights=gain[chosen])
         return (sums[images > 0] / images[images > 0]).mean(keepdims=True)
 
-    return (mean(np.arange(len(gain))).item(), *_bootstrap(mean, len(gain), seed)[0].tolist())
+    return (mean(np.arange(len(gain))).item(), *_bootstrap(mean, len(gain), seed=0)[0].tolist())
 
 
 def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation.flops import counted_flops
+from avit_lib.halting import executed_depth
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.model import AViT
 from avit_lib.packed import packed_layers
@@ -24,6 +25,8 @@ MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
 TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
+
+Step = Callable[[], None]  # of inference or training, on a batch
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Workload:
     @torch.inference_mode()
     def describe(self) -> str:
         """Where the halting comes from, and how deep plain inference goes."""
-        depth = self.adaptive.eval().forward_with_trace(self.images)[1].executed_depth.float()
+        depth = executed_depth(self.adaptive.eval().forward_with_trace(self.images)[1].depth).float()
         spread = depth.mean(dim=1).std(correction=0)
         layers = len(self.adaptive.blocks)
         return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
@@ -49,9 +52,8 @@ def synthetic_workload(
 ) -> Workload:
     """An untrained ``avit_*`` whose patches halt around ``mean_depth``; the class token runs to the last layer.
 
-    No block writes to channel 0: a token keeps the score that its patch's brightness gives it. Each patch has the
-    brightness that halts it in the layer drawn for it; image means deviate by ``image_spread`` layers, patches within
-    an image by ``token_spread``.
+    No block writes to channel 0: a token keeps the score that its patch's brightness gives it, for the layer drawn for
+    it. Image means deviate by ``image_spread`` layers, patches within an image by ``token_spread``.
     """
     generator = torch.Generator().manual_seed(seed)
     adaptive = timm.create_model(name, **SYNTHETIC).eval()
@@ -103,22 +105,18 @@ def prepared(
 
 
 def interleaved(
-    functions: dict[str, Callable[[], None]], repeats: int, minimum: float = 0.2, limit: float = math.inf
+    functions: dict[str, Step], repeats: int, minimum: float = 0.2, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds of each call of ``functions``, taken in turns so that a drift of the machine hits all alike.
-
-    Each is warmed up; a sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds no new
-    round begins, but three are always made.
-    """
+    """Seconds a call of each of ``functions``, taken in turns so that a drift of the machine hits all alike."""
     calls, samples = {}, {name: [] for name in functions}
     for name, function in functions.items():
         seconds = _timed(function)
         if seconds < 10 * minimum:
             seconds = _timed(function)
-        calls[name] = max(1, round(minimum / seconds))
+        calls[name] = max(1, round(minimum / seconds))  # as many as fill ``minimum`` seconds: a sample is their mean
     started = timer()
     for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
-        if turn >= 3 and timer() - started > limit:
+        if turn >= 3 and timer() - started > limit:  # three rounds are always made
             break
         for name, function in functions.items():
             samples[name].append(_timed(function, calls[name]))
@@ -132,7 +130,7 @@ def timer() -> float:
     return time.perf_counter()
 
 
-def _timed(function: Callable[[], None], calls: int = 1) -> float:
+def _timed(function: Step, calls: int = 1) -> float:
     gc.collect()
     started = timer()
     for _ in range(calls):
@@ -140,16 +138,12 @@ def _timed(function: Callable[[], None], calls: int = 1) -> float:
     return (timer() - started) / calls
 
 
-def compared(functions: dict[str, Callable[[], None]], batch: int, repeats: int, limit: float = math.inf):
-    """The ``functions``, each a step on ``batch`` images, timed in turns: a data frame of one row each.
-
-    images_per_second is the median over rounds, _low and _high its quartiles; speedup against the first is the median
-    of the ratios within each round.
-    """
+def compared(functions: dict[str, Step], batch: int, repeats: int, limit: float = math.inf) -> pd.DataFrame:
+    """The ``functions``, each a step on ``batch`` images, timed in turns: a row each, with median and quartiles."""
     rows, samples = [], interleaved(functions, repeats, limit=limit)
     for name, seconds in samples.items():
         low, middle, high = np.percentile(batch / np.array(seconds), (25, 50, 75))
-        speedup = np.median(np.divide(next(iter(samples.values())), seconds))
+        speedup = np.median(np.divide(next(iter(samples.values())), seconds))  # against the first, within each round
         rows.append({
             "model": name, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
             "images_per_second_high": high, "speedup": speedup, "rounds": len(seconds),
@@ -163,7 +157,7 @@ def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats
     return compared(functions, len(images), repeats)
 
 
-def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> Callable[[], None]:
+def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
     def infer() -> None:
         with torch.inference_mode():
             model.execution = execution
@@ -189,12 +183,12 @@ def benchmark(
     plain = counted_flops(workload.plain.eval(), workload.images[:8])
     packed = counted_flops(workload.adaptive.eval(), workload.images)
     flops = np.where(table["model"] == "A-ViT packed", packed, plain)
-    table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=plain / flops)
-    table = table.assign(efficiency=table["speedup"] / table["flops_ratio"])
+    ratio = plain / flops
+    table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=ratio, efficiency=table["speedup"] / ratio)
     return pd.DataFrame({"task": task, "precision": precision, **table})
 
 
-def step_of(workload: Workload, name: str, task: str, precision: str) -> Callable[[], None]:
+def step_of(workload: Workload, name: str, task: str, precision: str) -> Step:
     """A function that does one inference or training step of the model called ``name`` on a ``prepared`` workload."""
     model = workload.plain if name == "DeiT" else workload.adaptive
     images, execution = workload.images, "masked" if name == "A-ViT masked" else "packed"

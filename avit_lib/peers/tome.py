@@ -1,8 +1,4 @@
-"""Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461): the peer of A-ViT that needs no training.
-
-In every layer the r most similar pairs of tokens become one token each, the same number in every image; a token
-remembers how many it stands for and weighs that much in attention.
-"""
+"""Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461): the peer of A-ViT that needs no training."""
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +29,7 @@ def match(keys: Tensor, r: int) -> Tensor:
 
 
 def merge(tokens: Tensor, size: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merge tokens [B, N, D] of ``size`` [B, N] into their ``groups`` [B, N], ``count`` of them.
-
-    Returns the means weighted by size [B, count, D] and the sizes [B, count], the sums of those that merged.
-    """
+    """The mean [B, count, D] of each group of tokens [B, N, D], weighted by ``size`` [B, N], and the sum of sizes."""
     images, _, width = tokens.shape
     rows = (groups + count * torch.arange(images, device=groups.device)[:, None]).flatten()
     weighted = (tokens * size[..., None]).flatten(0, 1)
@@ -46,17 +39,14 @@ def merge(tokens: Tensor, size: Tensor, groups: Tensor, count: int) -> tuple[Ten
 
 
 def attend(module: nn.Module, tokens: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's Attention on tokens [B, N, D] of ``size`` [B, N]: a key counts as often as it has tokens (equation 1).
-
-    Returns the output [B, N, D] and the keys [B, N, d], averaged over heads.
-    """
+    """timm's Attention on tokens [B, N, D], each key counted ``size`` [B, N] times (equation 1); returns keys, too."""
     qkv = module.qkv(tokens).unflatten(-1, (3, module.num_heads, module.head_dim))
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, d] each
     q, k = module.q_norm(q), module.k_norm(k)
     weight = size.log().to(q.dtype)[:, None, None, :]  # softmax(q k^T / sqrt(d) + log s)
     dropout = module.attn_drop.p if module.training else 0.0
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=weight, dropout_p=dropout)
-    return module.proj_drop(module.proj(module.norm(attended.transpose(1, 2).flatten(2)))), k.mean(dim=1)
+    return module.proj_drop(module.proj(module.norm(attended.transpose(1, 2).flatten(2)))), k.mean(dim=1)  # [B, N, d]
 
 
 def merging_block(block: nn.Module, tokens: Tensor, size: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -78,27 +68,18 @@ def run_merging(blocks: nn.Sequential, tokens: Tensor, r: int) -> tuple[Tensor, 
 
 
 class TokenMerging(nn.Module):
-    """A trained VisionTransformer that merges ``r`` tokens a layer; shares its weights and changes none."""
+    """A trained VisionTransformer that merges the ``r`` most similar pairs in each layer; it shares the weights."""
 
     def __init__(self, model: VisionTransformer, r: int):
         """Raises UserError for a model that halts or has no class token alone before its patches, and for r < 0."""
         super().__init__()
         plain = isinstance(model, VisionTransformer) and not isinstance(model, AViT)
-        if not plain or not model.has_class_token or model.num_prefix_tokens != 1:
+        if not (plain and model.has_class_token and model.num_prefix_tokens == 1):
             raise UserError("tokens are merged in a plain vision transformer with one class token; take a DeiT or ViT")
         if r < 0:
             raise UserError(f"the number of tokens to merge in each layer must not be negative: {r}")
-        self.model, self.r, self.num_prefix_tokens = model, r, 1
-
-    @property
-    def blocks(self) -> nn.Sequential:
-        """The transformer blocks."""
-        return self.model.blocks
-
-    @property
-    def patch_embed(self) -> nn.Module:
-        """The patch embedding."""
-        return self.model.patch_embed
+        self.model, self.r = model, r
+        self.blocks, self.patch_embed, self.num_prefix_tokens = model.blocks, model.patch_embed, 1  # for ``predict``
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""

@@ -1,8 +1,10 @@
 """What the notebooks and the command line see: one study, from its settings to its results.
 
-``settings`` (profiles, one TOML file each in ``profiles/``) and ``study`` (its data, its models); ``tables``,
-``figures`` and ``results``, which writes them down, with ``page`` for the README files; ``notebooks`` runs the
-notebooks, ``fingerprint`` tells what is out of date; ``search``, ``sweep`` and ``benchmark`` are commands of their own.
+``settings`` reads profiles, one TOML file each in ``profiles/``. ``study`` has the data and models of one, and trains
+what is missing or out of date; ``fingerprint`` is the code that a result was computed from. ``tables`` and ``figures``
+compare models, ``pictures`` show tokens, where several places need them; what one notebook alone shows is made in it.
+``results`` writes them down, ``page`` makes README files of them, ``notebooks`` runs the notebooks. ``search``,
+``sweep`` and ``benchmark`` are commands of their own.
 
 May import every other room; nothing but the command line and the notebooks imports it.
 """

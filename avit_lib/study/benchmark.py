@@ -96,20 +96,21 @@ COST_CAPTION = (
 )
 
 
-def cost_table(speed: pd.DataFrame) -> pd.DataFrame:
+def cost_table(speeds: pd.DataFrame) -> pd.DataFrame:
     """Hours that the imagenet profile takes, from the images a second of training: a row a model and precision."""
     profile = get_profile("imagenet")
     images = IMAGENET_IMAGES - 1000 * profile.data.validation_per_class
-    by_model = speed.query("task == 'training'").groupby(["model", "precision"], sort=False)
+    by_model = speeds.query("task == 'training'").groupby(["model", "precision"], sort=False)
     table = by_model["images_per_second"].max().reset_index()
     hours = images * profile.runs[0].training.epochs / table["images_per_second"] / 3600
     return table.assign(**{f"hours on {count}": (hours / count).round(1) for count in (1, 4, 8)})
 
 
-def summary_table(speed: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
+def summary_table(speeds: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
     """The tables of speed and memory in words, for people: one row a task, precision and batch size."""
-    frames = [frame.set_index(["task", "precision", "batch"]) for frame in (speed, memory)]
-    (deit, masked, packed), (*_, peaks) = ([frame[frame["model"] == name] for name in MODELS] for frame in frames)
+    key = ["task", "precision", "batch"]
+    deit, masked, packed = (speeds[speeds["model"] == model].set_index(key) for model in speed.MODELS)
+    peaks = memory.query("model == 'A-ViT packed'").set_index(key)
     return pd.DataFrame({
         "DeiT [images/s]": deit["images_per_second"].map("{:.1f}".format),
         "masked [images/s]": masked["images_per_second"].map("{:.1f}".format),

@@ -1,4 +1,4 @@
-"""The theme of all figures, and the charts drawn in several places: data in, a Figure out, neither shown nor written."""
+"""The theme of all figures, and the charts drawn in several places: data in, Figure out, neither shown nor written."""
 
 import io
 from pathlib import Path

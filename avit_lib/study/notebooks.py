@@ -127,7 +127,7 @@ class Runner:
         executed = self._executed(name)
         running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
         executed.parent.mkdir(parents=True, exist_ok=True)
-        parameter = os.path.abspath(self.source) if self.source.endswith(".toml") else self.source
+        parameter = os.path.relpath(self.source, self.folder) if self.source.endswith(".toml") else self.source
         os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, though the user may have others
         try:
             papermill.execute_notebook(
@@ -156,8 +156,9 @@ class Runner:
         trained = set()
         for earlier in [other for other in self.names if other <= name]:
             trained |= _trained(self._pieces(earlier), {run.name for run in self.profile.runs})
-        found = {run: self.results / "checkpoints" / run / "last.json" for run in sorted(trained)}
-        checksums = {run: read_json(path)["sha256"] if path.is_file() else None for run, path in found.items()}
+        found = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
+        known = {run: path.with_suffix(".json") if path.is_file() else None for run, path in found.items()}
+        checksums = {run: path and read_json(path)["sha256"] for run, path in known.items()}
         return {**self._code(name), "checkpoints": checksums}
 
     def _code(self, name: str) -> dict:

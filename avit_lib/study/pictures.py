@@ -1,6 +1,6 @@
 """Pictures of images and of what becomes of their tokens: arrays or CPU tensors in, a matplotlib Figure out.
 
-B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers: token 0 is the class token, the others a grid [G, G].
+B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of a grid [G, G].
 """
 
 import textwrap
@@ -18,9 +18,10 @@ DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # what covers halted tokens: a colour, so that it shows on black and on white
 
 Row = tuple[str, np.ndarray, list[str]]  # its name, pictures [B, H, W, 3], and titles above them, if any
+Span = tuple[float, float]  # the shallowest and the deepest layer that are shown
 
 
-def mosaic(rows: list[Row], span: tuple[int, int] | None = None, layers: int = 0) -> Figure:
+def mosaic(rows: list[Row], span: Span | None = None, layers: int = 0) -> Figure:
     """Rows of square pictures with their names on the left; with the key of depth maps whose colours cover ``span``."""
     columns = max(len(pictures) for _, pictures, _ in rows)
     side = (WIDTH - 1.0) / columns
@@ -54,26 +55,27 @@ def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> F
 
 
 def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
-    """In four rows: images, depth maps, images veiled the more the earlier a token halted, and what the last layer sees.
+    """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the last layer sees.
 
     Colours and veils span the depths shown; the veils leave out the outer 2 percent at either end.
     """
     grid = grids(depth)
+    span = (grid.min(), grid.max())
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = [
         ("image", rgb(images), titles or []),
-        ("depth", coloured(grid, _span(grid)), []),
+        ("depth", coloured(grid, span), []),
         ("veiled\nby depth", veiled(images, veil), []),
         ("in the\nlast layer", veiled(images, grid < layers), []),
     ]
-    return mosaic(rows, _span(grid), layers)
+    return mosaic(rows, span, layers)
 
 
 def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], layers: int) -> Figure:
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
-    span = _span(np.concatenate([grids(depth) for _, depth, _ in groups.values()]))
-    rows = []
+    shown = np.concatenate([grids(depth) for _, depth, _ in groups.values()])
+    span, rows = (shown.min(), shown.max()), []
     for name, (images, depth, titles) in groups.items():
         rows += [(name, rgb(images), titles), ("", coloured(grids(depth), span), [])]
     return mosaic(rows, span, layers)
@@ -99,7 +101,7 @@ def grids(depth: ArrayLike) -> np.ndarray:
     return patches.reshape(-1, side, side)
 
 
-def coloured(grid: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+def coloured(grid: np.ndarray, span: Span) -> np.ndarray:
     """Depths [B, G, G] as colours [B, G, G, 3], which run over ``span``."""
     return mpl.colormaps[DEPTH_COLOURS](Normalize(*span)(grid))[..., :3]
 
@@ -118,12 +120,7 @@ def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 
-def _span(grid: np.ndarray) -> tuple[int, int]:
-    """The shallowest and the deepest of whole-layer depths."""
-    return int(grid.min()), int(grid.max())
-
-
-def _depth_key(figure: Figure, axes: np.ndarray, span: tuple[int, int], layers: int) -> None:
+def _depth_key(figure: Figure, axes: np.ndarray, span: Span, layers: int) -> None:
     """The key of depth maps, below them: one colour a layer."""
     shown = np.arange(span[0], span[1] + 1)
     norm = BoundaryNorm(np.append(shown, shown[-1] + 1) - 0.5, len(shown))

@@ -1,8 +1,7 @@
 """The search for settings: candidates of a profile, trained and compared on the validation images, never the test's.
 
-What was found stays on record in metrics/search.json, with the commit that found it: a candidate on record is not
-trained again unless its own settings, the images or the seed change, and keeps its row when it is no longer declared.
-Code does not count: to search again after it changed in a way that matters, remove that file.
+What was found stays on record in metrics/search.json, also of candidates no longer declared; one on record is trained
+again when its own settings, the images or the seed change, but not when code does: then remove that file by hand.
 """
 
 import hashlib
@@ -29,9 +28,8 @@ CAPTION = (
 
 
 def run_search(study: Study) -> pd.DataFrame:
-    """Train and evaluate the candidates that are not on record; returns the table of all that are.
+    """Train and evaluate the candidates that are not on record, written down after each; returns the table of all.
 
-    After each, tables/search and metrics/search.json are written: an interrupted search goes on where it stopped.
     Raises UserError when the profile declares no candidates.
     """
     candidates = study.profile.search
@@ -74,10 +72,7 @@ def figures(model: nn.Module, predictions: Predictions) -> dict[str, float]:
 
 
 def read_record(study: Study) -> dict[str, dict]:
-    """What earlier searches found, by the name of the candidate; empty if there was none.
-
-    A setting that did not exist yet when a candidate was written down has its default.
-    """
+    """What earlier searches found, by the name of the candidate; a setting younger than the record has its default."""
     path = study.results.folder / "metrics" / "search.json"
     record = read_json(path)["candidates"] if path.is_file() else {}
     training = Training(epochs=0, learning_rate=0.0)

@@ -1,10 +1,10 @@
 """Profiles: the settings of a study, read from one TOML file each (``profiles/``, or a file of one's own) and checked.
 
-A profile that ``extends`` another one, by name or path, has its settings but for those it sets itself; so does a run
-that ``extends`` another run. The sections ``training`` and ``halting`` of a file are for all of its runs, whose own
-sections come first.
+A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a run that ``extends``
+another run. The sections ``training`` and ``halting`` of a file are for all of its runs, whose own come first.
 """
 
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +16,7 @@ from avit_lib.errors import UserError
 from avit_lib.losses import TaskLoss, Teacher
 from avit_lib.training import Training
 
-PROFILES = Path(__file__).with_name("profiles")
-TRAINED_FOR = ("alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "kl_direction")
+PROFILES = Path(__file__).resolve().with_name("profiles")
 NotNegative, Fraction = Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0, le=1)]
 Layers, Positive = Annotated[float, Meta(ge=1)], Annotated[float, Meta(gt=0)]
 Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
@@ -49,7 +48,8 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def objective(self) -> dict[str, Any]:
         """What ``losses.AdaptiveLoss`` needs."""
-        return {name: getattr(self, name) for name in TRAINED_FOR}
+        names = ("alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "kl_direction")
+        return {name: getattr(self, name) for name in names}
 
 
 class Distillation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -105,19 +105,25 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
-        names = {run.name for run in self.runs}
+        names = [run.name for run in self.runs]
         meant = {"focus": (self.focus,), "sweep": self.sweep}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
-            if missing := sorted(set(wanted) - names):
+            if missing := [name for name in wanted if name not in names]:
                 raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
+        try:
+            TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
+        except CycleError as error:
+            raise ValueError(f"runs need each other in a circle: {', '.join(error.args[1])}") from None
+        if all(run.halting for run in self.runs):
+            raise ValueError("runs: one without halting is missing, which the others are compared with")
 
     def run(self, name: str) -> Run:
         """The run, or candidate of the search, called ``name``; raises UserError when there is none."""
-        for run in (*self.runs, *self.search):
-            if run.name == name:
-                return run
-        raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
+        known = {run.name: run for run in (*self.search, *self.runs)}
+        if name not in known:
+            raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
+        return known[name]
 
     @property
     def plain(self) -> Run:
@@ -142,7 +148,7 @@ def get_profile(name: str) -> Profile:
     shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
     runs = {}  # by name, those of which a later one may say that it extends them
     for group in ("runs", "search"):
-        declared = tables.get(group, {})
+        declared = _checked(path, group, tables.get(group, {}), dict[str, dict])
         for name, table in declared.items():
             runs[name] = _run(path, f"{group}.{name}", table | {"name": name}, runs, shared)
         tables[group] = [runs[name] for name in declared]
@@ -154,11 +160,11 @@ def changed(settings: Struct, key: str, **changes: Any) -> Any:
     return _checked("these settings", key, msgspec.to_builtins(settings) | changes, type(settings))
 
 
-def _path(name: str, folder: Path) -> Path:
+def _path(name: str, folder: Path, where: str = "") -> Path:
     path = folder / name if str(name).endswith(".toml") else PROFILES / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(profile_names())
-        raise UserError(f"unknown profile {str(name)!r}; choose from {known}, or name a file that ends in .toml")
+        raise UserError(f"{where}unknown profile {str(name)!r}; choose from {known}, or name a file that ends in .toml")
     return path.resolve()
 
 
@@ -171,7 +177,9 @@ def _extended(path: Path, *seen: Path) -> dict[str, Any]:
     base = tables.pop("extends", None)
     if path in seen:
         raise UserError(f"{path}: extends itself; leave that out")
-    return _laid_over(_extended(_path(base, path.parent), path, *seen), tables) if base else tables
+    if base is None:
+        return tables
+    return _laid_over(_extended(_path(base, path.parent, f"{path}: extends: "), path, *seen), tables)
 
 
 def _laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
@@ -183,12 +191,10 @@ def _laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
 def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[str, dict]) -> dict[str, Any]:
     """A run as a complete table: over the run it extends, else over the sections that all share; checked."""
     extends = table.pop("extends", None)
-    if extends is None:
-        base = shared if "halting" in table else {"training": shared["training"]}
-    elif extends in runs:
-        base = runs[extends]
-    else:
+    if extends not in (None, *runs):
         raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
+    common = shared if "halting" in table else {"training": shared["training"]}
+    base = common if extends is None else runs[extends]
     return msgspec.to_builtins(_checked(path, key, _laid_over(base, table), Run))
 
 

@@ -1,4 +1,4 @@
-"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model; fractions are 0 to 1."""
+"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model; fractions 0 to 1."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -49,16 +49,14 @@ def first_images(study: Study, most: int) -> Tensor:
 
 
 def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
-
-    Merged models have no depth of their own.
-    """
+    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved."""
     plain, rows = study.profile.plain, []
     for run in study.profile.runs:
         figures = _with_intervals(study.load(run.name), predictions[run.name])
         rows.append({"model": run.label, "init": run.init} | figures)
     for name, model in merged_models(study).items():
-        figures = _with_intervals(model.model, predictions[name]) | {"mean_depth": math.nan, "mean_executed_depth": math.nan}
+        figures = _with_intervals(model.model, predictions[name])
+        figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # they have no depth of their own
         figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
         rows.append({"model": name, "init": f"{plain.name}, not trained"} | figures)
     table = pd.DataFrame(rows)
@@ -77,10 +75,9 @@ def _with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, flo
 def speed_table(
     study: Study, batches: Iterable[int] = (), masked: bool = False, others: Mapping[str, nn.Module] | None = None
 ) -> pd.DataFrame:
-    """Images a second of the trained models on test images, and speed-up against the plain one: see ``throughput``.
+    """``throughput`` of the trained models on test images, one row a model and batch size (default: that of training).
 
-    One row a model and batch size (default: the one it was trained with); ``masked`` adds the models that halt as the
-    paper executes them, in place of merged ones; ``others`` are timed beside them.
+    ``masked`` adds the models that halt as the paper executes them, in place of merged ones; ``others`` come last.
     """
     runs = study.profile.runs
     models = {run.label: (study.load(run.name), "packed") for run in runs}
@@ -104,11 +101,8 @@ def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> p
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals.
-
-    Mean per-class accuracy and its differences stand there where classes are not equally large.
-    """
-    even = np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])
+    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
+    even = np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])  # classes are equally large
     table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
 
     def with_interval(name: str) -> pd.Series:
@@ -150,7 +144,7 @@ def dialled_models(study: Study) -> dict[str, AViT]:
 def operating_points(
     study: Study, predictions: dict[str, Predictions], turned: Mapping[str, AViT], speed: pd.DataFrame
 ) -> pd.DataFrame:
-    """The focus model as trained and ``turned`` by ``dialled_models``, shallowest first; ``speed`` has them all timed."""
+    """The focus model as trained and ``turned`` by ``dialled_models``, shallowest first; ``speed`` has all of them."""
     plain, run = study.profile.plain, study.profile.run(study.profile.focus)
     rows = []
     for name, model in {run.label: study.load(run.name), **turned}.items():

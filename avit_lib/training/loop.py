@@ -226,7 +226,7 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
     found = read_json(output / "last.json")
     if found.get("run") != run:
         raise UserError(f"{output} holds another run; name another folder, or delete it to start again")
-    if found["epoch"] != config.epochs:
+    if found["epoch"] != config.epochs or not (output / "last.safetensors").is_file():
         return None
     try:
         history = pd.read_csv(output / "history.csv")

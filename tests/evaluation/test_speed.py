@@ -14,6 +14,7 @@ from avit_lib.evaluation.speed import (
     throughput,
     without_halting,
 )
+from avit_lib.halting import executed_depth
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ def test_throughput_is_relative_to_the_first_model():
 def test_tokens_by_layer_are_those_of_the_trace():
     workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
     with torch.inference_mode():
-        depth = workload.adaptive.forward_with_trace(workload.images)[1].executed_depth
+        depth = executed_depth(workload.adaptive.forward_with_trace(workload.images)[1].depth)
     table = layer_times(workload, repeats=1)
     expected = [(depth >= layer).sum().item() / 8 for layer in table["layer"]]
     assert table["tokens"].tolist() == expected and table["ideal"][0] == table["deit"][0]

@@ -1,7 +1,5 @@
 """The ImageNet profile, dry: its recipe on generated images, with a tiny backbone in place of its own."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,9 +9,9 @@ from PIL import Image
 from timm.models import register_model
 
 from avit_lib import cli
-from avit_lib.checkpoints import load_checkpoint, save_checkpoint
-from avit_lib.config import PROFILES, get_profile
-from avit_lib.models import AViT
+from avit_lib.model import AViT
+from avit_lib.study import get_profile
+from avit_lib.training import load_checkpoint, save_checkpoint
 
 
 @register_model
@@ -54,21 +52,21 @@ def test_its_models_and_weights_exist(run):
 
 @pytest.mark.usefixtures("generated")
 def test_dry_run(tmp_path, monkeypatch, capsys):
-    profile = get_profile("imagenet")
-    run = replace(profile.run("avit"), model="avit_dry_patch56_224")
-    monkeypatch.setitem(PROFILES, "imagenet", replace(profile, runs=(run,)))
+    (tmp_path / "dry.toml").write_text('extends = "imagenet"\nruns.avit.model = "avit_dry_patch56_224"\n')
+    profile = str(tmp_path / "dry.toml")
+    run = get_profile(profile).run("avit")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     torch.manual_seed(0)
     source = timm.create_model(run.model, num_classes=1000)
     save_checkpoint(tmp_path / f"{run.pretrained}.safetensors", source, run.model, {})
     output = tmp_path / "output"
-    command = ["fit", "--profile", "imagenet", "--epochs", "2", "--output", str(output)]
+    command = ["fit", "--profile", profile, "--epochs", "2", "--output", str(output)]
     assert cli.main([*command, "--device", "cpu"]) == 0
     history = pd.read_csv(output / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and np.isfinite(history["train_loss"]).all()
     model, description = load_checkpoint(output / "last.safetensors")
     assert len(description["run"]["classes"]) == 3
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight, atol=1e-3, rtol=0)
-    test = ["test", "--profile", "imagenet", "--ckpt", str(output / "last.safetensors")]
+    test = ["test", "--profile", profile, "--ckpt", str(output / "last.safetensors")]
     assert cli.main([*test, "--device", "cpu"]) == 0
     assert '"images": 9' in capsys.readouterr().out

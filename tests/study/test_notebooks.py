@@ -1,8 +1,10 @@
 """The notebook runner, on small notebooks in a project of their own; the bootstrap cell, where nothing is installed."""
 
+import difflib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,11 +17,15 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from avit_lib import notebooks
+from avit_lib import cli
+from avit_lib.study import fingerprint, notebooks
+from avit_lib.study.figures import batch_axis
+from avit_lib.study.page import README_TABLE, stamp_readme
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ADDRESS = "https://github.com/someone/avit"
 SMOKE = ("--profile", "smoke")
+BOOTSTRAP = 'address = ""  # of the repository\nassert address is not None'
 
 
 @pytest.fixture
@@ -31,14 +37,16 @@ def project(tmp_path, monkeypatch):
     monkeypatch.delenv("AVIT_RESULTS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    taken = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, taken)
 
 
 def write(project: Path, name: str, *code: str) -> Path:
     """A notebook of a title, a bootstrap cell, the parameters and ``code``."""
     cells = [
         new_markdown_cell(f"# {name}"),
-        new_code_cell("# bootstrap", metadata={"tags": ["bootstrap"]}),
+        new_code_cell(BOOTSTRAP, metadata={"tags": ["bootstrap"]}),
         new_code_cell('PROFILE = "fashion"\nSEED = 0', metadata={"tags": ["parameters"]}),
         *[new_code_cell(textwrap.dedent(text)) for text in code],
     ]
@@ -48,7 +56,7 @@ def write(project: Path, name: str, *code: str) -> Path:
 
 
 def run(*options: str) -> int:
-    return notebooks.main(["run", *SMOKE, *options])
+    return cli.main(["notebooks", *SMOKE, *options])
 
 
 def executed(project: Path, name: str) -> Path:
@@ -109,7 +117,7 @@ def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     write(project, "02_two", "print('never reached')")
     assert run() == 0
     good = executed(project, "01_one").read_text()
-    write(project, "01_one", "class StudyError(Exception): ...", "raise StudyError('the remedy')")
+    write(project, "01_one", "class UserError(Exception): ...", "raise UserError('the remedy')")
     capsys.readouterr()
     assert run() == 1
     captured = capsys.readouterr()
@@ -142,7 +150,7 @@ def test_the_error_is_in_sight(project, capsys, cell, message):
 
 def test_an_unknown_profile_touches_nothing(project, capsys):
     write(project, "01_one", "print(1)")
-    assert notebooks.main(["run", "--profile", "nonsense", "--fresh"]) == 2
+    assert cli.main(["notebooks", "--profile", "nonsense", "--fresh"]) == 2
     assert capsys.readouterr().err.startswith("error: unknown profile 'nonsense'; choose from ")
     assert not (project / "results").exists()
 
@@ -154,22 +162,22 @@ def test_a_project_without_notebooks_is_refused(project, capsys):
 
 def test_only_what_changed_runs_again(project, capsys):
     paths = [write(project, name, "print(1)") for name in ("01_one", "02_two")]
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == ["01_one", "02_two"]
     for path in (*paths, executed(project, "01_one")):
         os.utime(path, (1, 1))
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == []
     write(project, "02_two", "print(2)")
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == ["02_two"]
-    notebooks.main(["stamp"])
-    assert run("--stale") == 0
+    assert cli.main(["badges"]) == 0
+    assert run() == 0
     assert ran(capsys) == []
     executed(project, "01_one").unlink()
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == ["01_one"]
-    assert run("--stale", "--seed", "1") == 0
+    assert run("--seed", "1") == 0
     assert ran(capsys) == ["01_one", "02_two"]
 
 
@@ -178,27 +186,69 @@ def test_a_changed_checkpoint_makes_the_notebooks_from_its_training_on_stale(pro
     write(project, "02_train", FAKE_TRAINING, "study.train('deit')")
     write(project, "03_use", "print(3)")
     write(project, "04_train", FAKE_TRAINING, "study.train('avit')")
-    assert run("--stale") == 0
+    assert run() == 0
     ran(capsys)
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == []
     checkpoints = project / "results" / "smoke" / "checkpoints"
     (checkpoints / "avit" / "last.json").write_text('{"sha256": "two"}')
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == ["04_train"]
     (checkpoints / "deit" / "last.safetensors").unlink()
-    assert run("--stale") == 0
+    assert run() == 0
     assert ran(capsys) == ["02_train"]  # it trains the same weights again: those after it stand
 
 
-def test_what_a_notebook_imports_counts_and_what_it_does_not_import_does_not(project):
-    runner = notebooks.Runner(notebooks.get_profile("smoke"), 0, project / "notebooks", project / "results")
-    states = []
-    for code in ("print(1)", "from avit_lib import halting", "from avit_lib.plots import anything"):
-        write(project, "01_one", code)
-        states.append(runner._code_state("01_one")["library"])
-    assert states[0] == states[1]  # every notebook rests on the models, and these on halting
-    assert states[0] != states[2]
+def test_what_a_notebook_uses_of_the_library_counts_and_nothing_else(project, monkeypatch, capsys):
+    write(project, "01_axis", "from avit_lib.study import figures", "figures.batch_axis")
+    write(project, "02_other", "from avit_lib.study import figures", "figures.percent")
+    write(project, "03_unused", "from avit_lib.study.figures import batch_axis")
+    assert run() == 0
+    ran(capsys)
+    sources = fingerprint.source
+
+    def changed(thing):
+        code = sources(thing)
+        return code.replace("base=2", "base=10") if thing is batch_axis else code
+
+    assert changed(batch_axis) != sources(batch_axis)
+    monkeypatch.setattr(fingerprint, "source", changed)
+    assert run() == 0
+    output = capsys.readouterr().out
+    assert "[1/3] 01_axis: out of date (library changed), 0 more to come" in output
+    assert "[2/3] 02_other: up to date" in output and "[3/3] 03_unused: up to date" in output
+
+
+def test_settings_that_no_notebook_sees_do_not_put_them_out_of_date(project, capsys):
+    write(project, "01_one", "print(1)")
+    profile = project / "mine.toml"
+    profile.write_text('extends = "smoke"')
+    for content, again in (
+        ("", ["01_one"]), ('notes = ["another"]', []), ("sweep_seeds = [5]", []),
+        ("search.taught.training.epochs = 5", []), ("runs.avit.halting.beta = -1.5", ["01_one"]),
+        ("data.train_per_class = 19", ["01_one"]), ("dial = []", ["01_one"]),
+    ):  # fmt: skip
+        profile.write_text(f'extends = "smoke"\n{content}\n')
+        assert cli.main(["notebooks", "--profile", "mine.toml"]) == 0
+        assert ran(capsys) == again, content
+
+
+def test_a_profile_of_ones_own_is_taken_by_the_notebooks(project, tmp_path_factory, capsys):
+    write(
+        project,
+        "01_one",
+        "from avit_lib.study import Study",
+        "study = Study(PROFILE, SEED)\nprint(study.profile.purpose)",
+    )
+    files = project / "mine.toml", tmp_path_factory.mktemp("elsewhere") / "other.toml"
+    for file in files:
+        file.write_text(f'extends = "smoke"\npurpose = "purpose of {file.stem}"')
+        assert cli.main(["notebooks", "--profile", os.path.relpath(file)]) == 0
+        assert f"purpose of {file.stem}" in capsys.readouterr().out
+        copy = (project / "results" / file.stem / "notebooks" / "01_one.ipynb").read_text()
+        assert f"purpose of {file.stem}" in copy and str(project) not in copy
+        assert (project / "results" / file.stem / "README.md").is_file()
+    assert not (project / "results" / "smoke").exists()
 
 
 def test_a_fresh_run_goes_on_after_an_interruption_and_else_begins_anew(project, capsys):
@@ -209,7 +259,7 @@ def test_a_fresh_run_goes_on_after_an_interruption_and_else_begins_anew(project,
     (project / "flag").touch()
     assert run("--fresh") == 0
     output = capsys.readouterr().out
-    assert "going on with the run that was interrupted: 1 of 2 done" in output
+    assert "going on with the run that was interrupted" in output
     assert "[1/2] 01_train: up to date" in output
     assert not (project / "results" / "smoke" / ".reproduce.json").exists()
     assert run("--fresh") == 0
@@ -270,7 +320,7 @@ def is_alive(process: int) -> bool:
 
 def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
     write(project, "01_one", "import os\nprint('kernel', os.getpid(), flush=True)", "import time\ntime.sleep(600)")
-    command = [sys.executable, "-m", "avit_lib.notebooks", "run", *SMOKE]
+    command = [sys.executable, "-m", "avit_lib", "notebooks", *SMOKE]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("kernel"):
@@ -278,7 +328,7 @@ def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
     process.terminate()  # taken like Ctrl-C, which a process started in the background would not get
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1].startswith("interrupted")
+    assert error.strip().splitlines()[-1] == "stopped; run the same command again to go on"
     assert "Traceback" not in error
     assert not list(executed(project, "x").parent.glob("*"))
     deadline = time.monotonic() + 60
@@ -289,45 +339,77 @@ def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
 
 def test_stamping_is_idempotent_and_can_be_undone(project, capsys):
     path = write(project, "01_one")
-    assert notebooks.main(["stamp", "--check"]) == 1
-    assert notebooks.main(["stamp"]) == 0
+    assert cli.main(["badges", "--check"]) == 1
+    assert "out of date: 01_one" in capsys.readouterr().out
+    assert cli.main(["badges"]) == 0
     stamped = path.read_text()
     title, code = nbformat.read(path, as_version=4).cells[:2]
     assert title.source.splitlines()[0].endswith(
         "(https://colab.research.google.com/github/someone/avit/blob/main/notebooks/01_one.ipynb)"
     )
     assert title.source.splitlines()[1:] == ["", "# 01_one"]
-    assert f'"git+{ADDRESS}"' in code.source
-    assert notebooks.main(["stamp", "--check"]) == 0
-    assert notebooks.main(["stamp"]) == 0
+    assert code.source == BOOTSTRAP.replace('""', f'"{ADDRESS}"')
+    assert cli.main(["badges", "--check"]) == 0
+    assert cli.main(["badges"]) == 0
     assert path.read_text() == stamped
     (project / "pyproject.toml").write_text("[project]\n")
-    assert notebooks.main(["stamp"]) == 0
+    assert cli.main(["badges", "--check"]) == 1
+    assert path.read_text() == stamped
+    assert cli.main(["badges"]) == 0
     title, code = nbformat.read(path, as_version=4).cells[:2]
-    assert title.source == "# 01_one"
-    assert "git+" not in code.source
+    assert title.source == "# 01_one" and code.source == BOOTSTRAP
+
+
+def test_stamping_the_notebooks_of_the_study_changes_a_line_and_the_badge_and_can_be_undone(project):
+    originals = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for path in originals:
+        shutil.copy(path, project / "notebooks")
+    notebooks.stamp(project / "notebooks", "")
+    before = {path: path.read_text() for path in sorted((project / "notebooks").iterdir())}
+    assert len(before) == len(originals) >= 6
+    assert notebooks.stamp(project / "notebooks", ADDRESS) == [path.stem for path in originals]
+    for path, text in before.items():
+        old, new = text.splitlines(), path.read_text().splitlines()
+        lines = [line for line in difflib.ndiff(old, new) if line[0] in "+-"]
+        removed, added = ([line[2:].strip() for line in lines if line[0] == sign] for sign in "-+")
+        assert len(removed) == 1 and 'address = \\"\\"' in removed[0]
+        assert sorted(added)[-1].startswith('"address = ') and ADDRESS in sorted(added)[-1]
+        assert len(added) == 3 and f"{path.stem}.ipynb" in sorted(added)[1] and sorted(added)[0] == '"\\n",'
+    assert notebooks.stamp(project / "notebooks", ADDRESS) == []
+    assert notebooks.stamp(project / "notebooks", "") == [path.stem for path in originals]
+    assert {path: path.read_text() for path in before} == before
+
+
+def test_the_address_is_that_of_pyproject(project):
+    assert notebooks.repository_address(project) == ADDRESS
+    content = (project / "pyproject.toml").read_text()
+    for suffix in (".git", "/"):
+        (project / "pyproject.toml").write_text(content.replace(ADDRESS, ADDRESS + suffix))
+        assert notebooks.repository_address(project) == ADDRESS
+    (project / "pyproject.toml").write_text("[project]\n")
+    assert notebooks.repository_address(project) == ""
 
 
 def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsys):
     readme = project / "README.md"
-    notebooks.stamp_readme(readme)
+    stamp_readme(readme)
     assert not readme.exists()
     readme.write_text("before\n<!-- begin results-fashion -->\nold\n<!-- end results-fashion -->\nafter\n")
-    notebooks.stamp_readme(readme)
+    stamp_readme(readme)
     assert "old" in readme.read_text()
-    table = project / "results" / "fashion" / "tables" / f"{notebooks.README_TABLE}.md"
+    table = project / "results" / "fashion" / "tables" / f"{README_TABLE}.md"
     table.parent.mkdir(parents=True)
     table.write_text("| a |\n| ---: |\n| 1 |\n")
     facts = {"seed": 0, "commit": "0123456789abcdef", "date": "today", "hardware": "a computer"}
     table.with_suffix(".json").write_text(json.dumps({"provenance": facts}))
-    notebooks.stamp_readme(readme)
+    stamp_readme(readme)
     text = readme.read_text()
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
     readme.write_text("<!-- begin sweep-fashion -->\nold\n<!-- end sweep-fashion -->\n")
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
-    notebooks.stamp_readme(readme)
+    stamp_readme(readme)
     assert "Made by `make sweep PROFILE=fashion SEED=0`, commit" in readme.read_text()
 
 
@@ -345,7 +427,7 @@ def test_the_readme_gets_the_table_of_the_benchmark(project):
         "hardware": "a computer",
     }
     table.with_suffix(".json").write_text(json.dumps({"caption": "What it is.", "provenance": facts}))
-    notebooks.stamp_readme(readme)
+    stamp_readme(readme)
     assert (
         "| 1 |\n\nWhat it is.\n\nMade by `make benchmark`, commit 0123456789, today, on a computer."
         in readme.read_text()

@@ -1,5 +1,10 @@
 """Profiles: what a file says is what counts, and whatever is wrong in it is named in one line, with file and key."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 
@@ -143,6 +148,12 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("search.taught.teacher = 'nobody'", r"taught\..*teacher.*'nobody'"),
         ("runs.avit.extends = 'nobody'", r"runs\.avit\.extends: .*'nobody'"),
         ("search.taught.extends = 'taught'", r"search\.taught\.extends: .*'taught'"),
+        ("runs = 3", "runs: expected `object`, got `int`"),
+        ("runs.avit = 3", "runs.*: expected `object`, got `int`"),
+        ("search = []", "search: expected `object`, got `array`"),
+        ("runs.deit.init = 'deit'", "circle: deit, deit"),
+        ("runs.deit.init = 'avit_finetuned'", "circle: .*avit_finetuned"),
+        ("runs.deit.halting = {}", "runs: one without halting is missing"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
     ],
 )
@@ -175,6 +186,21 @@ def test_a_profile_that_extends_itself_is_refused(cycle, tmp_path):
         (tmp_path / f"{name}.toml").write_text(f"extends = '{base}.toml'\n")
     with pytest.raises(UserError, match=r"own\.toml: extends itself"):
         get_profile(str(tmp_path / "own.toml"))
+
+
+@pytest.mark.parametrize("base", ["nobody", "nobody.toml"])
+def test_a_profile_that_extends_nobody_is_refused(profile, base):
+    with pytest.raises(UserError, match=rf"own\.toml: extends: unknown profile '{base}'; choose from") as error:
+        profile("", base=base)
+    assert "\n" not in str(error.value)
+
+
+def test_profiles_are_found_in_a_checkout_that_is_reached_by_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(Path(__file__).parents[2])
+    code = "from avit_lib.study.settings import get_profile; print(get_profile('smoke').name)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "link")}
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert found.stdout == "smoke\n", found.stderr
 
 
 def test_a_file_named_like_a_profile_of_the_library_is_refused(profile):
