@@ -40,10 +40,7 @@ class NotebookFailed(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the notebooks in ``folder`` for one profile, a name or a file, and seed.
-
-    Executed copies go to its results/notebooks.
-    """
+    """Runs the notebooks in ``folder`` for a profile, by name or file; executed copies go to its results."""
 
     source: str
     seed: int
@@ -140,7 +137,11 @@ class Runner:
         except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
             if running.is_file():
                 running.replace(failed)
-            raise NotebookFailed(f"{name}{_in_words(error)}\n  the failed copy: {os.path.relpath(failed)}") from None
+            words = f"could not be run:\n  {error}"
+            if isinstance(error, PapermillExecutionError):  # of a UserError only its message
+                kind = "" if error.ename in ("UserError", "SystemExit") else f"{error.ename}: "
+                words = f"failed in cell [{error.exec_count}]:\n  {kind}{error.evalue}"
+            raise NotebookFailed(f"{name} {words}\n  the failed copy: {os.path.relpath(failed)}") from None
         except KeyboardInterrupt:
             running.unlink(missing_ok=True)
             raise
@@ -153,42 +154,33 @@ class Runner:
 
     def _state(self, name: str) -> dict:
         """All that the results of a notebook depend on: its code, and the runs that it and those before it train."""
-        trained = set()
-        for earlier in [other for other in self.names if other <= name]:
-            trained |= _trained(self._pieces(earlier), {run.name for run in self.profile.runs})
+        runs = {run.name for run in self.profile.runs}
+        trained = set().union(*(_trained(self._read(one)[1], runs) for one in self.names if one <= name))
         found = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
         known = {run: path.with_suffix(".json") if path.is_file() else None for run, path in found.items()}
-        checksums = {run: path and read_json(path)["sha256"] for run, path in known.items()}
-        return {**self._code(name), "checkpoints": checksums}
+        return {
+            **self._code(name),
+            "checkpoints": {run: path and read_json(path)["sha256"] for run, path in known.items()},
+        }
 
     def _code(self, name: str) -> dict:
         """What decides on the results of a notebook before it runs."""
-        notebook = self._read(name)
-        stamp_notebook(notebook, "")  # the address does not count
+        cells, code = self._read(name)
         settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
-        return {
-            "cells": _digest([(cell.cell_type, cell.source) for cell in notebook.cells]),
-            "library": fingerprint(register, *used_by(self._pieces(name))),
-            "settings": _digest(settings),
-            "seed": self.seed,
-        }
+        library = fingerprint(register, *used_by(code))
+        return {"cells": _digest(cells), "library": library, "settings": _digest(settings), "seed": self.seed}
 
-    def _pieces(self, name: str) -> list[str]:
-        """The code cells; one that is not Python is left out, it will fail when it runs."""
-        pieces = []
-        for cell in self._read(name).cells:
+    def _read(self, name: str) -> tuple[list, list[str]]:
+        """The cells, and the code of those that are Python: one that is not will fail when it runs."""
+        notebook, code = nbformat.read(self.folder / f"{name}.ipynb", as_version=4), []
+        stamp_notebook(notebook, "")  # the address does not count
+        for cell in notebook.cells:
             with suppress(SyntaxError):
-                pieces += [cell.source] if cell.cell_type == "code" and ast.parse(cell.source) else []
-        return pieces
-
-    def _read(self, name: str) -> nbformat.NotebookNode:
-        return nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+                code += [cell.source] if cell.cell_type == "code" and ast.parse(cell.source) else []
+        return [(cell.cell_type, cell.source) for cell in notebook.cells], code
 
     def _remove_older(self, started: float) -> None:
-        """Remove results of notebooks written before ``started``, and executed copies of notebooks that are gone.
-
-        A table, figure or metric is a notebook's if its provenance says so; all others stay.
-        """
+        """Remove what notebooks (as its provenance says) made before ``started``, and copies of notebooks not there."""
         for path in self.results.glob("*/*.json"):
             source = str(read_json(path).get("provenance", {}).get("source", ""))
             if BY_NOTEBOOK.fullmatch(source) and path.stat().st_mtime < started:
@@ -272,11 +264,3 @@ def _digest(value: object) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _in_words(error: Exception) -> str:
-    """The error of a cell: where, and what; of a UserError only its message."""
-    if not isinstance(error, PapermillExecutionError):
-        return f" could not be run:\n  {error}"
-    what = error.evalue if error.ename in ("UserError", "SystemExit") else f"{error.ename}: {error.evalue}"
-    return f" failed in cell [{error.exec_count}]:\n  {what}"

@@ -1,7 +1,7 @@
 """Pages for people: results/<name>/README.md with every table and figure, and the tables in the project's README."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -14,8 +14,7 @@ README_TABLE = "04_summary"  # the table of each profile that README.md shows
 FOLDED = 40  # rows; longer tables are folded away until a reader opens them
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(NamedTuple):
     """Results that belong to no profile: the name of their folder, what they are, the command that makes them."""
 
     name: str
@@ -26,8 +25,7 @@ class Collection:
 
 def write_page(about: Profile | Collection) -> Path:
     """Write results/<name>/README.md: every table inline, every figure shown, provenance at the end."""
-    folder = results_dir(about.name)
-    command = about.command if isinstance(about, Collection) else f"make reproduce PROFILE={about.name}"
+    folder, command = results_dir(about.name), getattr(about, "command", f"make reproduce PROFILE={about.name}")
     lines = [f"# Results: {about.name}", "", f"{about.purpose[0].upper()}{about.purpose[1:]}.", ""]
     lines += [f"Made by `{command}`; this page is generated, do not edit it.", ""]
     made = []
@@ -37,10 +35,13 @@ def write_page(about: Profile | Collection) -> Path:
             facts = read_json(path.with_suffix(".json"))
             made.append({"file": path.name} | facts["provenance"])
             lines += [f"### {path.stem.replace('_', ' ')}", "", facts["caption"], ""]
-            if kind == "tables":
-                lines += [*_foldable(path.read_text().strip()), "", f"[CSV]({kind}/{path.stem}.csv)", ""]
-            else:
+            if kind == "figures":
                 lines += [f"![{path.stem}]({kind}/{path.name})", ""]
+                continue
+            table = path.read_text().splitlines()
+            if len(table) - 2 > FOLDED:
+                table = ["<details>", f"<summary>{len(table) - 2} rows</summary>", "", *table, "", "</details>"]
+            lines += [*table, "", f"[CSV]({kind}/{path.stem}.csv)", ""]
     columns = ["file", "source", "seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"]
     origins = pd.DataFrame(made, columns=columns)
     lines += ["## Provenance", "", to_markdown(origins.assign(commit=origins["commit"].str[:10])), ""]
@@ -50,13 +51,6 @@ def write_page(about: Profile | Collection) -> Path:
     target = folder / "README.md"
     write_atomically(target, ("\n".join(lines).rstrip() + "\n").encode())
     return target
-
-
-def _foldable(table: str) -> list[str]:
-    lines = table.splitlines()
-    if len(lines) - 2 <= FOLDED:
-        return lines
-    return ["<details>", f"<summary>{len(lines) - 2} rows</summary>", "", *lines, "", "</details>"]
 
 
 def stamp_readme(readme: Path | None = None) -> None:
