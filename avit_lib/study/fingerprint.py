@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from types import FunctionType, ModuleType
 from typing import Any
 
+from avit_lib.errors import UserError
+
 PACKAGE = "avit_lib"
 
 
@@ -30,8 +32,11 @@ def fingerprint(*roots: Any) -> str:
 
 
 def source(thing: Any) -> str:
-    """The code of a function or class."""
-    return textwrap.dedent(inspect.getsource(thing))
+    """The code of a function or class; raises UserError when its file was changed after it had been imported."""
+    try:
+        return textwrap.dedent(inspect.getsource(thing))
+    except OSError:
+        raise UserError(f"the file of {thing.__qualname__} was changed while it was in use; run this again") from None
 
 
 def used_by(code: Iterable[str]) -> list[Any]:
