@@ -13,6 +13,10 @@ STAMP  := $(VENV)/.avit-setup
 AVIT   := $(BIN)/python -m avit_lib
 LAUNCH := $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc-per-node "$(NPROC)")
 
+# glibc: keep freed memory, or every training step pays for large tensors with page faults.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+
 .DEFAULT_GOAL := help
 .PHONY: help setup lab reproduce notebooks train search sweep benchmark test lint readme badges lock clean clean-results
 

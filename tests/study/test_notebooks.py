@@ -368,7 +368,7 @@ def test_stamping_the_notebooks_of_the_study_changes_a_line_and_the_badge_and_ca
         lines = [line for line in difflib.ndiff(old, new) if line[0] in "+-"]
         removed, added = ([line[2:].strip() for line in lines if line[0] == sign] for sign in "-+")
         assert len(removed) == 1 and 'address = \\"\\"' in removed[0]
-        gap, badge, address = sorted(added)
+        badge, gap, address = sorted(added)
         assert gap == '"\\n",' and badge.startswith('"[![Open in Colab]') and f"/{path.stem}.ipynb)" in badge
         assert address == removed[0].replace('\\"\\"', f'\\"{ADDRESS}\\"')
     assert notebooks.stamp(project / "notebooks", ADDRESS) == []

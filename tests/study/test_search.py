@@ -2,20 +2,31 @@
 
 import json
 import shutil
-from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from msgspec.structs import replace
 
-from avit_lib import config, search, study
-from avit_lib.checkpoints import read_json
 from avit_lib.cli import main
-from avit_lib.config import PROFILES, Halting, StudyError
-from avit_lib.study import Study
-from avit_lib.sweep import summary_table, sweep_table, with_differences
+from avit_lib.errors import UserError
+from avit_lib.study import Study, get_profile, search, settings, study
+from avit_lib.study.settings import profile_names
+from avit_lib.study.sweep import summary_table, sweep_table, with_differences
+from avit_lib.training import read_json
 
-SMOKE = PROFILES["smoke"]
-COMMAND = ["search", "--profile", "smoke"]
+TEXT = (settings.PROFILES / "smoke.toml").read_text()
+SMOKE = get_profile("smoke")
+
+
+def declare(folder: Path, changes: dict[str, str] | None = None) -> str:
+    """The file of a profile ``mine``: the text of the smoke profile with ``changes``, from and to."""
+    text = TEXT
+    for before, after in (changes or {}).items():
+        assert before in text
+        text = text.replace(before, after)
+    (folder / "mine.toml").write_text(text)
+    return str(folder / "mine.toml")
 
 
 def refuse(*_):
@@ -29,15 +40,25 @@ def searched(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVIT_RESULTS", str(folder))
         patch.setattr(study, "test_data", refuse)
-        assert main(COMMAND) == 0
-    return folder / "smoke"
+        assert main(["search", "--profile", declare(folder)]) == 0
+    return folder / "mine"
 
 
 @pytest.fixture
 def results(searched, tmp_path, monkeypatch):
     """A copy of these results that a test may change, and where the library now looks for them."""
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    return shutil.copytree(searched, tmp_path / "smoke")
+    return shutil.copytree(searched, tmp_path / "mine")
+
+
+@pytest.fixture
+def run_search(tmp_path):
+    """Runs the command with changes of the profile's file; returns the exit status."""
+
+    def command(*options: str, changes: dict[str, str] | None = None) -> int:
+        return main(["search", "--profile", declare(tmp_path, changes), *options])
+
+    return command
 
 
 @pytest.fixture
@@ -55,10 +76,6 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(Study, "train", watching)
     return names
-
-
-def declare(monkeypatch, *candidates):
-    monkeypatch.setitem(config.PROFILES, "smoke", replace(SMOKE, search=candidates))
 
 
 def test_the_table_has_a_row_a_candidate_and_the_settings_that_differ(searched):
@@ -90,77 +107,82 @@ def test_a_taught_candidate_follows_its_teacher(searched):
     assert read_json(folders / "taught" / "last.json")["run"]["start"] == teacher
 
 
-def test_what_is_on_record_is_not_trained_again(results, trained, capsys):
+def test_what_is_on_record_is_not_trained_again(results, trained, run_search, capsys):
     before = (results / "tables" / "search.json").read_bytes()
     shutil.rmtree(results / "checkpoints")  # as in a fresh clone
-    assert main(COMMAND) == 0
+    assert run_search() == 0
     assert trained == [] and "on record" in capsys.readouterr().out
     assert (results / "tables" / "search.json").read_bytes() == before
 
 
-def test_a_longer_list_trains_what_is_new_and_keeps_the_rest(results, trained, monkeypatch):
+def test_a_longer_list_trains_what_is_new_and_keeps_the_rest(results, trained, run_search):
     before = pd.read_csv(results / "tables" / "search.csv")
-    new = replace(SMOKE.search[0], name="new", label="beta -1", halting=replace(SMOKE.search[0].halting, beta=-1.0))
-    declare(monkeypatch, new, SMOKE.search[1])  # and one is no longer declared
-    assert main(COMMAND) == 0
+    changes = {"[search.higher_beta]": "[search.new]", "beta -2": "beta -1", "beta = -2.0": "beta = -1.0"}
+    assert run_search(changes=changes) == 0  # so one is no longer declared
     assert trained == ["new 0"]
     table = pd.read_csv(results / "tables" / "search.csv").set_index("candidate")
     assert table.index.tolist() == ["beta -1", SMOKE.search[1].label, SMOKE.search[0].label]
     assert table.loc[before["candidate"], "accuracy"].tolist() == before["accuracy"].tolist()
 
 
-def test_a_candidate_with_other_settings_is_trained_again(results, trained, monkeypatch):
-    changed = replace(SMOKE.search[0], halting=replace(SMOKE.search[0].halting, beta=-1.5))
-    declare(monkeypatch, changed, SMOKE.search[1])
-    assert main(COMMAND) == 0
+def test_a_candidate_with_other_settings_is_trained_again(results, trained, run_search):
+    assert run_search(changes={"beta = -2.0": "beta = -1.5"}) == 0
     assert trained == ["higher_beta 0"]
     assert pd.read_csv(results / "tables" / "search.csv")["halting.beta"].tolist() == [-1.5, -3]
 
 
-def test_another_seed_is_another_search(results, trained):
-    assert main([*COMMAND, "--seed", "1"]) == 0
+def test_another_name_or_run_of_the_notebooks_changes_no_candidate(results, trained, run_search):
+    assert run_search(changes={"beta -2": "a beta of -2", 'label = "DeiT trained on"': 'label = "longer"'}) == 0
+    assert trained == []
+
+
+def test_other_images_and_another_seed_are_another_search(results, trained, run_search):
+    assert run_search("--seed", "1") == 0
     assert trained == ["deit 1", "higher_beta 1", "taught 1"]
+    assert run_search("--seed", "1", changes={"train_per_class = 20": "train_per_class = 19"}) == 0
+    assert trained[3:] == ["deit 1", "higher_beta 1", "taught 1"]
 
 
-def test_a_setting_younger_than_the_record_has_its_default(results, trained):
+def test_a_setting_younger_than_the_record_has_its_default(results, trained, run_search):
     path = results / "metrics" / "search.json"
     content = read_json(path)
     del content["candidates"]["higher_beta"]["settings"]["halting.ponder_ramp"]
     path.write_text(json.dumps(content))
-    assert main(COMMAND) == 0
+    assert run_search() == 0
     assert trained == []
 
 
-def test_an_interrupted_search_goes_on(tmp_path, trained, monkeypatch):
+def test_an_interrupted_search_goes_on(tmp_path, trained, run_search, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("avit_lib.study.Teacher", interrupt)  # the second candidate has one
-        assert main(COMMAND) == 130
-    assert len(pd.read_csv(tmp_path / "smoke" / "tables" / "search.csv")) == 1
-    assert main(COMMAND) == 0
+        patch.setattr(settings, "Teacher", interrupt)  # the second candidate has one
+        assert run_search() == 130
+    assert len(pd.read_csv(tmp_path / "mine" / "tables" / "search.csv")) == 1
+    assert run_search() == 0
     assert trained == ["deit 0", "higher_beta 0", "taught 0"]
 
 
-def test_a_damaged_record_is_not_overwritten(results, capsys):
+def test_a_damaged_record_is_not_overwritten(results, run_search, capsys):
     path = results / "metrics" / "search.json"
     path.write_text("{")
-    assert main(COMMAND) == 2
+    assert run_search() == 2
     assert "search.json is damaged" in capsys.readouterr().err
     assert path.read_text() == "{"
 
 
 @pytest.mark.parametrize("command", ["search", "sweep"])
 def test_a_profile_that_declares_nothing_says_so(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    monkeypatch.setitem(config.PROFILES, "smoke", replace(SMOKE, search=(), sweep=()))
-    assert main([command, "--profile", "smoke"]) == 2
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
+    file = tmp_path / "none.toml"
+    file.write_text(TEXT[: TEXT.index("[search.")].replace('sweep = ["deit", "avit_finetuned"]', ""))
+    assert main([command, "--profile", str(file)]) == 2
     error = capsys.readouterr().err
-    assert "config.py" in error and error.count("\n") == 1
-    assert not any(tmp_path.iterdir())
+    assert "in its file, as " in error and f"{command}" in error and error.count("\n") == 1
+    assert not (tmp_path / "results").exists()
 
 
 def test_settings_of_a_plain_candidate_have_no_halting():
@@ -170,30 +192,25 @@ def test_settings_of_a_plain_candidate_have_no_halting():
 
 def test_a_run_whose_teacher_is_not_there_is_refused(tmp_path):
     run = SMOKE.search[1]
-    with pytest.raises(StudyError, match="learns from the run 'deit'"):
-        study.train_run(run, None, tmp_path, None, {}, 0, "cpu")
+    with pytest.raises(UserError, match=r"learns from run 'deit'.*--teacher"):
+        study.train_run(run, None, tmp_path / "run", tmp_path / "start.safetensors", None, 0, "cpu")
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("profile", PROFILES.values(), ids=lambda profile: profile.name)
-def test_profiles_name_runs_that_there_are(profile):
-    names = [run.name for run in {*profile.runs, *profile.search}]  # a candidate may be one of the runs
+@pytest.mark.parametrize("name", profile_names())
+def test_every_run_and_candidate_has_a_folder_of_its_own(name):
+    profile = get_profile(name)
+    names = [run.name for run in (*profile.runs, *(run for run in profile.search if run not in profile.runs))]
     assert len(set(names)) == len(names)
-    assert not [name for name in names if name.startswith(("search", "seed"))]  # folders of their own
-    assert {needed for run in (*profile.runs, *profile.search) for needed in run.needs} <= set(names)
+    assert not [run for run in names if run.startswith(("search", "seed"))]  # folders of their own
     assert set(profile.sweep) <= {run.name for run in profile.runs}
-
-
-def test_candidates_do_not_put_the_notebooks_out_of_date():
-    assert replace(SMOKE, search=(), sweep=()).settings() == SMOKE.settings()
-    run = replace(SMOKE.runs[1], halting=Halting())
-    assert replace(SMOKE, runs=(run,)).settings() != SMOKE.settings()
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_trains_every_seed_once(results, trained):
-    command = ["sweep", "--profile", "smoke"]
+def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
+    command = ["sweep", "--profile", declare(tmp_path)]
     assert main(command) == 0
     assert trained == ["avit_finetuned 0", "deit 1", "avit_finetuned 1"]  # the search has left deit 0
     assert (results / "checkpoints" / "seed1" / "deit" / "last.safetensors").is_file()

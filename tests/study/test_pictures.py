@@ -1,0 +1,139 @@
+"""Pictures of tokens: each draws for every kind of study, and shows every patch in its place."""
+
+import functools
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from avit_lib.study import figures, pictures
+
+# (images, patches a side, pixels a side, channels, layers)
+STUDIES = {"smoke": (4, 4, 28, 1, 4), "fashion": (10, 7, 28, 1, 12), "caltech256": (6, 14, 56, 3, 12)}
+HELPERS = {"mosaic", "bare", "grids", "coloured", "rgb", "veiled"}
+
+
+@functools.cache
+def drawn(count: int, side: int, pixels: int, channels: int, layers: int) -> dict[str, Figure]:
+    """Every picture of the module, on random values."""
+    generator = np.random.default_rng(0)
+    images = generator.random((count, channels, pixels, pixels))
+    depth = generator.integers(1, layers + 1, (count, 1 + side**2))
+    names = tuple(f"some_class_{number} 7.5" for number in range(count))
+    groups = {name: (images[part], depth[part], list(names[part])) for name, part in
+              {"shallowest": slice(0, 8), "widest spread": slice(count // 2, count)}.items()}  # fmt: skip
+    return {
+        "samples": pictures.samples(images, np.arange(count) % 4, names),
+        "depth_maps": pictures.depth_maps(images, depth, layers, list(names)),
+        "depth_extremes": pictures.depth_extremes(groups, layers),
+        "halting_progress": pictures.halting_progress(images, depth),
+    }
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_picture_draws_with_its_labels_on_the_page(study):
+    for name, figure in drawn(*STUDIES[study]).items():
+        FigureCanvasAgg(figure).draw()
+        page, taken = figure.bbox_inches, figure.get_tightbbox()
+        assert taken.x0 > -0.05 and taken.y0 > -0.05, f"{name} is cut off at the left or bottom: {taken}"
+        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off: {taken} on {page}"
+        assert figure.get_figwidth() == figures.WIDTH, name
+    assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
+
+
+def test_the_module_has_no_picture_that_is_not_tested_above():
+    found = {name for name, value in vars(pictures).items() if getattr(value, "__module__", "") == pictures.__name__}
+    assert {name for name in found if not name.startswith("_")} == {*drawn(*STUDIES["smoke"]), *HELPERS}
+
+
+def rows(figure: Figure) -> dict[str, list[Axes]]:
+    """The pictures of a figure by the name of their row; a row without one is called by the number of its first."""
+    found = {}
+    for number, axis in enumerate(axis for axis in figure.axes if axis.images):
+        if axis.get_subplotspec().colspan.start == 0:
+            row = found.setdefault(axis.get_ylabel() or number, [])
+        row.append(axis)
+    return found
+
+
+def shown(axis: Axes) -> np.ndarray:
+    return axis.images[0].get_array()
+
+
+def test_maps_show_patches_in_reading_order_without_the_class_token():
+    depth = np.concatenate([[[99]], np.arange(1, 17)[None]], axis=1)
+    (axis,) = rows(pictures.depth_maps(np.zeros((1, 1, 28, 28)), depth, layers=16))["depth"]
+    np.testing.assert_array_equal(shown(axis), pictures.coloured(np.arange(1, 17).reshape(4, 4), (1, 16)))
+    assert shown(axis).sum(axis=-1).argmax() == 15 and shown(axis).sum(axis=-1).argmin() == 0  # bright: went deep
+
+
+@pytest.mark.parametrize("figure", ["depth_maps", "depth_extremes"])
+def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figure):
+    images, depth = np.zeros((2, 1, 28, 28)), np.full((2, 50), 5)
+    depth[0, 1], depth[1, 2], depth[:, 0] = 4, 9, 12  # the class token is not shown
+    if figure == "depth_maps":
+        drawing = pictures.depth_maps(images, depth, layers=12)
+    else:
+        groups = {name: (images[part], depth[part], ["title"]) for name, part in
+                  {"one": slice(0, 1), "other": slice(1, 2)}.items()}  # fmt: skip
+        drawing = pictures.depth_extremes(groups, layers=12)
+    first, second = (shown(axis) for axis in drawing.axes if axis.images and shown(axis).shape == (7, 7, 3))
+    np.testing.assert_array_equal(first[1:], second[1:])
+    np.testing.assert_array_equal(first[0, :3], pictures.coloured(np.array([4, 5, 5]), (4, 9)))
+    np.testing.assert_array_equal(second[0, :3], pictures.coloured(np.array([5, 9, 5]), (4, 9)))
+    FigureCanvasAgg(drawing).draw()
+    (key,) = (axis for axis in drawing.axes if axis.get_xlabel() == "depth [layers of 12]")
+    assert [label.get_text() for label in key.get_xticklabels()] == ["4", "5", "6", "7", "8", "9"]
+    colours = key.collections[-1].cmap(key.collections[-1].norm([4, 5, 9]))
+    np.testing.assert_allclose(colours[:, :3], [first[0, 0], first[0, 1], second[0, 1]], atol=0.01)
+
+
+def test_the_last_row_shows_what_the_last_layer_sees():
+    images, depth = np.ones((1, 3, 28, 28)), np.array([[4, 1, 4, 3, 4]])
+    (axis,) = rows(pictures.depth_maps(images, depth, layers=4))["in the\nlast layer"]
+    corners = shown(axis)[[0, 0, -1, -1], [0, -1, 0, -1]]
+    np.testing.assert_array_equal((corners == 1).all(axis=1), [False, True, False, True])
+    np.testing.assert_allclose(corners[0], 0.12 + 0.88 * np.array(pictures.VEIL))
+
+
+def test_the_veil_is_the_thicker_the_earlier_a_token_halted():
+    images, depth = np.ones((1, 3, 28, 28)), np.array([[4, 1, 2, 3, 4]])
+    (axis,) = rows(pictures.depth_maps(images, depth, layers=4))["veiled\nby depth"]
+    red = shown(axis)[[0, 0, -1, -1], [0, -1, 0, -1], 0]
+    assert (np.diff(red) > 0).all() and red[-1] == 1 and red[0] == pytest.approx(0.12 + 0.88 * pictures.VEIL[0])
+
+
+def test_a_veil_needs_no_spread_of_depth():
+    figure = pictures.depth_maps(np.ones((1, 1, 28, 28)), np.full((1, 17), 3), layers=4)
+    (veiled,), (left,) = rows(figure)["veiled\nby depth"], rows(figure)["in the\nlast layer"]
+    assert (shown(veiled) == 1).all() and np.isfinite(shown(left)).all()
+    FigureCanvasAgg(figure).draw()
+
+
+def test_progress_veils_exactly_the_tokens_that_have_halted():
+    images = np.ones((1, 3, 28, 28))
+    depth = np.array([[4, 1, 2, 3, 4]])  # a class token and 2 x 2 patches
+    found = rows(pictures.halting_progress(images, depth))
+    assert list(found) == ["layer 1", "layer 2", "layer 3", "layer 4"]
+    untouched = [shown(axis)[[0, 0, -1, -1], [0, -1, 0, -1], 0] == 1 for (axis,) in found.values()]
+    np.testing.assert_array_equal(untouched, [[True] * 4, [False, True, True, True], [False, False, True, True],
+                                              [False, False, False, True]])  # fmt: skip
+    assert [axis.get_title() for (axis,) in found.values()] == ["100%", "75%", "50%", "25%"]
+
+
+def test_progress_is_shown_in_at_most_seven_layers_that_differ():
+    depth = np.concatenate([np.full((2, 1), 12), np.random.default_rng(0).integers(3, 13, (2, 49))], axis=1)
+    names = list(rows(pictures.halting_progress(np.ones((2, 1, 28, 28)), depth)))
+    assert len(names) == 7 and names[0] == "layer 3" and names[-1] == "layer 12"
+
+
+def test_samples_stand_in_the_row_of_their_class():
+    images = np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 1, 28, 28))
+    found = rows(pictures.samples(images, [2, 0, 2, 0], ("an_ant", "bee", "cat")))
+    assert list(found) == ["an ant", "cat"]  # a bee is not among them
+    assert [[shown(axis).max() for axis in row] for row in found.values()] == [
+        pytest.approx([1 / 3, 1]), pytest.approx([0, 2 / 3])
+    ]  # fmt: skip
