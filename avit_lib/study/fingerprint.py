@@ -17,6 +17,7 @@ from typing import Any
 from avit_lib.errors import UserError
 
 PACKAGE = "avit_lib"
+WHOLE = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # so that every Python dumps a tree as 3.10 does
 
 
 def fingerprint(*roots: Any) -> str:
@@ -57,7 +58,8 @@ def _normalised(code: str, namespace: dict[str, Any]) -> tuple[str, list[Any]]:
     """``code`` as text that changes with its meaning alone, and the functions and classes of the package it uses."""
     reader = _Reader(namespace)
     tree = reader.visit(ast.parse(code))
-    return "\n".join([ast.dump(tree), *sorted(reader.constants)]), reader.used
+    text = ast.dump(tree, **WHOLE).replace(", type_params=[]", "")
+    return "\n".join([text, *sorted(reader.constants)]), reader.used
 
 
 class _Reader(ast.NodeTransformer):

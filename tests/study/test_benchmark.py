@@ -13,11 +13,16 @@ from avit_lib.study.benchmark import cost_table
         (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
         (["--depth", "13"], "between 1 and 12"),
         (["--batch", "0"], "positive"),
+        (["--repeats", "0"], "positive"),
+        (["--limit", "-1"], "positive"),
+        (["--task", "sleeping"], 'Invalid value "sleeping" for --task'),
     ],
 )
-def test_the_command_names_what_it_cannot_measure(arguments, message, capsys):
+def test_the_command_names_what_it_cannot_measure(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     assert cli.main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
@@ -26,11 +31,17 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
     assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
     folder = tmp_path / "benchmark"
     page = (folder / "README.md").read_text()
-    for name in ("speed_cpu", "overhead_cpu", "depth_sweep_cpu", "layers_cpu", "operators_cpu", "memory_cpu"):
-        assert (folder / "tables" / f"{name}.csv").is_file() and name.replace("_", " ") in page
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == {
-        "throughput_cpu", "speedup_cpu", "layers_cpu", "operators_cpu",
-    }  # fmt: skip
+    tables = {"speed_cpu", "overhead_cpu", "depth_sweep_cpu", "layers_cpu", "memory_cpu", "summary_cpu"}
+    pictures = {"throughput_cpu", "speedup_cpu", "layers_cpu"}
+    assert {path.stem for path in (folder / "tables").glob("*.csv")} == tables  # without training none of its cost
+    assert {path.stem for path in (folder / "figures").glob("*.png")} == pictures
+    assert all(f"### {name.replace('_', ' ')}\n" in page for name in tables | pictures)
+    speed = pd.read_csv(folder / "tables" / "speed_cpu.csv")
+    assert speed["model"].tolist() == ["DeiT", "A-ViT masked", "A-ViT packed"] * 2
+    assert speed["batch"].tolist() == [1] * 3 + [4] * 3 and set(speed["rounds"]) == {1}
+    assert (speed.loc[speed["model"] == "A-ViT packed", "flops_ratio"] > 1).all()
+    shown = capsys.readouterr().out
+    assert "| A-ViT packed |" in shown and f"tables and figures: {folder / 'README.md'}" in shown
     assert "synthetic halting" in page
 
 

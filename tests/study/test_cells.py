@@ -1,0 +1,273 @@
+"""What the cells of the notebooks compute themselves, on predictions made by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_images, varied_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from avit_lib.evaluation import Predictions, metrics, predict
+from avit_lib.study import get_profile
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+CLASSES = ("ant", "bee", "cat", "dog")  # there is no image of a dog
+LAYERS = 5
+
+
+class Kept(dict):
+    """In place of a results folder: what cells write, by name."""
+
+    def _keep(self, value, name, caption=""):
+        kind = "figure" if hasattr(value, "savefig") else "table"
+        self[f"{kind} {name}"] = value
+        return value
+
+    table = figure = metrics = _keep
+
+
+def run_cells(notebook: str, first: str, **names) -> Kept:
+    """What the cells of a notebook from the first that begins with ``first`` write, given ``names``."""
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    codes = [cell.source for cell in cells if cell.cell_type == "code" and not cell.metadata.get("tags")]
+    imports, namespace = codes[0].split("study = Study(")[0], {"SEED": 0, **names}
+    chosen = codes[next(number for number, code in enumerate(codes) if code.startswith(first)) :]
+    for code in (imports, *chosen):
+        exec(compile(code, notebook, "exec"), namespace)
+    return names["study"].results
+
+
+def predictions(predicted: list[int], labels: list[int], depth: torch.Tensor) -> Predictions:
+    """Predictions of certain classes; every active token scores 0.2 in the first layer and 0.1 in the others."""
+    logits = torch.nn.functional.one_hot(torch.tensor(predicted), len(CLASSES)).float()
+    active = depth[:, None] >= torch.arange(1, LAYERS + 1)[:, None]
+    scores = 0.1 * active
+    scores[:, 0] = 0.2
+    return Predictions(logits, torch.tensor(labels), depth, scores, LAYERS)
+
+
+@pytest.fixture
+def halting() -> Predictions:
+    """Six images of a class token and 2 x 2 patches; the first bee is taken for a cat."""
+    depth = [[1] * 5, [2] * 5, [4] * 5, [3] * 5, [1, 1, 1, 4, 4], [2, 2, 2, 1, 1]]
+    return predictions([0, 0, 2, 1, 2, 2], [0, 0, 1, 1, 2, 2], torch.tensor(depth))
+
+
+@pytest.fixture
+def plain() -> Predictions:
+    return predictions([0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 2, 2], torch.full((6, 5), LAYERS))
+
+
+def study_of(plain: Predictions, **more) -> SimpleNamespace:
+    test = replace(random_images(len(plain.labels)), labels=plain.labels, classes=CLASSES)
+    return SimpleNamespace(profile=get_profile("smoke"), results=Kept(), test=test, **more)
+
+
+def drawn(figure, axis: int = 0) -> np.ndarray:
+    """The values of a heat map, square."""
+    values = np.asarray(figure.axes[axis].collections[0].get_array())
+    return values.reshape(2 * [round(values.size**0.5)])
+
+
+# --- 02 and 03: data, settings, histories -----------------------------------------------------------------------------
+
+
+class OfRuns:
+    """A study whose runs have all the same history and the same model."""
+
+    def __init__(self, histories: dict[str, pd.DataFrame] | None = None):
+        self.profile, self.results, self.histories = get_profile("smoke"), Kept(), histories or {}
+        self.data = SimpleNamespace(train=random_images(107), validation=random_images(30, seed=1), split={})
+        self.model = varied_model(depth=4).float()
+        self.predict, self.train = predict, self.histories.__getitem__
+
+    def load(self, name):
+        return self.model
+
+    def initial_model(self, run):
+        return self.model
+
+
+def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
+    study = OfRuns()
+    found = metrics(study.model, predict(study.model, study.data.validation))
+    last = {f"val_{name}": value for name, value in found.items()}
+    epochs = [last | {"epoch": 1, "val_accuracy": 0.0}, last | {"epoch": 2, "val_accuracy": found["accuracy"] + 0.25}]
+    study.histories["deit"] = pd.DataFrame(epochs).assign(train_loss=1.0, learning_rate=0.1)
+    run_cells("02_finetune_deit", "study.results.metrics", study=study)
+    counts = study.results["table 02_split"]
+    assert counts["training"].tolist() == [11] * 7 + [10] * 3 and counts["validation"].tolist() == [3] * 10
+    check = study.results["table 02_checkpoint"].set_index("metric")
+    assert set(check.index) == set(found)
+    assert check["difference"].drop("accuracy").abs().max() == 0
+    assert check.loc["accuracy", "difference"] == pytest.approx(-0.25)
+
+
+def test_settings_starts_and_histories_of_the_models_that_halt():
+    columns = ("train_task", "train_ponder", "train_distr", "val_mean_depth", "val_accuracy", "val_gflops_per_image")
+    history = pd.DataFrame({"epoch": [1, 2], **{name: [2.0, 1.0] for name in columns}, "seconds": 3})
+    study = OfRuns({run.name: history for run in get_profile("smoke").runs})
+    run_cells("03_train_avit", "rows = []", study=study)
+    settings = study.results["table 03_runs"].set_index("model")
+    assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
+    assert settings["starts from"].tolist() == ["random", "deit", "random", "deit"]
+    assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [2, 2e-3, -3]
+    (start,) = study.results["table 03_start"].to_dict("records")  # of those that start from trained weights
+    expected = metrics(study.model, predict(study.model, study.data.validation))
+    assert start["model"] == "A-ViT fine-tuned" and start["val_mean_depth"] == expected["mean_depth"]
+    epochs = study.results["table 03_history"]
+    assert epochs["model"].tolist() == ["A-ViT"] * 2 + ["A-ViT fine-tuned"] * 2
+    assert list(epochs) == ["model", "epoch", "task", "ponder", "distr", "depth", "val_accuracy", "val_gflops"]
+    assert epochs["epoch"].tolist() == [1, 2, 1, 2] and epochs["task"].tolist() == [2, 1, 2, 1]
+    assert study.results["table 03_last_epoch"]["epoch"].tolist() == [2, 2]
+    bars, target = study.results["figure 03_halting_distribution"].axes[0].patches, study.profile.run("avit").halting
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
+    line = study.results["figure 03_halting_distribution"].axes[0].lines[-1].get_ydata()
+    assert line.argmax() + 1 == target.target_depth and line.sum() == pytest.approx(1)
+
+
+# --- 04: confusions, accuracy by depth --------------------------------------------------------------------------------
+
+
+def evaluated(halting: Predictions, plain: Predictions) -> Kept:
+    found = {"deit": plain, "avit_finetuned": halting}
+    return run_cells("04_evaluation", "classes = study.test.classes", study=study_of(plain), predictions=found)
+
+
+def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
+    results = evaluated(halting, plain)
+    shares = [[100, 0, 0, 0], [0, 50, 50, 0], [0, 0, 100, 0], [0] * 4]
+    np.testing.assert_allclose(drawn(results["figure 04_confusion"]), shares)
+    change = [[0] * 4, [0, -50, 50, 0], [0] * 4, [0] * 4]
+    np.testing.assert_allclose(drawn(results["figure 04_confusion_change"]), change)
+
+
+def test_confused_pairs_leave_out_what_never_happens(halting, plain):
+    table = evaluated(halting, plain)["table 04_confused_pairs"]
+    assert table.to_dict("records") == [{"true class": "bee", "taken for": "cat", "A-ViT fine-tuned": 1, "DeiT": 0}]
+
+
+def test_accuracy_by_depth_puts_the_shallowest_first_with_wilson_intervals(plain):
+    depth = torch.tensor([3, 1, 5, 2, 4, 2, 3, 4]).repeat_interleave(10)[:, None].repeat(1, 5)
+    depth[50:, 0] += 1  # so that no two groups are equally deep
+    labels = torch.zeros(80, dtype=torch.long)
+    right = depth.float().mean(dim=1) < 4
+    right[20:25] = True  # of the deepest, half
+    found = predictions((~right).long().tolist(), labels.tolist(), depth)
+    table = evaluated(found, predictions(labels.tolist(), labels.tolist(), depth))["table 04_accuracy_by_depth"]
+    assert table["images"].tolist() == [10] * 8
+    assert table["mean_depth"].tolist() == pytest.approx([1, 2, 2.2, 3, 3.2, 4, 4.2, 5])
+    assert table["accuracy"].tolist() == [1] * 5 + [0, 0, 0.5]
+    intervals = table[["low", "high"]].to_numpy()
+    expected = [(0.7225, 1)] * 5 + [(0, 0.2775)] * 2 + [(0.2366, 0.7634)]
+    np.testing.assert_allclose(intervals, expected, atol=1e-4)
+
+
+def test_accuracy_by_depth_of_fewer_images_than_groups(halting, plain):
+    table = evaluated(halting, plain)["table 04_accuracy_by_depth"]
+    assert table["images"].tolist() == [1] * 6
+    assert table["mean_depth"].tolist() == pytest.approx([1, 1.6, 2, 2.2, 3, 4])
+    assert table["accuracy"].tolist() == [1] * 5 + [0]
+
+
+# --- 05: where and how deep -------------------------------------------------------------------------------------------
+
+
+def analysed(halting: Predictions, plain: Predictions) -> Kept:
+    study = study_of(plain, load=lambda name: name, predict=lambda model, data: plain)
+    return run_cells(
+        "05_halting_analysis", "generator = torch", study=study, run=study.profile.run("avit_finetuned"),
+        model=SimpleNamespace(eps=0.01), predictions=halting, depth=halting.depth, layers=LAYERS, classes=CLASSES,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def analysis(halting, plain):
+    return analysed(halting, plain)
+
+
+def test_images_are_drawn_one_a_class(analysis):
+    titles = [axis.get_title() for axis in analysis["figure 05_depth_maps"].axes if axis.get_title()]
+    assert titles == ["ant", "bee", "cat"]
+
+
+def test_extremes_are_the_extremes(analysis):
+    table = analysis["table 05_extremes"]
+    images = {name: rows["image"].tolist() for name, rows in table.groupby("group")}
+    assert images["shallowest"] == [0, 5, 1, 4, 3, 2]
+    assert images["deepest"] == [2, 3, 4, 1, 5, 0]
+    assert images["widest spread"][:2] == [4, 5]
+    first_bee = table[table["image"] == 2].iloc[0]
+    assert first_bee[["class", "predicted", "mean_depth", "spread"]].tolist() == ["bee", "cat", 4, 0]
+
+
+def test_depth_by_position_is_that_of_the_patches_in_their_places(analysis, halting):
+    figure = analysis["figure 05_position"]
+    patches = halting.depth[:, 1:].float().view(6, 2, 2)
+    np.testing.assert_allclose(drawn(figure, 0), patches.mean(dim=0), rtol=1e-6)
+    np.testing.assert_allclose(drawn(figure, 1), patches.std(dim=0, correction=0), rtol=1e-6)
+    assert "class token: mean 2.17 layers" in figure.get_suptitle()
+
+
+def test_alive_is_the_share_of_tokens_of_at_least_that_depth(analysis):
+    own, plain = analysis["figure 05_tokens_alive"].axes[0].lines
+    np.testing.assert_allclose(own.get_ydata(), np.array([6, 4, 2.4, 1.4, 0]) / 6)
+    np.testing.assert_allclose(plain.get_ydata(), np.array([6, 3.6, 2, 1, 0]) / 6)  # ends with the class token
+
+
+def test_scores_of_halted_tokens_are_left_out(analysis):
+    active, sums = analysis["figure 05_halting_scores"].axes
+    np.testing.assert_allclose(active.lines[0].get_ydata(), [0.2, 0.1, 0.1, 0.1, np.nan], 1e-6)  # none in the last
+    tokens = np.array([0, 20, 12, 7, 0]) / 30  # that are active
+    np.testing.assert_allclose(sums.lines[0].get_ydata(), 0.2 + 0.1 * tokens.cumsum(), rtol=1e-6)
+    assert sums.lines[-1].get_ydata()[0] == 0.99
+
+
+def test_classes_are_sorted_by_depth(analysis):
+    table = analysis["table 05_depth_by_class"]
+    assert table["class"].tolist() == ["bee", "cat", "ant"]
+    assert table["mean_depth"].tolist() == pytest.approx([3.5, 1.9, 1.5])
+    assert table["accuracy"].tolist() == [0.5, 1, 1] and table["images"].tolist() == [2] * 3
+    ticks = [tick.get_text() for tick in analysis["figure 05_depth_by_class"].axes[0].get_yticklabels()]
+    assert ticks == ["bee", "cat", "ant"]
+
+
+def test_accuracy_by_class_of_two_models(analysis):
+    table = analysis["table 05_class_change"]
+    assert table["class"].tolist() == ["bee", "ant", "cat"]  # the dog has no images
+    assert table["before"].tolist() == [1, 1, 1] and table["change"].tolist() == [-0.5, 0, 0]
+
+
+@pytest.mark.parametrize("all_right", [False, True])
+def test_right_and_wrong_are_told_apart_and_draw_when_nothing_is_wrong(halting, plain, all_right):
+    figure = analysed(plain if all_right else halting, plain)["figure 05_right_wrong"]
+    FigureCanvasAgg(figure).draw()
+    words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    means = sorted(line.get_xdata()[0] for line in figure.axes[0].lines)
+    if all_right:
+        assert words == ["right: 6 images, mean 5.00 layers"] and means == [5]
+    else:
+        assert sorted(words) == ["right: 5 images, mean 1.96 layers", "wrong: 1 images, mean 4.00 layers"]
+        assert means == pytest.approx([1.96, 4])
+
+
+def test_of_many_classes_the_two_ends_are_shown(monkeypatch):
+    names = tuple(f"class_{number:03d}" for number in range(101))
+    monkeypatch.setattr(f"{__name__}.CLASSES", names)
+    labels = torch.cat([torch.arange(101), torch.arange(50), torch.arange(50)])  # half of them have a single image
+    depth = (1 + labels % 5)[:, None].repeat(1, 5)
+    found = predictions(((labels + (labels == 7)) % 101).tolist(), labels.tolist(), depth)
+    analysis = analysed(found, predictions(labels.tolist(), labels.tolist(), depth))
+    table = analysis["table 05_depth_by_class"]
+    assert len(table) == 101 and table["images"].sum() == 201
+    assert len(analysis["figure 05_depth_by_class"].axes[0].get_yticklabels()) == 20
+    assert len(analysis["figure 05_depth_maps"].axes) == 4 * 10 + 1  # ten images, and the key
+    pairs = evaluated(found, predictions(labels.tolist(), labels.tolist(), depth))["table 04_confused_pairs"]
+    assert pairs.to_dict("records") == [
+        {"true class": "class_007", "taken for": "class_008", "A-ViT fine-tuned": 3, "DeiT": 0}
+    ]
