@@ -191,6 +191,7 @@ def pool(tmp_path, monkeypatch):
         purpose = "a test"
         focus = "avit"
         training = { epochs = 1, learning_rate = 1e-3, batch_size = 4 }
+        runs.deit = { label = "DeiT", model = "deit_tiny_patch16_224", init = "random" }
         runs.avit = { label = "A-ViT", model = "avit_tiny_patch16_224", init = "random", halting = {} }
         [data]
         dataset = "Caltech101"

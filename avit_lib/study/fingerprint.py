@@ -17,7 +17,6 @@ from typing import Any
 from avit_lib.errors import UserError
 
 PACKAGE = "avit_lib"
-WHOLE = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # so that every Python dumps a tree as 3.10 does
 
 
 def fingerprint(*roots: Any) -> str:
@@ -58,7 +57,8 @@ def _normalised(code: str, namespace: dict[str, Any]) -> tuple[str, list[Any]]:
     """``code`` as text that changes with its meaning alone, and the functions and classes of the package it uses."""
     reader = _Reader(namespace)
     tree = reader.visit(ast.parse(code))
-    text = ast.dump(tree, **WHOLE).replace(", type_params=[]", "")
+    as_before = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # 3.12 and 3.13 show trees in other words
+    text = ast.dump(tree, **as_before).replace(", type_params=[]", "")
     return "\n".join([text, *sorted(reader.constants)]), reader.used
 
 
@@ -88,18 +88,23 @@ class _Reader(ast.NodeTransformer):
         owner = self.namespace.get(node.value.id) if isinstance(node.value, ast.Name) else None
         if isinstance(owner, ModuleType) and owner.__name__.split(".")[0] == PACKAGE:  # module.function, as a name
             self._take(node.attr, getattr(owner, node.attr))
-            return ast.Name(node.attr)
+            return ast.Name(node.attr, node.ctx)
         return self.generic_visit(node)
 
     def _take(self, name: str, value: Any) -> None:
+        if words := self._words(value):
+            self.constants.add(f"{name} = {words}")
+
+    def _words(self, value: Any) -> str:
+        """A constant in words; of functions and classes none, those of the package are ``used``."""
         if isinstance(value, (FunctionType, type)):
-            if value.__module__.split(".")[0] == PACKAGE:
-                self.used.append(value)
-        elif isinstance(value, dict | list | tuple | set | frozenset):
-            for part in value.items() if isinstance(value, dict) else sorted(value, key=repr):
-                self._take(name, part)
+            self.used += [value] if value.__module__.split(".")[0] == PACKAGE else []
         elif isinstance(value, str | int | float | bool | None):
-            self.constants.add(f"{name} = {value!r}")
+            return repr(value)
+        elif isinstance(value, dict | list | tuple | set | frozenset):
+            words = [self._words(part) for part in (value.items() if isinstance(value, dict) else value)]
+            return str(sorted(words) if isinstance(value, set | frozenset) else words)
+        return ""
 
 
 def _is_text(node: ast.AST) -> bool:

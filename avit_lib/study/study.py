@@ -14,7 +14,7 @@ from avit_lib import evaluation, training
 from avit_lib.data import Images, TrainingData, images, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
-from avit_lib.model import register, run_masked
+from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
 from avit_lib.starts import fit_start, hold_channel
 from avit_lib.study.fingerprint import fingerprint
@@ -106,7 +106,7 @@ def ingredients(run: Run) -> list[Any]:
     code += [training.load_pretrained] if run.init == "pretrained" else []
     code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
     if run.halting:
-        code += [run_packed if run.training.execution == "packed" else run_masked]
+        code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
         code += [fit_start, hold_channel] if run.halting.fitted else []
     return code
 
