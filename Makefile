@@ -80,7 +80,7 @@ test: lint  ## Check the style, run the tests, run every notebook in the smoke p
 lint: setup  ## Check the style of code and notebooks
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/lint-imports --no-logo --quiet
+	$(BIN)/lint-imports --no-logo
 
 readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
 	@$(AVIT) readme --profile "$(PROFILE)"
