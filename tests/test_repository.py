@@ -18,6 +18,7 @@ from avit_lib.study.settings import profile_names
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
+EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed ones
 RAW = Path("data/FashionMNIST/raw")
 MEGABYTE = 2**20
 
