@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import msgspec
 import pandas as pd
 import torch
 from cyclopts import App, CycloptsError, Parameter
@@ -136,7 +137,7 @@ def fit(
             raise UserError("data, weights or settings of your own need a folder of their own: add --output DIR")
         output, history = study.folder(declared.name), study.train(declared.name)
     else:
-        run = changed(declared, "", training=changed(declared.training, "training", **wanted))
+        run = msgspec.structs.replace(declared, training=changed(declared.training, "training", **wanted))
         settings = study.profile.data
         found = datasets.folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)

@@ -1,15 +1,22 @@
 """What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torchvision.transforms import v2
 
 from avit_lib.data import Images
+from avit_lib.losses import Losses
 from avit_lib.model import AViT
+from avit_lib.study import figures
 from avit_lib.training import read_json
 
 torch.set_num_threads(1)
@@ -70,6 +77,36 @@ def assert_same(folder: Path, whole: Path) -> None:
     """The runs in both folders left the same."""
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert content(folder) == content(whole)
+
+
+def at_batch(patch: pytest.MonkeyPatch, loss: type, number: int, happens: Callable[[Losses], Losses]) -> None:
+    """Let something happen to what ``loss`` gives for a batch, counted over epochs."""
+    calls, compute = 0, loss.__call__
+
+    def called(*arguments):
+        nonlocal calls
+        calls += 1
+        losses = compute(*arguments)
+        return happens(losses) if calls == number else losses
+
+    patch.setattr(loss, "__call__", called)
+
+
+def assert_labels_on_the_page(drawn: dict[str, Figure]) -> None:
+    """Every one of some named figures draws, cuts nothing off, is as wide as all, and is unknown to pyplot."""
+    for name, figure in drawn.items():
+        FigureCanvasAgg(figure).draw()
+        page, taken = figure.bbox_inches, figure.get_tightbbox()
+        assert taken.x0 > -0.05 and taken.y0 > -0.05, f"{name} is cut off at the left or bottom: {taken}"
+        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off: {taken} on {page}"
+        assert figure.get_figwidth() == figures.WIDTH, name
+    assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
+
+
+def public_names(module: ModuleType) -> set[str]:
+    """What a module defines for others."""
+    found = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    return {name for name in found if not name.startswith("_")}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import at_batch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -47,15 +48,7 @@ class Place:
 
     def at_batch(self, number: int, happens: Callable[[Losses], Losses]) -> None:
         """Let something happen to the losses of a batch, counted over epochs."""
-        calls, compute = 0, AdaptiveLoss.__call__
-
-        def called(*arguments):
-            nonlocal calls
-            calls += 1
-            losses = compute(*arguments)
-            return happens(losses) if calls == number else losses
-
-        self.patch.setattr(AdaptiveLoss, "__call__", called)
+        at_batch(self.patch, AdaptiveLoss, number, happens)
 
     def at_write(self, number: int, error: OSError) -> None:
         """Let a write fail, counted over files."""

@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import psutil
 import torch
-from conftest import assert_same, content, finished_epochs
+from conftest import assert_same, at_batch, content, finished_epochs
 
-from avit_lib import cli, losses
+from avit_lib import cli
+from avit_lib.losses import AdaptiveLoss
 from avit_lib.study import Study
 
 ROOT = Path(__file__).parents[1]
@@ -102,16 +103,11 @@ def test_make_reproduce_killed_in_the_middle_of_a_training_goes_on(tmp_path, mon
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     command = ["fit", "--profile", "smoke", "--epochs", "2", "--device", "cpu", "--output", str(tmp_path / "pieces")]
-    calls, compute = 0, losses.AdaptiveLoss.__call__
 
-    def interrupted(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 9:  # of six batches an epoch
-            raise KeyboardInterrupt
-        return compute(*arguments)
+    def interrupted(losses):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(losses.AdaptiveLoss, "__call__", interrupted)
+    at_batch(monkeypatch, AdaptiveLoss, 9, interrupted)  # of six batches an epoch
     assert cli.main(command) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
     assert cli.main(command) == 0

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation.flops import counted_flops
-from avit_lib.halting import executed_depth
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.model import AViT
 from avit_lib.packed import packed_layers
@@ -41,7 +40,7 @@ class Workload:
     @torch.inference_mode()
     def describe(self) -> str:
         """Where the halting comes from, and how deep plain inference goes."""
-        depth = executed_depth(self.adaptive.eval().forward_with_trace(self.images)[1].depth).float()
+        depth = self.adaptive.eval().forward_with_trace(self.images)[1].executed_depth.float()
         spread = depth.mean(dim=1).std(correction=0)
         layers = len(self.adaptive.blocks)
         return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
@@ -157,7 +156,7 @@ def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats
     return compared(functions, len(images), repeats)
 
 
-def _inference(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
+def _inference(model: nn.Module, images: Tensor, execution: str) -> Step:
     def infer() -> None:
         with torch.inference_mode():
             model.execution = execution

@@ -56,8 +56,6 @@ def percent(axis: Axes, which: str = "y") -> None:
 def legend_above(figure: Figure, axis: Axes) -> Figure:
     """``figure`` with the legend of ``axis`` above it, in as many lines as it takes."""
     handles, labels = axis.get_legend_handles_labels()
-    if axis.get_legend():
-        axis.get_legend().remove()
     rows = 1 + sum(len(label) + 7 for label in labels) // 110  # what fits beside each other
     figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
     return figure

@@ -8,9 +8,10 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import msgspec
@@ -163,11 +164,16 @@ class Runner:
             "checkpoints": {run: path and read_json(path)["sha256"] for run, path in known.items()},
         }
 
+    @cached_property
+    def _library(self) -> Callable[..., str]:
+        """The fingerprint of what pieces of code use of the library, for each looked up once in a run."""
+        return cache(lambda *code: fingerprint(register, *used_by(code)))
+
     def _code(self, name: str) -> dict:
         """What decides on the results of a notebook before it runs."""
         cells, code = self._read(name)
         settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
-        library = fingerprint(register, *used_by(code))
+        library = self._library(*code)
         return {"cells": _digest(cells), "library": library, "settings": _digest(settings), "seed": self.seed}
 
     def _read(self, name: str) -> tuple[list, list[str]]:

@@ -63,10 +63,10 @@ def stamp_readme(readme: Path | None = None) -> None:
     places = [(f"results-{name}", name, README_TABLE) for name in profile_names()]
     places += [(f"sweep-{name}", name, "sweep_summary") for name in profile_names()]
     places += [("results-benchmark", "benchmark", "summary_cpu"), ("cost", "benchmark", "cost_cpu")]
+    before = text = readme.read_text() if readme.is_file() else ""
     for marker, name, table in places:
         path = results_dir(name) / "tables" / f"{table}.md"
         begin, end = f"<!-- begin {marker} -->", f"<!-- end {marker} -->"
-        text = readme.read_text() if readme.is_file() else ""
         if begin not in text or end not in text or not path.is_file():
             continue
         described = read_json(path.with_suffix(".json"))
@@ -75,6 +75,7 @@ def stamp_readme(readme: Path | None = None) -> None:
         made = facts["source"] if name == "benchmark" else f"make {command} PROFILE={name} SEED={facts['seed']}"
         note = f"\n\n{described['caption']}" if name == "benchmark" else ""
         line = f"Made by `{made}`, commit {facts['commit'][:10]}, {facts['date']}, on {facts['hardware']}."
-        before, after = text.split(begin)[0], text.split(end)[1]
         content = f"{begin}\n{path.read_text().strip()}{note}\n\n{line}\n{end}"
-        write_atomically(readme, f"{before}{content}{after}".encode())
+        text = text.split(begin)[0] + content + text.split(end)[1]
+    if text != before:
+        write_atomically(readme, text.encode())

@@ -5,7 +5,7 @@ import platform
 import re
 import subprocess
 import time
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def provenance(profile: str, seed: int) -> dict[str, Any]:
         "dirty": dirty,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "python": platform.python_version(),
-        "packages": dict(sorted((found.name, found.version) for found in distributions() if found.name in PACKAGES)),
+        "packages": {package: _version(package) for package in PACKAGES},
         "hardware": hardware(),
     }
 
@@ -100,6 +100,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
 
 
 def _git_state() -> tuple[str, bool | None]:

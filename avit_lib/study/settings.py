@@ -15,10 +15,10 @@ from avit_lib.data import Data
 from avit_lib.errors import UserError
 from avit_lib.losses import TaskLoss, Teacher
 from avit_lib.training import Training
+from avit_lib.training.loop import NotNegative, Positive
 
 PROFILES = Path(__file__).resolve().with_name("profiles")
-NotNegative, Fraction = Annotated[float, Meta(ge=0)], Annotated[float, Meta(ge=0, le=1)]
-Layers, Positive = Annotated[float, Meta(ge=1)], Annotated[float, Meta(gt=0)]
+Layers, Fraction = Annotated[float, Meta(ge=1)], Annotated[float, Meta(ge=0, le=1)]
 Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
 
 

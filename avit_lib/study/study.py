@@ -61,14 +61,14 @@ class Study:
         """
         run, folder = self.profile.run(name), self.folder(name)
         start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
-        facts = {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}
-        description = describe(run, self.data, start, teacher) | facts
+        description = describe(run, self.data, start, teacher)
+        description |= {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}
         found = folder / "last.json"
         if processes.rank() == 0 and found.is_file() and read_json(found).get("run") != description:
             print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
             shutil.rmtree(folder)
         processes.barrier()  # the other processes see the folder as the first one left it
-        return train_run(run, self.data, folder, start, teacher, self.seed, self.device, facts)
+        return train_run(run, self.data, folder, start, teacher, self.seed, self.device, description)
 
     def train_chain(self, name: str) -> pd.DataFrame:
         """``train`` the runs that the one called ``name`` starts or learns from, then itself; returns its history."""
@@ -150,19 +150,19 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
 
 def train_run(
     run: Run, data: TrainingData, folder: Path, start: Path | None, teacher: Path | None, seed: int,
-    device: torch.device, facts: dict[str, Any] | None = None,
+    device: torch.device, description: dict[str, Any] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train a run into ``folder`` by its settings (see ``training.fit``); returns the history, one row an epoch.
 
     ``start`` and ``teacher`` are the checkpoints it starts and learns from; raises UserError when one is missing, or
-    not wanted, or knows other classes. ``facts`` are part of what tells this run from others.
+    not wanted, or knows other classes. ``description`` tells this run from others (default: as ``describe`` has it).
     """
     for option, needed, given in (("--ckpt", run.start, start), ("--teacher", run.teacher, teacher)):
         if needed and not given:
             raise UserError(f"run {run.name!r} starts or learns from run {needed!r}: name its weights by {option}")
     if teacher and not run.teacher:
         raise UserError(f"run {run.name!r} has no teacher; leave out --teacher")
-    description = describe(run, data, start, teacher) | (facts or {}) | {"seed": seed}
+    description = (description or describe(run, data, start, teacher)) | {"seed": seed}
     history = training.finished_history(folder, description, run.training)
     if history is not None:  # before a start is fitted for nothing
         return history

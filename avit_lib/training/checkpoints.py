@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-import avit_lib.model  # noqa: F401  registers the avit_* models
 from avit_lib.data import weights_dir
 from avit_lib.errors import UserError
 from avit_lib.training.files import read_json, write_atomically, write_json

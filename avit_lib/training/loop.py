@@ -33,7 +33,6 @@ RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
-
 Positive, Fraction = Annotated[float, Meta(gt=0)], Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0)]
 
@@ -152,17 +151,19 @@ def fit(
 
 def prepared(model: nn.Module, config: Training, classes: int, updates_per_epoch: int) -> _State:
     """Everything that the training of ``model`` needs, before its first epoch."""
-    # timm's Muon always orthogonalises in bfloat16; where that is slow it takes as long as the rest of a step.
-    dtype = torch.bfloat16 if gains_by_bfloat16(next(model.parameters()).device) else torch.float32
-    muon.zeropower_via_newtonschulz = partial(NEWTON_SCHULZ, dtype=dtype)
+    if "muon" in config.optimizer:  # timm's always orthogonalises in bfloat16, which may take as long as all else
+        dtype = torch.bfloat16 if gains_by_bfloat16(next(model.parameters()).device) else torch.float32
+        muon.zeropower_via_newtonschulz = partial(NEWTON_SCHULZ, dtype=dtype)
     rate, warmup = config.learning_rate, round(config.warmup_epochs * updates_per_epoch)
     optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=rate, weight_decay=config.weight_decay)
     schedule = CosineLRScheduler(
         optimizer, config.epochs * updates_per_epoch, warmup_t=warmup, warmup_lr_init=rate * 1e-3, t_in_epochs=False
     )
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)  # the loss smooths
+    mix = None
+    if config.mixup or config.cutmix:
+        mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)  # the loss smooths
     ema = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    return _State(model, optimizer, ema, schedule, mix if config.mixup or config.cutmix else None, records=[])
+    return _State(model, optimizer, ema, schedule, mix, records=[])
 
 
 def train_epoch(

@@ -66,8 +66,6 @@ def part(images: int) -> Tensor:
 
 def gather(values: Tensor, images: int) -> Tensor:
     """Put the ``values`` [k, ...] that the processes computed on their ``part`` into the order of the n ``images``."""
-    if count() == 1:
-        return values
     parts = [torch.empty_like(values) for _ in range(count())]
     with _others_alive():
         dist.all_gather(parts, values.contiguous())

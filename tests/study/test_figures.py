@@ -2,10 +2,10 @@
 
 import functools
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import assert_labels_on_the_page, public_names
 from IPython.core.formatters import DisplayFormatter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -55,18 +55,11 @@ def drawn(layers: int, classes: int) -> dict[str, Figure]:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_figure_draws_with_its_labels_on_the_page(study):
-    for name, figure in drawn(*STUDIES[study]).items():
-        FigureCanvasAgg(figure).draw()
-        page, taken = figure.bbox_inches, figure.get_tightbbox()
-        assert taken.x0 > -0.05 and taken.y0 > -0.05, f"{name} is cut off at the left or bottom: {taken}"
-        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off: {taken} on {page}"
-        assert figure.get_figwidth() == figures.WIDTH, name
-    assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
+    assert_labels_on_the_page(drawn(*STUDIES[study]))
 
 
 def test_the_module_has_no_figure_that_is_not_tested_above():
-    found = {name for name, value in vars(figures).items() if getattr(value, "__module__", "") == figures.__name__}
-    assert {name for name in found if not name.startswith("_")} == {*drawn(*STUDIES["smoke"]), *HELPERS}
+    assert public_names(figures) == {*drawn(*STUDIES["smoke"]), *HELPERS}
 
 
 def texts(labels) -> list[str]:

@@ -2,14 +2,14 @@
 
 import functools
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import assert_labels_on_the_page, public_names
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from avit_lib.study import figures, pictures
+from avit_lib.study import pictures
 
 # (images, patches a side, pixels a side, channels, layers)
 STUDIES = {"smoke": (4, 4, 28, 1, 4), "fashion": (10, 7, 28, 1, 12), "caltech256": (6, 14, 56, 3, 12)}
@@ -35,18 +35,11 @@ def drawn(count: int, side: int, pixels: int, channels: int, layers: int) -> dic
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_picture_draws_with_its_labels_on_the_page(study):
-    for name, figure in drawn(*STUDIES[study]).items():
-        FigureCanvasAgg(figure).draw()
-        page, taken = figure.bbox_inches, figure.get_tightbbox()
-        assert taken.x0 > -0.05 and taken.y0 > -0.05, f"{name} is cut off at the left or bottom: {taken}"
-        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off: {taken} on {page}"
-        assert figure.get_figwidth() == figures.WIDTH, name
-    assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
+    assert_labels_on_the_page(drawn(*STUDIES[study]))
 
 
 def test_the_module_has_no_picture_that_is_not_tested_above():
-    found = {name for name, value in vars(pictures).items() if getattr(value, "__module__", "") == pictures.__name__}
-    assert {name for name in found if not name.startswith("_")} == {*drawn(*STUDIES["smoke"]), *HELPERS}
+    assert public_names(pictures) == {*drawn(*STUDIES["smoke"]), *HELPERS}
 
 
 def rows(figure: Figure) -> dict[str, list[Axes]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import timm
-from conftest import assert_same, finished_epochs, random_images
+from conftest import assert_same, at_batch, finished_epochs, random_images
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation import metrics, predict
@@ -77,17 +77,12 @@ def test_a_stop_at_any_write(tmp_path, whole, monkeypatch):
 @pytest.fixture
 def unfinished(tmp_path, monkeypatch):
     """The folder of a run that was cut off in its third epoch."""
-    calls, compute = 0, TaskLoss.__call__
 
-    def cut_off(*arguments):
-        nonlocal calls
-        calls += 1
-        if calls == 6:  # of two batches an epoch
-            raise PowerCut
-        return compute(*arguments)
+    def cut_off(losses):
+        raise PowerCut
 
     with monkeypatch.context() as patch:
-        patch.setattr(TaskLoss, "__call__", cut_off)
+        at_batch(patch, TaskLoss, 6, cut_off)  # of two batches an epoch
         with pytest.raises(PowerCut):
             train(tmp_path)
     assert finished_epochs(tmp_path) == 2
