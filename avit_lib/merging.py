@@ -1,20 +1,8 @@
-"""Tokens that halt and don't vanish (not in the paper): they live on in one summary token an image, the mean of all
-that halted (``fuse``), or each in the most similar patch that goes on (``join``). ``packed`` does so on its buffer.
-"""
+"""Tokens that halt and don't vanish (not in the paper): each joins the most similar patch that goes on."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-
-def fuse(summary: Tensor, fused: Tensor, total: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the tokens that halt in a layer into the summary token of their image: the mean of all that ever halted.
-
-    ``summary`` [..., D] stands for ``fused`` [..., 1] tokens so far; ``number`` more of sum ``total`` join it. Returns
-    both anew. In attention the summary counts as ``fused`` equal tokens: log fused is added to its logits (0 hides it).
-    """
-    together = fused + number
-    return (fused * summary + total) / together.clamp(min=1), together
 
 
 def most_similar(leaving: Tensor, staying: Tensor, takers: Tensor) -> Tensor:
@@ -54,13 +42,3 @@ def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, size: Tensor 
     keys = active | ~active.any(dim=1, keepdim=True)
     mask = keys if size is None else torch.where(keys, size, 0.0).log().to(tokens.dtype)
     return block(tokens, attn_mask=mask[:, None, None, :])
-
-
-def block_with_summary(
-    block: nn.Module, tokens: Tensor, active: Tensor, summary: Tensor, fused: Tensor
-) -> tuple[Tensor, Tensor]:
-    """A block on the active tokens [B, N, D] and the summary [B, 1, D] of ``fused`` [B, 1, 1] halted ones."""
-    tokens = torch.cat([tokens, summary.to(tokens.dtype)], dim=1)
-    bias = torch.cat([active, fused[..., 0]], dim=1).log()  # of an active token log 1 = 0, of a halted one -inf
-    tokens = block(tokens, attn_mask=bias[:, None, None, :].to(tokens.dtype))
-    return tokens[:, :-1], tokens[:, -1:]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
-from avit_lib.merging import block_with_summary, fuse, masked_block, merge_masked
+from avit_lib.merging import masked_block, merge_masked
 from avit_lib.packed import predict_packed, run_packed
 
 
@@ -22,24 +22,22 @@ class AViT(VisionTransformer):
 
     def __init__(
         self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
-        class_token_halts: bool = True, fuse_halted: bool = False, merge_halted: bool = False, **kwargs,
+        class_token_halts: bool = True, merge_halted: bool = False, **kwargs,
     ):  # fmt: skip
         """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
         needed = {"class_token": True, "global_pool": "token", "reg_tokens": 0, "patch_drop_rate": 0}
         refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
         if refused:
             raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
-        if fuse_halted and merge_halted:
-            raise UserError("halted tokens are either fused or merged; leave out fuse_halted or merge_halted")
         super().__init__(*args, **kwargs)
         self.gamma, self.beta, self.eps = gamma, beta, eps
-        self.class_token_halts, self.fuse_halted, self.merge_halted = class_token_halts, fuse_halted, merge_halted
+        self.class_token_halts, self.merge_halted = class_token_halts, merge_halted
         self.execution = "auto"
 
     @property
     def rule(self) -> HaltingRule:
         """When a token halts, and what becomes of it."""
-        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.fuse_halted, self.merge_halted)
+        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.merge_halted)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
@@ -71,31 +69,23 @@ class AViT(VisionTransformer):
 def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace."""
     state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
-    summary, fused = torch.zeros_like(tokens[:, :1]), state.cumulative.new_zeros(len(tokens), 1, 1)
     size = torch.ones_like(state.cumulative) if rule.merge_halted else None  # how many tokens each stands for
     representation, scores, weights = 0.0, [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        if rule.fuse_halted:
-            tokens, summary = block_with_summary(block, tokens, active, summary, fused)
-        else:
-            tokens = masked_block(block, tokens, active, size)
+        tokens = masked_block(block, tokens, active, size)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
         elif not rule.class_token_halts:
             score = torch.cat([torch.zeros_like(score[:, :1]), score[:, 1:]], dim=1)
         state, weight = halting_step(state, score, rule.eps)
-        halts = active & ~state.active
         scores.append(torch.where(active, score, 0.0))
         weights.append(weight[:, :1])  # w of the class token
         representation = representation + weight[:, :1, None] * tokens[:, :1]
-        if rule.fuse_halted:
-            total = (tokens * halts[..., None]).sum(dim=1, keepdim=True)
-            summary, fused = fuse(summary, fused, total, halts[..., None].sum(dim=1, keepdim=True))
-        elif rule.merge_halted and layer < len(blocks):
-            tokens, size = merge_masked(tokens, size, halts, state.active)
+        if rule.merge_halted and layer < len(blocks):
+            tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
 

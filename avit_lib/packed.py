@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, trace_of
-from avit_lib.merging import fuse, join, most_similar
+from avit_lib.merging import join, most_similar
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,6 @@ class Layout:
     starts: Tensor  # [S] where each of them begins; its class token lies there until it halts
     counts: Tensor  # [S] tokens of each, most first
     lengths: tuple[int, ...]  # the same numbers on the host
-
-    @property
-    def ends(self) -> Tensor:
-        """[S] where the last token of each image lies: its summary token, if there is one."""
-        return self.starts + self.counts - 1
 
 
 # --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -------------------------
@@ -153,31 +148,25 @@ def packed_layers(
 
     Yields after each layer the layout of the buffer, its tokens [T, D], their scores h [T] and their output weights
     w [T]. Unless ``every_token`` is followed to its own halting, an image leaves as soon as its class token has halted:
-    nothing can change its representation any more. The last token of each image is its summary, if there is one.
+    nothing can change its representation any more.
     """
-    if rule.fuse_halted:
-        tokens = F.pad(tokens, (0, 0, 0, 1))
     (images, count, _), buffer = tokens.shape, tokens.flatten(0, 1)
     index = torch.arange(len(buffer), device=buffer.device)
     counts = torch.full((images,), count, device=buffer.device)
     layout = Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
-    # [T] how many tokens each one stands for, a summary none so far; None: each for itself.
-    size = torch.ones_like(cumulative).index_fill(0, layout.ends, 0.0) if rule.fuse_halted else None
+    size = None  # [T] how many tokens each one stands for; None: each for itself
     for layer, block in enumerate(blocks, start=1):
         buffer = packed_block(block, buffer, layout, bias=None if size is None else size.log())
         score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
         remainder = 1 - cumulative  # R
         cumulative = cumulative + score  # cumul += h
-        keep = active = cumulative < 1 - rule.eps  # m
+        active = cumulative < 1 - rule.eps  # m
         yield layout, buffer, score, torch.where(active, score, remainder)  # w
         if layer == len(blocks):
             return
-        if rule.fuse_halted:
-            buffer, size, keep = _fuse(buffer, size, layout, active)
-        if not every_token:
-            keep = keep & active[layout.starts][layout.segment]  # does the class token go on?
-        layout, move = split_off(layout, keep)
+        # Unless every token is followed: does the class token go on?
+        layout, move = split_off(layout, active if every_token else active & active[layout.starts][layout.segment])
         if not layout.lengths:
             return
         if move is None:
@@ -187,7 +176,6 @@ def packed_layers(
             buffer, size = _merge(buffer, size, layout, move, images, count)
         else:
             buffer = buffer.index_select(0, move.stay)
-            size = None if size is None else size[move.stay]
         cumulative = cumulative.index_select(0, move.stay)
 
 
@@ -196,20 +184,7 @@ def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Ten
     score = halting_score(buffer, rule.gamma, rule.beta)
     if last:
         return torch.ones_like(score)
-    if not rule.class_token_halts:
-        score = score.index_fill(0, layout.starts, 0.0)
-    return score.index_fill(0, layout.ends, 0.0) if rule.fuse_halted else score
-
-
-def _fuse(buffer: Tensor, size: Tensor, layout: Layout, active: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Let the summary token of each image take in those that have halted; returns buffer, sizes and who stays [T]."""
-    halted = torch.where(active[:, None], 0.0, buffer).to(size.dtype)
-    total = halted.new_zeros(len(layout.counts), buffer.shape[1]).index_add(0, layout.segment, halted)
-    number = size.new_zeros(len(layout.counts)).index_add(0, layout.segment, (~active).to(size.dtype))
-    summary, together = fuse(buffer[layout.ends], size[layout.ends, None], total, number[:, None])
-    keep = active & (layout.counts - number > 1)[layout.segment]  # no summary that would be left alone
-    buffer = buffer.index_copy(0, layout.ends, summary.to(buffer.dtype))
-    return buffer, size.index_copy(0, layout.ends, together[:, 0]), keep
+    return score if rule.class_token_halts else score.index_fill(0, layout.starts, 0.0)
 
 
 def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int, count: int) -> tuple[Tensor, Tensor]:
@@ -243,7 +218,7 @@ def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int
 
 def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
-    if len(tokens) == 1 and tokens.device.type == "cpu" and not rule.fuse_halted:
+    if len(tokens) == 1 and tokens.device.type == "cpu":
         return predict_one(blocks, tokens, rule)
     representation = 0.0 * tokens[:, 0]
     for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False):
@@ -282,18 +257,17 @@ def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Ten
 
 def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """The same as ``model.run_masked``: representation [B, 1, D] and trace of the embedded tokens [B, N, D]."""
-    images, real, width = tokens.shape
-    per_image = real + rule.fuse_halted
-    depth = torch.zeros(images * per_image, dtype=torch.long, device=tokens.device)  # N_k
+    images, count, width = tokens.shape
+    depth = torch.zeros(images * count, dtype=torch.long, device=tokens.device)  # N_k
     scores, class_tokens = [], []
     for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, every_token=True):
-        scores.append(score.new_zeros(images * per_image).index_copy(0, layout.index, score))
+        scores.append(score.new_zeros(images * count).index_copy(0, layout.index, score))
         depth.index_add_(0, layout.index, torch.ones_like(layout.index))
         # Of an image whose class token has halted this is another token; its weight is 0.
         class_tokens.append(buffer.new_zeros(images, width).index_copy(0, layout.images, buffer[layout.starts]))
-    scores = torch.stack(scores).view(-1, images, per_image)[..., :real].transpose(0, 1)
+    scores = torch.stack(scores).view(-1, images, count).transpose(0, 1)
     scores = F.pad(scores, (0, 0, 0, len(blocks) - len(class_tokens)))  # layers that nobody reached
-    trace = trace_of(scores, depth.view(images, per_image)[:, :real])
+    trace = trace_of(scores, depth.view(images, count))
     weights = trace.output_weights[:, : len(class_tokens), None]  # w
     representation = (weights * torch.stack(class_tokens, dim=1)).sum(dim=1, keepdim=True)
     return representation.to(tokens.dtype), trace

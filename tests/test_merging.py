@@ -1,20 +1,10 @@
-"""What becomes of halted tokens that live on in others: the summary, the most similar patch, the mean of both."""
+"""What becomes of halted tokens that live on in others: the most similar patch, the mean of both."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.merging import fuse, join, merge_masked, most_similar
-
-
-def test_the_summary_is_the_mean_of_all_that_ever_halted():
-    summary, fused = torch.zeros(1, 2), torch.zeros(1, 1)
-    summary, fused = fuse(summary, fused, torch.zeros(1, 2), torch.zeros(1, 1))  # nobody has halted yet
-    assert summary.tolist() == [[0.0, 0.0]] and fused.item() == 0
-    summary, fused = fuse(summary, fused, torch.tensor([[4.0, 8.0]]), torch.tensor([[2.0]]))
-    assert summary.tolist() == [[2.0, 4.0]] and fused.item() == 2
-    summary, fused = fuse(summary, fused, torch.tensor([[8.0, 1.0]]), torch.tensor([[1.0]]))
-    assert summary.tolist() == [[4.0, 3.0]] and fused.item() == 3
+from avit_lib.merging import join, merge_masked, most_similar
 
 
 def test_the_most_similar_is_chosen_by_direction_among_those_that_may_take():

@@ -6,7 +6,6 @@ import torch
 from conftest import bright_and_dark, varied_model
 
 import avit_lib
-from avit_lib.errors import UserError
 from avit_lib.model import AViT
 
 PAIRS = [("deit_tiny_patch16_224", "avit_tiny_patch16_224"), ("deit_micro_patch4_28", "avit_micro_patch4_28")]
@@ -175,8 +174,3 @@ def test_another_head_keeps_the_backbone():
 def test_a_wrong_image_size_is_named():
     with pytest.raises(AssertionError, match=r"height \(32\).*28"):
         timm.create_model("avit_nano_patch7_28")(torch.zeros(1, 1, 32, 32))
-
-
-def test_halted_tokens_are_either_fused_or_merged():
-    with pytest.raises(UserError, match="either fused or merged"):
-        timm.create_model("avit_nano_patch7_28", fuse_halted=True, merge_halted=True)

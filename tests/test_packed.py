@@ -125,10 +125,10 @@ def test_one_token_in_all():
 
 
 @pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
-@pytest.mark.parametrize("fuse_halted", [False, True])
-def test_every_attention_gives_the_same(attend, fuse_halted, monkeypatch):
+@pytest.mark.parametrize("merge_halted", [False, True])
+def test_every_attention_gives_the_same(attend, merge_halted, monkeypatch):
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
-    model = make_model(fuse_halted=fuse_halted)
+    model = make_model(merge_halted=merge_halted)
     tokens = model.embed(make_images(6))
     expected, trace = run_masked(model.blocks, tokens, model.rule)
     got, packed_trace = run_packed(model.blocks, tokens, model.rule)
@@ -175,8 +175,6 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
 
 VARIANTS = [
     {"class_token_halts": False},
-    {"fuse_halted": True},
-    {"class_token_halts": False, "fuse_halted": True},
     {"merge_halted": True},
     {"class_token_halts": False, "merge_halted": True},
 ]
@@ -237,25 +235,6 @@ def test_variants(variant, beta, batch):
     depth = assert_same(make_model(beta=beta, **variant), make_images(batch))
     if "class_token_halts" in variant:
         assert (depth[:, 0] == 6).all()
-
-
-def test_the_summary_is_the_mean_of_all_that_halted_and_hidden_before():
-    """With blocks that change nothing, every token keeps its value, and so does the mean."""
-    model = make_model(fuse_halted=True, beta=-1.0)
-    for block in model.blocks:
-        for last in (block.attn.proj, block.mlp.fc2):
-            torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    tokens = model.embed(make_images(3))
-    seen = list(packed_layers(model.blocks, tokens, model.rule, every_token=True))
-    halted = 0
-    for layout, buffer, _, _ in seen[1:]:
-        for segment, (image, end) in enumerate(zip(layout.images.tolist(), layout.ends.tolist(), strict=True)):
-            here = layout.index[layout.segment == segment] % 18
-            gone = [place for place in range(17) if place not in here.tolist()]
-            expected = tokens[image, gone].mean(dim=0) if gone else torch.zeros(16, dtype=torch.float64)
-            torch.testing.assert_close(buffer[end], expected)
-            halted += len(gone)
-    assert halted > 10
 
 
 def test_dropout_of_attention_still_runs():

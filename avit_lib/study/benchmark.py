@@ -13,8 +13,7 @@ from avit_lib.errors import UserError
 from avit_lib.evaluation import speed
 from avit_lib.evaluation.memory import peak_memory
 from avit_lib.study import figures
-from avit_lib.study.page import Collection, write_page
-from avit_lib.study.results import Results, hardware
+from avit_lib.study.results import Collection, Results, hardware, write_page
 from avit_lib.study.settings import get_profile
 
 COLLECTION = Collection(

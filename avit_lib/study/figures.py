@@ -3,7 +3,6 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_params_from_file
@@ -73,20 +72,6 @@ def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) 
     return legend_above(figure, axes[0, 0])
 
 
-def confusion_map(values: ArrayLike, classes: tuple[str, ...], label: str, colours: str, limits: tuple) -> Figure:
-    """A heat map of values [K, K], rows the true class; names up to 30 classes, numbers up to 12."""
-    names = [name.replace("_", " ") for name in classes]
-    frame = pd.DataFrame(np.asarray(values, dtype=float), names, names)
-    texts = frame.map(lambda value: f"{value:.3g}" if round(value, 1) else "") if len(names) <= 12 else None
-    figure, [[axis]] = subplots(height=6.2)
-    sns.heatmap(frame, vmin=limits[0], vmax=limits[1], cmap=colours, square=True, ax=axis,
-                annot=texts, fmt="", annot_kws={"size": 9}, cbar_kws={"label": label, "shrink": 0.85},
-                xticklabels=len(names) <= 30, yticklabels=len(names) <= 30)  # fmt: skip
-    axis.tick_params(axis="x", rotation=40)
-    axis.set(xlabel="predicted class", ylabel="true class")
-    return figure
-
-
 def accuracy_against(
     table: pd.DataFrame, x: str, xlabel: str, accuracy: str = "accuracy", points: pd.DataFrame | None = None
 ) -> Figure:
@@ -107,26 +92,6 @@ def accuracy_against(
         axis.errorbar(row[x], value, [[value - low], [high - value]], **look)
     axis.set(xlabel=xlabel, ylabel=accuracy.replace("_macro", ", mean over classes"))
     percent(axis)
-    return legend_above(figure, axis)
-
-
-def class_change(table: pd.DataFrame, names: tuple[str, str], most: int = 10) -> Figure:
-    """Accuracy by class of two models as arrows, for the ``most`` classes that lose and that gain most.
-
-    ``table`` has class, images, before, after and change, sorted by change; ``names`` are those of the two models.
-    """
-    losing, gaining = table.query("change < 0").head(most), table.query("change > 0").tail(most)
-    shown = pd.concat([losing, gaining]).iloc[::-1].reset_index(drop=True)
-    figure, [[axis]] = subplots(height=1.2 + 0.25 * max(len(shown), 1))
-    axis.hlines(shown.index, shown["before"], shown["after"], color=MUTED, linewidth=1.5, zorder=1)
-    for column, name, marker in (("before", names[0], "o"), ("after", names[1], "D")):
-        axis.scatter(shown[column], shown.index, color=model_colour(name), marker=marker, label=name, zorder=2)
-    axis.set_yticks(shown.index, shown["class"].str.replace("_", " ") + " (" + shown["images"].astype(str) + ")")
-    if len(losing) and len(gaining):
-        axis.axhline(len(gaining) - 0.5, color=MUTED, linewidth=1, linestyle=":")
-    axis.set(xlabel="accuracy on the class (in brackets its test images)", ylim=(-0.7, len(shown) - 0.3))
-    percent(axis, "x")
-    axis.grid(axis="y", visible=False)
     return legend_above(figure, axis)
 
 

@@ -1,23 +1,28 @@
-"""The only writer of results/: tables as CSV and Markdown, figures as PNG, metrics as JSON, each with provenance."""
+"""The only writer of results/: tables as CSV and Markdown, figures as PNG, metrics as JSON, each with provenance.
+
+Also of the pages that show them: results/<name>/README.md, and the tables in the README of the project.
+"""
 
 import os
 import platform
 import re
 import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from avit_lib.data import project_root
-from avit_lib.training import write_atomically, write_json
+from avit_lib.study.settings import Profile
+from avit_lib.training import read_json, write_atomically, write_json
 
-PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn", "papermill")
+PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
 FIGURE_DPI = 120
+FOLDED = 40  # rows; in pages longer tables are folded away until a reader opens them
 
 
 def results_dir(name: str) -> Path:
@@ -74,7 +79,7 @@ def provenance(profile: str, seed: int) -> dict[str, Any]:
         "dirty": dirty,
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: version(package) for package in PACKAGES},
         "hardware": hardware(),
     }
 
@@ -102,13 +107,6 @@ def _cell(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
-
-
 def _git_state() -> tuple[str, bool | None]:
     """The commit checked out, and whether anything but results differs from it; ("unknown", None) outside git."""
     git = ["git", "-C", str(project_root())]
@@ -118,3 +116,68 @@ def _git_state() -> tuple[str, bool | None]:
         return commit, bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip())
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+class Collection(NamedTuple):
+    """Results that belong to no profile: the name of their folder, what they are, the command that makes them."""
+
+    name: str
+    purpose: str
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+def write_page(about: Profile | Collection) -> Path:
+    """Write results/<name>/README.md: every table inline, every figure shown, provenance at the end."""
+    folder, command = results_dir(about.name), getattr(about, "command", f"make reproduce PROFILE={about.name}")
+    lines = [f"# Results: {about.name}", "", f"{about.purpose[0].upper()}{about.purpose[1:]}.", ""]
+    lines += [f"Made by `{command}`; this page is generated, do not edit it.", ""]
+    made = []
+    for kind, suffix in (("tables", ".md"), ("figures", ".png")):
+        lines += [f"## {kind.capitalize()}", ""]
+        for path in sorted((folder / kind).glob(f"*{suffix}")):
+            facts = read_json(path.with_suffix(".json"))
+            made.append({"file": path.name} | facts["provenance"])
+            lines += [f"### {path.stem.replace('_', ' ')}", "", facts["caption"], ""]
+            if kind == "figures":
+                lines += [f"![{path.stem}]({kind}/{path.name})", ""]
+                continue
+            table = path.read_text().splitlines()
+            if len(table) - 2 > FOLDED:
+                table = ["<details>", f"<summary>{len(table) - 2} rows</summary>", "", *table, "", "</details>"]
+            lines += [*table, "", f"[CSV]({kind}/{path.stem}.csv)", ""]
+    columns = ["file", "source", "seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"]
+    origins = pd.DataFrame(made, columns=columns)
+    lines += ["## Provenance", "", to_markdown(origins.assign(commit=origins["commit"].str[:10])), ""]
+    packages = made[0]["packages"] if made else {}
+    lines += ["Packages: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + ".", ""]
+    lines += [f"- {note}" for note in about.notes]
+    target = folder / "README.md"
+    write_atomically(target, ("\n".join(lines).rstrip() + "\n").encode())
+    return target
+
+
+def stamp_readme(readme: Path | None = None) -> None:
+    """Put tables into README.md, each between its markers, such as ``<!-- begin fashion/04_summary -->``.
+
+    Below each stands the command that made it, and below those of the benchmark what it was measured on.
+    """
+    readme = readme or project_root() / "README.md"
+    before = text = readme.read_text() if readme.is_file() else ""
+    for begin, name, table in re.findall(r"(<!-- begin (\w+)/(\w+) -->)", before):
+        path, end = results_dir(name) / "tables" / f"{table}.md", f"<!-- end {name}/{table} -->"
+        if end not in text or not path.is_file():
+            continue
+        described = read_json(path.with_suffix(".json"))
+        facts = described["provenance"]
+        command = "sweep" if table.startswith("sweep") else "reproduce"
+        made = facts["source"] if name == "benchmark" else f"make {command} PROFILE={name} SEED={facts['seed']}"
+        note = f"\n\n{described['caption']}" if name == "benchmark" else ""
+        line = f"Made by `{made}`, commit {facts['commit'][:10]}, {facts['date']}, on {facts['hardware']}."
+        content = f"{begin}\n{path.read_text().strip()}{note}\n\n{line}\n{end}"
+        text = text.split(begin)[0] + content + text.split(end)[1]
+    if text != before:
+        write_atomically(readme, text.encode())

@@ -16,9 +16,9 @@ from torch import nn
 from avit_lib.errors import UserError
 from avit_lib.evaluation import Predictions, flops_per_image, metrics
 from avit_lib.study.results import provenance
-from avit_lib.study.settings import Halting, Run
+from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
-from avit_lib.training import Training, read_json
+from avit_lib.training import read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
 CAPTION = (
@@ -35,13 +35,14 @@ def run_search(study: Study) -> pd.DataFrame:
     candidates = study.profile.search
     if not candidates:
         raise UserError(f"profile {study.profile.name} has no candidates; declare some in its file, as [search.NAME]")
-    record = read_record(study)
+    path = study.results.folder / "metrics" / "search.json"
+    record = read_json(path)["candidates"] if path.is_file() else {}
     data = study.data
     facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
     images = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     for number, run in enumerate(candidates, start=1):
         known = record.get(run.name)
-        on_record = known and known["images"] == images and known["settings"] == flat_settings(run)
+        on_record = known and known["images"] == images and recorded(known, name=run.name, label=run.label) == run
         print(f"[{number}/{len(candidates)}] {run.label}{': on record' if on_record else ''}", flush=True)
         if not on_record:
             record[run.name] = {"images": images, **evaluate_candidate(study, run)}
@@ -51,13 +52,13 @@ def run_search(study: Study) -> pd.DataFrame:
 
 
 def evaluate_candidate(study: Study, run: Run) -> dict[str, Any]:
-    """Train a candidate, and first what it starts or learns from; returns settings, validation figures, minutes."""
+    """Train a candidate, and first what it starts or learns from; returns its settings, validation figures, minutes."""
     origin = provenance(study.profile.name, study.seed)
     history = study.train_chain(run.name)
     model = study.load(run.name)
     return {
         "label": run.label,
-        "settings": flat_settings(run),
+        "run": msgspec.to_builtins(run),
         "figures": figures(model, study.predict(model, study.data.validation)),
         "minutes": history["seconds"].sum() / 60,
         "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
@@ -71,35 +72,19 @@ def figures(model: nn.Module, predictions: Predictions) -> dict[str, float]:
     return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
 
 
-def read_record(study: Study) -> dict[str, dict]:
-    """What earlier searches found, by the name of the candidate; a setting younger than the record has its default."""
-    path = study.results.folder / "metrics" / "search.json"
-    record = read_json(path)["candidates"] if path.is_file() else {}
-    training = Training(epochs=0, learning_rate=0.0)
-    anything = Run(name="", label="", model="", init="", training=training, halting=Halting(), teacher="anyone")
-    defaults = flat_settings(anything) | {"teacher": ""}
-    for entry in record.values():
-        absent = {"halting", "distillation"} - {name.split(".")[0] for name in entry["settings"]}
-        meant = {name: value for name, value in defaults.items() if name.split(".")[0] not in absent}
-        entry["settings"] = meant | entry["settings"]
-    return record
-
-
-def flat_settings(run: Run) -> dict[str, Any]:
-    """All settings of a run that mean something, by dotted names such as halting.beta."""
-    idle = {"name", "label"} if run.teacher else {"name", "label", "distillation"}
-    flat = {}
-    for name, value in msgspec.to_builtins(run).items():
-        if name not in idle and value is not None:
-            flat |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def recorded(entry: dict[str, Any], **changes: str) -> Run:
+    """The candidate on record, with ``changes``; a setting younger than the record has its default."""
+    return msgspec.structs.replace(checked("metrics/search.json", entry["label"], entry["run"], Run), **changes)
 
 
 def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
     """One row a candidate on record, those still declared first, in order: settings that differ, figures, minutes."""
     declared = [run.name for run in study.profile.search if run.name in record]
-    table = pd.DataFrame([record[name] for name in dict.fromkeys([*declared, *record])])
-    settings, reached = pd.DataFrame(table["settings"].tolist()), pd.DataFrame(table["figures"].tolist())
+    entries = [record[name] for name in dict.fromkeys([*declared, *record])]
+    settings = pd.json_normalize([msgspec.to_builtins(recorded(entry)) for entry in entries])
+    settings.loc[settings["teacher"] == "", settings.columns.str.startswith("distillation")] = None  # mean nothing
+    settings = settings.drop(columns=["name", "label"])
+    table, reached = pd.DataFrame(entries), pd.DataFrame([entry["figures"] for entry in entries])
     differing = settings.loc[:, settings.map(repr).nunique() > 1]
     candidate = table["label"].rename("candidate")
     return pd.concat([candidate, differing, reached[list(FIGURES)], table[["minutes", "commit"]]], axis=1)

@@ -35,14 +35,13 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     target_std: Positive = 1.0
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
     class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
-    fuse_halted: bool = False  # true (not in the paper): halted tokens live on in one summary token an image
     merge_halted: bool = False  # true (not in the paper): each halted token joins the most similar one that goes on
     fitted: bool = False  # true (not in the paper): channel 0 is fitted before training and held (``starts``)
 
     @property
     def model_arguments(self) -> dict[str, Any]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
-        names = ("gamma", "beta", "eps", "class_token_halts", "fuse_halted", "merge_halted")
+        names = ("gamma", "beta", "eps", "class_token_halts", "merge_halted")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -148,16 +147,16 @@ def get_profile(name: str) -> Profile:
     shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
     runs = {}  # by name, those of which a later one may say that it extends them
     for group in ("runs", "search"):
-        declared = _checked(path, group, tables.get(group, {}), dict[str, dict])
+        declared = checked(path, group, tables.get(group, {}), dict[str, dict])
         for name, table in declared.items():
             runs[name] = _run(path, f"{group}.{name}", table | {"name": name}, runs, shared)
         tables[group] = [runs[name] for name in declared]
-    return _checked(path, "", tables, Profile)
+    return checked(path, "", tables, Profile)
 
 
 def changed(settings: Struct, key: str, **changes: Any) -> Any:
     """``settings`` with ``changes``, checked like a file; raises UserError naming ``key`` and what is wrong."""
-    return _checked("these settings", key, msgspec.to_builtins(settings) | changes, type(settings))
+    return checked("these settings", key, msgspec.to_builtins(settings) | changes, type(settings))
 
 
 def _path(name: str, folder: Path, where: str = "") -> Path:
@@ -195,10 +194,11 @@ def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[
         raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
     common = shared if "halting" in table else {"training": shared["training"]}
     base = common if extends is None else runs[extends]
-    return msgspec.to_builtins(_checked(path, key, _laid_over(base, table), Run))
+    return msgspec.to_builtins(checked(path, key, _laid_over(base, table), Run))
 
 
-def _checked(path: Path | str, key: str, tables: dict[str, Any], kind: type) -> Any:
+def checked(path: Path | str, key: str, tables: dict[str, Any], kind: type) -> Any:
+    """``tables`` as settings of a ``kind``; raises UserError that names ``path``, ``key`` and what is wrong."""
     try:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as error:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -12,12 +11,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics, paired_difference
+from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
 from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
-from avit_lib.study.settings import Profile
 from avit_lib.study.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
@@ -52,10 +50,10 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
     """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved."""
     plain, rows = study.profile.plain, []
     for run in study.profile.runs:
-        figures = _with_intervals(study.load(run.name), predictions[run.name])
+        figures = with_intervals(study.load(run.name), predictions[run.name])
         rows.append({"model": run.label, "init": run.init} | figures)
     for name, model in merged_models(study).items():
-        figures = _with_intervals(model.model, predictions[name])
+        figures = with_intervals(model.model, predictions[name])
         figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # they have no depth of their own
         figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
         rows.append({"model": name, "init": f"{plain.name}, not trained"} | figures)
@@ -64,7 +62,7 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
     return table.assign(flops_saved=1 - table["gflops_per_image"] / full)
 
 
-def _with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, float]:
+def with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, float]:
     """The metrics of a model; after those that have a 95 % interval its ends, _low and _high."""
     values, row = metrics(model, predictions), {}
     for name, (low, high) in bootstrap_intervals(predictions).items():
@@ -87,17 +85,6 @@ def speed_table(
     models |= {name: (model, "packed") for name, model in more.items()}
     batches = batches or [study.profile.plain.training.batch_size]
     return pd.concat([throughput(models, first_images(study, batch)) for batch in batches], ignore_index=True)
-
-
-def difference_table(profile: Profile, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """Accuracy of each model minus a plain one's on the same images, with its 95 % interval; _macro: mean per class."""
-    labels = {run.name: run.label for run in profile.runs}
-    rows = []
-    for plain, (name, found) in product(profile.runs, predictions.items()):
-        if plain.halting is None and name != plain.name:
-            figures = [paired_difference(found, predictions[plain.name], per_class) for per_class in (False, True)]
-            rows.append((labels.get(name, name), plain.label, *figures[0], *figures[1]))
-    return pd.DataFrame(rows, columns=["model", "minus", *DIFFERENCE, *MACRO_DIFFERENCE])
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
@@ -139,29 +126,3 @@ def dialled_models(study: Study) -> dict[str, AViT]:
         turned = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
         turned.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
     return models
-
-
-def operating_points(
-    study: Study, predictions: dict[str, Predictions], turned: Mapping[str, AViT], speed: pd.DataFrame
-) -> pd.DataFrame:
-    """The focus model as trained and ``turned`` by ``dialled_models``, shallowest first; ``speed`` has all of them."""
-    plain, run = study.profile.plain, study.profile.run(study.profile.focus)
-    rows = []
-    for name, model in {run.label: study.load(run.name), **turned}.items():
-        found = study.predict(model, study.test) if name in turned else predictions[run.name]
-        rows.append({"model": name, "beta": model.beta} | _with_intervals(model, found))
-    full = metrics(study.load(plain.name), predictions[plain.name])["gflops_per_image"]
-    table = pd.DataFrame(rows).assign(flops_saved=lambda frame: 1 - frame["gflops_per_image"] / full)
-    table = table.merge(speed[["model", "images_per_second", "speedup"]], on="model", validate="one_to_one")
-    return table.sort_values("mean_depth", ignore_index=True)
-
-
-def published_table(study: Study, evaluation: pd.DataFrame) -> pd.DataFrame:
-    """Our figures beside published ones, a column each named for its source: other data, so not to be compared."""
-    table = evaluation.set_index("model")
-    table["minus_deit"] = table["accuracy"] - table.loc[study.profile.plain.label, "accuracy"]
-    ours, rows = f"ours, {study.profile.data.dataset}", []
-    for run, (name, words) in product(study.profile.runs, PUBLISHED_FIGURES.items()):
-        others = {source: found.get(run.name, {}).get(name, math.nan) for source, found in PUBLISHED.items()}
-        rows.append({"model": run.label, "figure": words, ours: table.loc[run.label, name]} | others)
-    return pd.DataFrame(rows).dropna(subset=list(PUBLISHED), how="all", ignore_index=True)

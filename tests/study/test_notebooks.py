@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from avit_lib import cli
 from avit_lib.study import fingerprint, notebooks
 from avit_lib.study.figures import batch_axis
-from avit_lib.study.page import README_TABLE, stamp_readme
+from avit_lib.study.results import stamp_readme
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "https://github.com/someone/avit"
@@ -390,10 +390,10 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     readme = project / "README.md"
     stamp_readme(readme)
     assert not readme.exists()
-    readme.write_text("before\n<!-- begin results-fashion -->\nold\n<!-- end results-fashion -->\nafter\n")
+    readme.write_text("before\n<!-- begin fashion/04_summary -->\nold\n<!-- end fashion/04_summary -->\nafter\n")
     stamp_readme(readme)
     assert "old" in readme.read_text()
-    table = project / "results" / "fashion" / "tables" / f"{README_TABLE}.md"
+    table = project / "results" / "fashion" / "tables" / "04_summary.md"
     table.parent.mkdir(parents=True)
     table.write_text("| a |\n| ---: |\n| 1 |\n")
     facts = {"seed": 0, "commit": "0123456789abcdef", "date": "today", "hardware": "a computer"}
@@ -402,7 +402,7 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     text = readme.read_text()
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
-    readme.write_text("<!-- begin sweep-fashion -->\nold\n<!-- end sweep-fashion -->\n")
+    readme.write_text("<!-- begin fashion/sweep_summary -->\nold\n<!-- end fashion/sweep_summary -->\n")
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
     stamp_readme(readme)
@@ -411,7 +411,7 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
 
 def test_the_readme_gets_the_table_of_the_benchmark(project):
     readme = project / "README.md"
-    readme.write_text("<!-- begin results-benchmark -->\n<!-- end results-benchmark -->\n")
+    readme.write_text("<!-- begin benchmark/summary_cpu -->\n<!-- end benchmark/summary_cpu -->\n")
     table = project / "results" / "benchmark" / "tables" / "summary_cpu.md"
     table.parent.mkdir(parents=True)
     table.write_text("| a |\n| ---: |\n| 1 |\n")
