@@ -262,7 +262,7 @@ def search(*, common: Computing = Computing()) -> None:
 @app.command
 def sweep(*, common: Computing = Computing()) -> None:
     """Train and test the best runs of a profile from several seeds: mean and deviation."""
-    from avit_lib.study.sweep import run_sweep
+    from avit_lib.study.search import run_sweep
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))
     print(f"written to {results_dir(get_profile(common.profile).name) / 'tables' / 'sweep.csv'}", file=sys.stderr)

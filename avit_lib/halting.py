@@ -37,11 +37,6 @@ class HaltingTrace:
     halting_scores: Tensor  # h [B, L, N], 0 once a token has halted
     output_weights: Tensor  # w [B, L] of the class token: how much each layer counts in the representation
 
-    @property
-    def executed_depth(self) -> Tensor:
-        """Layers [B, N] that plain inference computes."""
-        return executed_depth(self.depth)
-
 
 def executed_depth(depth: Tensor) -> Tensor:
     """Layers [B, N] that plain inference computes of ``depth`` [B, N]: none after the class token has halted."""

@@ -158,7 +158,11 @@ def packed_layers(
     size = None  # [T] how many tokens each one stands for; None: each for itself
     for layer, block in enumerate(blocks, start=1):
         buffer = packed_block(block, buffer, layout, bias=None if size is None else size.log())
-        score = _score(buffer, layout, rule, last=layer == len(blocks))  # h
+        score = halting_score(buffer, rule.gamma, rule.beta)  # h
+        if layer == len(blocks):
+            score = torch.ones_like(score)
+        elif not rule.class_token_halts:
+            score = score.index_fill(0, layout.starts, 0.0)
         remainder = 1 - cumulative  # R
         cumulative = cumulative + score  # cumul += h
         active = cumulative < 1 - rule.eps  # m
@@ -177,14 +181,6 @@ def packed_layers(
         else:
             buffer = buffer.index_select(0, move.stay)
         cumulative = cumulative.index_select(0, move.stay)
-
-
-def _score(buffer: Tensor, layout: Layout, rule: HaltingRule, last: bool) -> Tensor:
-    """The scores [T] that are added up in a layer: all 1 in the last, 0 for what is not to halt before that."""
-    score = halting_score(buffer, rule.gamma, rule.beta)
-    if last:
-        return torch.ones_like(score)
-    return score if rule.class_token_halts else score.index_fill(0, layout.starts, 0.0)
 
 
 def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int, count: int) -> tuple[Tensor, Tensor]:
@@ -218,41 +214,11 @@ def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int
 
 def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
-    if len(tokens) == 1 and tokens.device.type == "cpu":
-        return predict_one(blocks, tokens, rule)
     representation = 0.0 * tokens[:, 0]
     for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False):
         added = weight[layout.starts, None] * buffer[layout.starts]  # w * t of the class tokens
         representation = representation.to(added.dtype).index_add(0, layout.images, added)
     return representation[:, None].to(tokens.dtype)
-
-
-def predict_one(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
-    """``predict_packed`` of one image [1, N, D] at its plainest, tokens[:, active]; a GPU would wait for the host."""
-    dtype = tokens.dtype
-    cumulative = torch.zeros_like(halting_score(tokens, rule.gamma, rule.beta))  # cumul
-    size = torch.ones_like(cumulative[0])  # how many tokens each one stands for
-    representation, mask = 0.0 * tokens[:, :1], None
-    for layer, block in enumerate(blocks, start=1):
-        tokens = block(tokens, attn_mask=mask)
-        score = halting_score(tokens, rule.gamma, rule.beta)  # h
-        if not rule.class_token_halts:
-            score = F.pad(score[:, 1:], (1, 0))
-        remainder, cumulative = 1 - cumulative[:, :1, None], cumulative + score  # R, cumul += h
-        active = cumulative[0] < 1 - rule.eps  # m
-        if layer == len(blocks) or not active[0]:
-            return (representation + remainder * tokens[:, :1]).to(dtype)
-        representation = representation + score[:, :1, None] * tokens[:, :1]
-        if active.all():
-            continue
-        leaving, weight = tokens[0, ~active], size[~active]
-        tokens, cumulative, size = tokens[:, active], cumulative[:, active], size[active]
-        if rule.merge_halted and len(size) > 1:  # without patches that go on they join nobody
-            into = 1 + most_similar(leaving, tokens[0, 1:], torch.ones_like(size[1:], dtype=torch.bool))
-            merged, size = join(tokens[0], size, leaving, weight, into)
-            tokens = merged[None]
-        mask = size.log().to(dtype)[None, None, None] if rule.merge_halted else None
-    raise ValueError("there are no layers")
 
 
 def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:

@@ -119,9 +119,7 @@ def load(data: Images, description: str) -> Images:
     return data if images is None else replace(data, images=images)
 
 
-def loader(
-    data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple[int, int] = (0, 1)
-) -> DataLoader:
+def loader(data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)) -> DataLoader:
     """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left out).
 
     ``share`` (k, n): of each batch only the images k, k + n, ..., the part of one of n processes. Augmentation draws

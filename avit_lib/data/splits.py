@@ -105,21 +105,17 @@ def check_split(recorded: dict, split: dict) -> None:
     """Raise UserError unless ``split`` (see ``TrainingData``) is of the same images as the ``recorded`` one."""
     if recorded.get("sha256") == split["sha256"]:
         return
-    before, after = ({(role, name) for role, names in found.get("files", {}).items() for name in names}
-                     for found in (recorded, split))  # fmt: skip
-    differing = sorted(before ^ after)
-    named = f" ({len(differing)} entries differ, the first: {' '.join(differing[0])})" if differing else ""
+    found = [{name for names in part.get("files", {}).values() for name in names} for part in (recorded, split)]
+    named = f" (such as {min(found[0] ^ found[1])})" if found[0] != found[1] else ""
     raise UserError(
         f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on record{named}; "
         f"compare the files with those of the published archive"
     )
 
 
-def folder_test_data(
-    folder: Path, image_size: int, channels: int, classes: Sequence[str], decode: bool = True
-) -> Images:
+def folder_test_data(folder: Path, size: int, channels: int, classes: Sequence[str], decode: bool = True) -> Images:
     """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
-    images = folder_images(folder / "test", image_size, channels, classes)
+    images = folder_images(folder / "test", size, channels, classes)
     return load(images, "test") if decode else images
 
 

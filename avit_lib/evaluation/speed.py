@@ -1,11 +1,16 @@
-"""Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
+"""Time of models, measured side by side: interleaved, warmed up, repeated; median and spread. And peak memory."""
 
 import copy
 import gc
 import math
+import multiprocessing
+import re
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +21,7 @@ from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation.flops import counted_flops
+from avit_lib.halting import executed_depth
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.model import AViT
 from avit_lib.packed import packed_layers
@@ -40,7 +46,7 @@ class Workload:
     @torch.inference_mode()
     def describe(self) -> str:
         """Where the halting comes from, and how deep plain inference goes."""
-        depth = self.adaptive.eval().forward_with_trace(self.images)[1].executed_depth.float()
+        depth = executed_depth(self.adaptive.eval().forward_with_trace(self.images)[1].depth).float()
         spread = depth.mean(dim=1).std(correction=0)
         layers = len(self.adaptive.blocks)
         return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
@@ -74,12 +80,6 @@ def synthetic_workload(
     size = adaptive.patch_embed.patch_size
     images = channel.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3).expand(-1, adaptive.in_chans, -1, -1)
     return Workload(adaptive, plain, images.contiguous(), "synthetic halting of an untrained model")
-
-
-def trained_workload(adaptive: AViT, plain: nn.Module, images: Tensor) -> Workload:
-    """Trained models on real images [B, C, H, W]."""
-    device = next(plain.parameters()).device
-    return Workload(adaptive.eval(), plain.eval(), images.to(device), "trained models on test images")
 
 
 def without_halting(workload: Workload) -> Workload:
@@ -242,3 +242,37 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     per_image = {name: 1e3 * np.median(values[1:], axis=0) / len(images) for name, values in times.items()}
     table = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": tokens, **per_image})
     return table.assign(ideal=table["deit"] * tokens / tokens[0])
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
+        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
+
+
+def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+    workload = prepared(synthetic_workload(name, batch, mean_depth), task, precision, "cuda" if gpu else "cpu")
+    step = step_of(workload, model, task, precision)
+    gc.collect()
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux forgets a process's highest memory use on demand; elsewhere it includes the past
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _highest(gpu)
+    for _ in range(2):
+        step()
+    return (_highest(gpu) - before) / 2**20
+
+
+def _highest(gpu: bool) -> int:
+    """The most bytes that this process has held so far."""
+    if gpu:
+        return torch.cuda.max_memory_allocated()
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+    import resource  # here, because Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,8 +1,6 @@
 """The notebooks as files: run them, tell which are out of date, stamp the repository's address into them."""
 
 import ast
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -23,7 +21,7 @@ from tqdm import tqdm
 from avit_lib.errors import UserError
 from avit_lib.model import register
 from avit_lib.study.fingerprint import fingerprint, used_by
-from avit_lib.study.results import provenance, results_dir
+from avit_lib.study.results import digest, provenance, results_dir
 from avit_lib.study.settings import Profile, get_profile
 from avit_lib.training import read_json, write_atomically, write_json
 
@@ -157,12 +155,9 @@ class Runner:
         """All that the results of a notebook depend on: its code, and the runs that it and those before it train."""
         runs = {run.name for run in self.profile.runs}
         trained = set().union(*(_trained(self._read(one)[1], runs) for one in self.names if one <= name))
-        found = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
-        known = {run: path.with_suffix(".json") if path.is_file() else None for run, path in found.items()}
-        return {
-            **self._code(name),
-            "checkpoints": {run: path and read_json(path)["sha256"] for run, path in known.items()},
-        }
+        paths = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
+        known = {run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"] for run, path in paths.items()}
+        return self._code(name) | {"checkpoints": known}
 
     @cached_property
     def _library(self) -> Callable[..., str]:
@@ -174,7 +169,7 @@ class Runner:
         cells, code = self._read(name)
         settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
         library = self._library(*code)
-        return {"cells": _digest(cells), "library": library, "settings": _digest(settings), "seed": self.seed}
+        return {"cells": digest(cells), "library": library, "settings": digest(settings), "seed": self.seed}
 
     def _read(self, name: str) -> tuple[list, list[str]]:
         """The cells, and the code of those that are Python: one that is not will fail when it runs."""
@@ -262,10 +257,6 @@ def _trained(code: list[str], runs: set[str]) -> set[str]:
     given = [call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "train"]
     named = {argument.value for argument in given if isinstance(argument, ast.Constant)}
     return runs & named if all(isinstance(argument, ast.Constant) for argument in given) else runs
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _duration(seconds: float) -> str:

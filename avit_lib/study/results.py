@@ -3,6 +3,9 @@
 Also of the pages that show them: results/<name>/README.md, and the tables in the README of the project.
 """
 
+import hashlib
+import io
+import json
 import os
 import platform
 import re
@@ -49,11 +52,9 @@ class Results:
 
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png; returns it, so that a cell can end in it."""
-        path = self.folder / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        figure.savefig(temporary, format="png", dpi=FIGURE_DPI, bbox_inches="tight", facecolor="white")
-        temporary.replace(path)
+        path, png = self.folder / "figures" / f"{name}.png", io.BytesIO()
+        figure.savefig(png, format="png", dpi=FIGURE_DPI, bbox_inches="tight", facecolor="white")
+        write_atomically(path, png.getvalue())
         self._describe(path, caption)
         return figure
 
@@ -71,17 +72,15 @@ class Results:
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:
     """Where a number comes from: commit and whether the code differed from it, seed, versions, hardware, date."""
-    commit, dirty = _git_state()
-    return {
-        "profile": profile,
-        "seed": seed,
-        "commit": commit,
-        "dirty": dirty,
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "python": platform.python_version(),
-        "packages": {package: version(package) for package in PACKAGES},
-        "hardware": hardware(),
-    }
+    date, packages = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), {name: version(name) for name in PACKAGES}
+    code = dict(zip(("commit", "dirty"), _git_state(), strict=True))
+    computer = {"python": platform.python_version(), "packages": packages, "hardware": hardware()}
+    return {"profile": profile, "seed": seed, **code, "date": date, **computer}
+
+
+def digest(value: Any) -> str:
+    """A short hash of a value that can be JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def hardware() -> str:

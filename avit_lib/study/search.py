@@ -1,11 +1,10 @@
-"""The search for settings: candidates of a profile, trained and compared on the validation images, never the test's.
+"""The search for settings: candidates of a profile, trained and compared on the validation images, never the test's;
+and the sweep over seeds of what was found: how much of a figure is chance.
 
 What was found stays on record in metrics/search.json, also of candidates no longer declared; one on record is trained
 again when its own settings, the images or the seed change, but not when code does: then remove that file by hand.
 """
 
-import hashlib
-import json
 from typing import Any
 
 import msgspec
@@ -15,15 +14,21 @@ from torch import nn
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation import Predictions, flops_per_image, metrics
-from avit_lib.study.results import provenance
+from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
+from avit_lib.study.tables import dialled_models, percentages
 from avit_lib.training import read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
 CAPTION = (
     "The search for settings, on the validation images: the settings in which the candidates differ, what each reached "
     "after its last epoch, the minutes its training took and the commit that trained it."
+)
+SWEEP_CAPTION = (
+    "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
+    "decides on the split (of official data, only on the validation images), the order of the training images and all "
+    "random weights. minus_...: difference in mean per-class accuracy, of the same seed."
 )
 
 
@@ -39,30 +44,23 @@ def run_search(study: Study) -> pd.DataFrame:
     record = read_json(path)["candidates"] if path.is_file() else {}
     data = study.data
     facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
-    images = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    images = digest(facts)
     for number, run in enumerate(candidates, start=1):
         known = record.get(run.name)
         on_record = known and known["images"] == images and recorded(known, name=run.name, label=run.label) == run
         print(f"[{number}/{len(candidates)}] {run.label}{': on record' if on_record else ''}", flush=True)
         if not on_record:
-            record[run.name] = {"images": images, **evaluate_candidate(study, run)}
+            origin = provenance(study.profile.name, study.seed)
+            history, model = study.train_chain(run.name), study.load(run.name)
+            record[run.name] = {
+                "images": images, "label": run.label, "run": msgspec.to_builtins(run),
+                "figures": figures(model, study.predict(model, data.validation)),
+                "minutes": history["seconds"].sum() / 60,
+                "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
+            }  # fmt: skip
             study.results.table(search_table(study, record), "search", CAPTION)
             study.results.metrics({"candidates": record}, "search")
     return search_table(study, record)
-
-
-def evaluate_candidate(study: Study, run: Run) -> dict[str, Any]:
-    """Train a candidate, and first what it starts or learns from; returns its settings, validation figures, minutes."""
-    origin = provenance(study.profile.name, study.seed)
-    history = study.train_chain(run.name)
-    model = study.load(run.name)
-    return {
-        "label": run.label,
-        "run": msgspec.to_builtins(run),
-        "figures": figures(model, study.predict(model, study.data.validation)),
-        "minutes": history["seconds"].sum() / 60,
-        "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
-    }
 
 
 def figures(model: nn.Module, predictions: Predictions) -> dict[str, float]:
@@ -88,3 +86,62 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
     differing = settings.loc[:, settings.map(repr).nunique() > 1]
     candidate = table["label"].rename("candidate")
     return pd.concat([candidate, differing, reached[list(FIGURES)], table[["minutes", "commit"]]], axis=1)
+
+
+# --- over seeds -------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
+    """Train the runs of a profile's sweep, once a seed, and test them, the focus run at its other depths too.
+
+    Writes tables/sweep and returns it; an interrupted sweep goes on where training stopped. ``seed`` is that of the
+    study, whose own checkpoints serve; those of others lie in checkpoints/seed<k>. Raises UserError for an empty sweep.
+    """
+    main = Study(profile, seed, "sweep", device)
+    chosen, results = main.profile, main.results
+    if not chosen.sweep:
+        raise UserError(f"profile {chosen.name} has no runs to repeat; name some in its file, as sweep = [...]")
+    rows = []
+    for k in chosen.sweep_seeds:
+        study = Study(profile, k, "sweep", device, "" if k == seed else f"seed{k}")
+        for name in chosen.sweep:
+            print(f"seed {k}: {chosen.run(name).label}", flush=True)
+            study.train_chain(name)
+            models = {chosen.run(name).label: study.load(name)}
+            models |= dialled_models(study) if name == chosen.focus else {}
+            for label, model in models.items():
+                rows.append({"model": label, "seed": k} | figures(model, study.predict(model, study.test)))
+    plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
+    figures_by_seed = with_differences(pd.DataFrame(rows), plain)
+    results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
+    table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)
+    results.table(summary_table(table, plain), "sweep_summary", "The sweep over seeds: mean ± standard deviation.")
+    return table
+
+
+def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
+    """``rows`` with, for each reference (label to name), a column minus_<name>: accuracy_macro minus its, same seed."""
+    by_seed = rows.pivot(index="seed", columns="model", values="accuracy_macro")
+    bars = {f"minus_{name}": rows["seed"].map(by_seed[label]) for label, name in references.items()}
+    return rows.assign(**{column: rows["accuracy_macro"] - bar for column, bar in bars.items()})
+
+
+def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
+    """One row a model, from one a model and seed: the seeds, then mean and sample deviation of every figure."""
+    groups = figures.groupby("model", sort=False)
+    seeds = groups["seed"].agg(lambda seeds: " ".join(map(str, seeds))).rename("seeds")
+    values = groups[list(figures.columns.drop(["model", "seed"]))]
+    return pd.concat([seeds, values.mean(), values.std().add_suffix("_std")], axis=1).reset_index()
+
+
+def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
+    """The sweep in words, for people: mean and deviation, with the differences from each reference (label to name)."""
+    table, form = sweep[["model", "seeds"]].copy(), "{:.1f} ± {:.1f}"
+    table["mean per-class accuracy [%]"] = percentages(sweep[["accuracy_macro", "accuracy_macro_std"]], form)
+    for label, name in references.items():
+        difference = percentages(sweep[[f"minus_{name}", f"minus_{name}_std"]], "{:+.2f} ± {:.2f}")
+        table[f"minus {label} [points]"] = difference.mask(sweep["model"] == label, "")
+    table["accuracy [%]"] = percentages(sweep[["accuracy", "accuracy_std"]], form)
+    table["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format)
+    table["FLOPs saved [%]"] = percentages(sweep[["flops_saved", "flops_saved_std"]], form)
+    return table

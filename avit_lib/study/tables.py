@@ -21,16 +21,6 @@ from avit_lib.study.study import Study
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
-PUBLISHED_FIGURES = {
-    "accuracy": "accuracy", "f1_macro": "macro F1", "minus_deit": "accuracy minus DeiT's",
-    "mean_depth": "mean depth [layers]", "gflops_per_image": "GFLOPs per image", "speedup": "speed-up over DeiT",
-}  # fmt: skip
-
-
-def predict_runs(study: Study) -> dict[str, Predictions]:
-    """What every trained model of the study, and every merged one, says of the test images, by its name."""
-    trained = {run.name: study.load(run.name) for run in study.profile.runs}
-    return {name: study.predict(model, study.test) for name, model in {**trained, **merged_models(study)}.items()}
 
 
 def merged_models(study: Study) -> dict[str, TokenMerging]:
