@@ -1,6 +1,8 @@
 """What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
 
+import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,9 +16,10 @@ from matplotlib.figure import Figure
 from torchvision.transforms import v2
 
 from avit_lib.data import Images
+from avit_lib.evaluation import speed
 from avit_lib.losses import Losses
 from avit_lib.model import AViT
-from avit_lib.study import figures
+from avit_lib.study import figures, tables
 from avit_lib.training import read_json
 
 torch.set_num_threads(1)
@@ -107,6 +110,16 @@ def public_names(module: ModuleType) -> set[str]:
     """What a module defines for others."""
     found = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     return {name for name in found if not name.startswith("_")}
+
+
+@pytest.fixture
+def one_round(monkeypatch):
+    """Timings take one short round."""
+    monkeypatch.setattr(speed, "interleaved", partial(speed.interleaved, minimum=0.01))
+    monkeypatch.setattr(tables, "throughput", partial(speed.throughput, repeats=1))
+    gc.freeze()  # what is there need not be looked through before each timing
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

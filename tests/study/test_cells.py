@@ -8,16 +8,22 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
-from conftest import random_images, varied_model
+from conftest import assert_labels_on_the_page, random_images, varied_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from msgspec import structs
 
 from avit_lib.evaluation import Predictions, metrics, predict
-from avit_lib.study import get_profile
+from avit_lib.model import AViT
+from avit_lib.study import figures, get_profile, tables
+from avit_lib.study.settings import Profile
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CLASSES = ("ant", "bee", "cat", "dog")  # there is no image of a dog
 LAYERS = 5
+SMOKE = get_profile("smoke")
 
 
 class Kept(dict):
@@ -31,13 +37,13 @@ class Kept(dict):
     table = figure = metrics = _keep
 
 
-def run_cells(notebook: str, first: str, **names) -> Kept:
-    """What the cells of a notebook from the first that begins with ``first`` write, given ``names``."""
+def run_cells(notebook: str, first: str, count: int | None = None, **names) -> Kept:
+    """What cells of a notebook write, given ``names``: ``count`` or all, from the first that begins with ``first``."""
     cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
     codes = [cell.source for cell in cells if cell.cell_type == "code" and not cell.metadata.get("tags")]
     imports, namespace = codes[0].split("study = Study(")[0], {"SEED": 0, **names}
     chosen = codes[next(number for number, code in enumerate(codes) if code.startswith(first)) :]
-    for code in (imports, *chosen):
+    for code in (imports, *chosen[:count]):
         exec(compile(code, notebook, "exec"), namespace)
     return names["study"].results
 
@@ -65,13 +71,17 @@ def plain() -> Predictions:
 
 def study_of(plain: Predictions, **more) -> SimpleNamespace:
     test = replace(random_images(len(plain.labels)), labels=plain.labels, classes=CLASSES)
-    return SimpleNamespace(profile=get_profile("smoke"), results=Kept(), test=test, **more)
+    return SimpleNamespace(profile=SMOKE, results=Kept(), test=test, **more)
 
 
 def drawn(figure, axis: int = 0) -> np.ndarray:
     """The values of a heat map, square."""
     values = np.asarray(figure.axes[axis].collections[0].get_array())
     return values.reshape(2 * [round(values.size**0.5)])
+
+
+def texts(labels) -> list[str]:
+    return [label.get_text() for label in labels]
 
 
 # --- 02 and 03: data, settings, histories -----------------------------------------------------------------------------
@@ -81,7 +91,7 @@ class OfRuns:
     """A study whose runs have all the same history and the same model."""
 
     def __init__(self, histories: dict[str, pd.DataFrame] | None = None):
-        self.profile, self.results, self.histories = get_profile("smoke"), Kept(), histories or {}
+        self.profile, self.results, self.histories = SMOKE, Kept(), histories or {}
         self.data = SimpleNamespace(train=random_images(107), validation=random_images(30, seed=1), split={})
         self.model = varied_model(depth=4).float()
         self.predict, self.train = predict, self.histories.__getitem__
@@ -111,7 +121,7 @@ def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
 def test_settings_starts_and_histories_of_the_models_that_halt():
     columns = ("train_task", "train_ponder", "train_distr", "val_mean_depth", "val_accuracy", "val_gflops_per_image")
     history = pd.DataFrame({"epoch": [1, 2], **{name: [2.0, 1.0] for name in columns}, "seconds": 3})
-    study = OfRuns({run.name: history for run in get_profile("smoke").runs})
+    study = OfRuns({run.name: history for run in SMOKE.runs})
     run_cells("03_train_avit", "rows = []", study=study)
     settings = study.results["table 03_runs"].set_index("model")
     assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
@@ -131,6 +141,105 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
     assert line.argmax() + 1 == target.target_depth and line.sum() == pytest.approx(1)
 
 
+# --- 04: tables -------------------------------------------------------------------------------------------------------
+
+LABELS = ["DeiT", "DeiT trained on", "A-ViT", "A-ViT fine-tuned"]
+MERGED = ["ToMe, r = 2", "ToMe, r = 30"]
+
+
+def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
+    """A study in which every run that halts has left ``adaptive``, with ``changes`` of its profile."""
+    plain = timm.create_model("deit_nano_patch7_28").eval()
+    return SimpleNamespace(
+        profile=structs.replace(SMOKE, **changes), results=Kept(), seed=0, device="cpu", predict=predict,
+        test=random_images(40), data=SimpleNamespace(validation=random_images(30, seed=1)),
+        load=lambda name: plain if name.startswith("deit") else adaptive,
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_round")
+def test_merged_models_stand_beside_the_trained_ones():
+    adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
+    study = of_models(adaptive, merging=(2, 30), dial=())
+    found = tables.predict_runs(study)
+    assert list(found) == [*(run.name for run in SMOKE.runs), *MERGED]
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, study=study, predictions=found)
+    table = results["table evaluation"].set_index("model")
+    assert list(table.index) == [*LABELS, *MERGED]
+    assert table.loc["ToMe, r = 30", "gflops_per_image"] < table.loc["ToMe, r = 2", "gflops_per_image"]
+    assert table.loc["ToMe, r = 2", "flops_saved"] > 0 and table["mean_depth"].isna().sum() == 2
+    differences = results["table 04_differences"]
+    assert list(differences["model"]) == [*LABELS[1:], *MERGED, LABELS[0], *LABELS[2:], *MERGED]
+    assert list(differences["minus"]) == ["DeiT"] * 5 + ["DeiT trained on"] * 5
+    summary = results["table 04_summary"]
+    assert list(summary["mean depth [layers]"]) == ["4.00"] * 4 + ["", ""]
+    assert list(summary["minus DeiT trained on [points]"])[1] == ""  # not minus itself
+    assert (summary.drop(index=1)["minus DeiT trained on [points]"].str.match(r"[+-]\d+\.\d\d \(")).all()
+
+
+def differences(profile: Profile, found: dict[str, Predictions]) -> pd.DataFrame:
+    study = SimpleNamespace(profile=profile, results=Kept())
+    return run_cells("04_evaluation", "labels, rows = ", 1, study=study, predictions=found)["table 04_differences"]
+
+
+def test_a_difference_is_minus_the_plain_model_on_the_same_images(halting, plain):
+    profile = structs.replace(SMOKE, runs=tuple(run for run in SMOKE.runs if run.name != "deit_longer"))
+    table = differences(profile, {"deit": plain, "avit": plain, "avit_finetuned": halting})
+    assert list(table["model"]) == ["A-ViT", "A-ViT fine-tuned"]
+    assert set(table["minus"]) == {"DeiT"}
+    assert table["difference"].tolist() == pytest.approx([0, -1 / 6])
+    assert table["low"][1] <= -1 / 6 <= table["high"][1] <= 0
+
+
+def test_differences_are_from_every_plain_model(halting, plain):
+    profile = get_profile("caltech101")
+    found = {"deit": plain, "deit_longer": halting, "avit": halting}
+    table = differences(profile, found).set_index(["minus", "model"])
+    labels = [profile.run(name).label for name in found]
+    assert set(table.index) == {
+        (labels[0], labels[1]),
+        (labels[0], labels[2]),
+        (labels[1], labels[0]),
+        (labels[1], labels[2]),
+    }
+    assert table.loc[(labels[1], labels[2]), "difference"] == 0
+    assert table.loc[(labels[0], labels[2]), ["difference", "difference_macro"]].tolist() == pytest.approx([-1 / 6] * 2)
+
+
+def test_a_macro_difference_weighs_small_classes_like_large_ones():
+    right, wrong = (predictions([0, 0, 0, last], [0, 0, 0, 1], torch.full((4, 5), LAYERS)) for last in (1, 0))
+    row = differences(SMOKE, {"deit": right, "deit_longer": right, "avit": wrong}).iloc[1]
+    assert row[["model", "difference", "difference_macro"]].tolist() == ["A-ViT", -0.25, -0.5]
+
+
+@pytest.mark.usefixtures("one_round")
+def test_a_model_is_turned_to_other_depths():
+    model = varied_model(depth=4).float()
+    study = of_models(model, merging=(), dial=(2.0, 3.0))
+    found = tables.predict_runs(study)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found)
+    points = results["table operating_points"].set_index("model")
+    assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
+    assert points["beta"]["A-ViT fine-tuned, depth 2"] > points["beta"]["A-ViT fine-tuned, depth 3"]
+    assert points["mean_depth"].is_monotonic_increasing and len(points) == 3
+    assert points["mean_depth"]["A-ViT fine-tuned, depth 2"] == pytest.approx(2, abs=0.3)
+    assert points["flops_saved"].is_monotonic_decreasing and (points["images_per_second"] > 0).all()
+
+
+def test_published_figures_stand_beside_ours():
+    study = SimpleNamespace(profile=get_profile("fashion"), results=Kept())
+    ours = pd.DataFrame({
+        "model": [run.label for run in study.profile.runs], "accuracy": [0.9, 0.85, 0.8, 0.95], "f1_macro": 0.5,
+        "mean_depth": 6.0, "gflops_per_image": 1.0, "speedup": 2.0,
+    })  # fmt: skip
+    results = run_cells("04_evaluation", "ours, rows = ", 1, study=study, table=ours)
+    table = results["table 04_published"].set_index(["model", "figure"])
+    row = table.loc[("A-ViT", "accuracy minus DeiT's")]
+    assert row["ours, FashionMNIST"] == pytest.approx(-0.1) and row["paper, ImageNet"] == pytest.approx(-0.003)
+    assert table.loc[("DeiT", "accuracy"), "report, Caltech-256"] == pytest.approx(0.7322)
+    assert table.notna().any(axis=1).all() and ("DeiT", "mean depth [layers]") not in table.index
+
+
 # --- 04: confusions, accuracy by depth --------------------------------------------------------------------------------
 
 
@@ -145,6 +254,21 @@ def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
     np.testing.assert_allclose(drawn(results["figure 04_confusion"]), shares)
     change = [[0] * 4, [0, -50, 50, 0], [0] * 4, [0] * 4]
     np.testing.assert_allclose(drawn(results["figure 04_confusion_change"]), change)
+
+
+@pytest.mark.parametrize(("classes", "named", "numbered"), [(3, 3, True), (20, 20, False), (40, 0, False)])
+def test_a_confusion_map_has_the_true_class_in_rows_and_as_much_text_as_fits(monkeypatch, classes, named, numbered):
+    monkeypatch.setattr(f"{__name__}.CLASSES", tuple(f"class_{number}" for number in range(classes)))
+    labels = [0] * 4 + [2] * 2500
+    found = predictions([0, 1, 1, 1, 1] + [2] * 2499, labels, torch.full((2504, 5), LAYERS))
+    axis = evaluated(found, found)["figure 04_confusion"].axes[0]
+    values = np.zeros((classes, classes))
+    values[0, :2], values[2, 1:3] = (25, 75), (0.04, 99.96)
+    np.testing.assert_allclose(drawn(axis.figure), values, rtol=1e-5)
+    assert axis.yaxis_inverted() and axis.get_ylabel() == "true class" and axis.get_xlabel() == "predicted class"
+    ticks = texts(axis.get_yticklabels()), texts(axis.get_xticklabels())
+    assert ticks == ([f"class {number}" for number in range(named)],) * 2
+    assert [text for text in texts(axis.texts) if text] == ["25", "75", "100"] * numbered  # nothing for 0.04
 
 
 def test_confused_pairs_leave_out_what_never_happens(halting, plain):
@@ -241,6 +365,49 @@ def test_accuracy_by_class_of_two_models(analysis):
     table = analysis["table 05_class_change"]
     assert table["class"].tolist() == ["bee", "ant", "cat"]  # the dog has no images
     assert table["before"].tolist() == [1, 1, 1] and table["change"].tolist() == [-0.5, 0, 0]
+
+
+def arrows(changes: pd.DataFrame):
+    """The axis that shows how the accuracy of classes changes."""
+    names = {"study": OfRuns(), "reference": SMOKE.plain, "run": SMOKE.run("avit"), "caption": ""}
+    cell = run_cells("05_halting_analysis", "losing, gaining = ", 1, changes=changes, **names)
+    return cell["figure 05_class_change"].axes[0]
+
+
+def test_classes_that_lose_and_gain_most_are_shown():
+    changes = pd.DataFrame({"class": [f"class_{number}" for number in range(25)], "images": 4, "before": 0.5})
+    changes["change"] = np.arange(-12, 13) / 32
+    changes["after"] = changes["before"] + changes["change"]
+    axis = arrows(changes)
+    shown = [*range(24, 14, -1), *range(9, -1, -1)]
+    assert texts(axis.get_yticklabels()) == [f"class {number} (4)" for number in shown]
+    before, after = axis.collections[1:3]
+    np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(20)])
+    np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(20), strict=True)))
+    assert [to_rgb(points.get_facecolor()[0]) for points in (before, after)] == [
+        to_rgb(figures.model_colour(name)) for name in ("DeiT", "A-ViT")
+    ]
+
+
+def test_a_figure_draws_when_no_class_changes():
+    axis = arrows(pd.DataFrame({"class": ["ant"], "images": 4, "before": 1.0, "after": 1.0, "change": 0.0}))
+    FigureCanvasAgg(axis.figure).draw()
+    assert texts(axis.get_yticklabels()) == []
+
+
+@pytest.mark.parametrize("classes", [10, 256])
+def test_figures_of_few_and_of_many_classes_keep_their_labels_on_the_page(monkeypatch, classes):
+    names = tuple(f"some_class_{number}" for number in range(classes))
+    monkeypatch.setattr(f"{__name__}.CLASSES", names)
+    generator = torch.Generator().manual_seed(0)
+    guesses, labels = torch.randint(classes, (2, 4 * classes), generator=generator).tolist()
+    found, plain = (predictions(one, labels, torch.full((len(labels), 5), LAYERS)) for one in (guesses, labels))
+    before, after = torch.rand(2, classes, generator=generator).numpy()
+    changes = pd.DataFrame({"class": names, "images": 9, "before": before, "after": after, "change": after - before})
+    shown = {"05_class_change": arrows(changes.sort_values("change")).figure}
+    shown |= {name: value for name, value in evaluated(found, plain).items() if name.startswith("figure")}
+    assert len(shown) == 4
+    assert_labels_on_the_page(shown)
 
 
 @pytest.mark.parametrize("all_right", [False, True])

@@ -3,10 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import pandas as pd
 import pytest
-from msgspec.structs import replace
 
 from avit_lib.cli import main
 from avit_lib.errors import UserError
@@ -146,7 +147,7 @@ def test_other_images_and_another_seed_are_another_search(results, trained, run_
 def test_a_setting_younger_than_the_record_has_its_default(results, trained, run_search):
     path = results / "metrics" / "search.json"
     content = read_json(path)
-    del content["candidates"]["higher_beta"]["settings"]["halting.ponder_ramp"]
+    del content["candidates"]["higher_beta"]["run"]["halting"]["ponder_ramp"]
     path.write_text(json.dumps(content))
     assert run_search() == 0
     assert trained == []
@@ -185,9 +186,13 @@ def test_a_profile_that_declares_nothing_says_so(command, tmp_path, monkeypatch,
     assert not (tmp_path / "results").exists()
 
 
-def test_settings_of_a_plain_candidate_have_no_halting():
-    plain = replace(SMOKE.run("deit"), name="x")
-    assert not [name for name in search.flat_settings(plain) if name.startswith(("halting", "distillation"))]
+def test_settings_of_a_plain_candidate_have_no_halting(searched):
+    record = read_json(searched / "metrics" / "search.json")["candidates"]
+    record["x"] = record["higher_beta"] | {"run": msgspec.to_builtins(SMOKE.run("deit"))}
+    table = search.search_table(SimpleNamespace(profile=SMOKE), record)
+    idle = table.loc[:, table.columns.str.startswith(("halting", "distillation"))]
+    assert {"halting.beta", "distillation.alpha"} <= set(idle) and "halting" not in idle
+    assert idle.iloc[2].isna().all() and idle.iloc[1].notna().all()
 
 
 def test_a_run_whose_teacher_is_not_there_is_refused(tmp_path):
