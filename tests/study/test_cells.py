@@ -161,7 +161,8 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 def test_merged_models_stand_beside_the_trained_ones():
     adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
     study = of_models(adaptive, merging=(2, 30), dial=())
-    found = tables.predict_runs(study)
+    models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
+    found = {name: study.predict(model, study.test) for name, model in models.items()}
     assert list(found) == [*(run.name for run in SMOKE.runs), *MERGED]
     results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, study=study, predictions=found)
     table = results["table evaluation"].set_index("model")
@@ -216,7 +217,8 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
 def test_a_model_is_turned_to_other_depths():
     model = varied_model(depth=4).float()
     study = of_models(model, merging=(), dial=(2.0, 3.0))
-    found = tables.predict_runs(study)
+    models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
+    found = {name: study.predict(model, study.test) for name, model in models.items()}
     results = run_cells("04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found)
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
@@ -232,7 +234,7 @@ def test_published_figures_stand_beside_ours():
         "model": [run.label for run in study.profile.runs], "accuracy": [0.9, 0.85, 0.8, 0.95], "f1_macro": 0.5,
         "mean_depth": 6.0, "gflops_per_image": 1.0, "speedup": 2.0,
     })  # fmt: skip
-    results = run_cells("04_evaluation", "ours, rows = ", 1, study=study, table=ours)
+    results = run_cells("04_evaluation", "words_of = {", 1, study=study, table=ours)
     table = results["table 04_published"].set_index(["model", "figure"])
     row = table.loc[("A-ViT", "accuracy minus DeiT's")]
     assert row["ours, FashionMNIST"] == pytest.approx(-0.1) and row["paper, ImageNet"] == pytest.approx(-0.003)

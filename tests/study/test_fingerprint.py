@@ -155,7 +155,6 @@ def test_a_changed_constant_trains_those_again_that_use_it(monkeypatch, module, 
 @pytest.mark.parametrize(
     ("thing", "before", "after"),
     [
-        (packed.predict_one, "1 - rule.eps", "2 - rule.eps"),  # inference of one image
         (packed.predict_packed, "0.0 * tokens", "1.0 * tokens"),  # inference
         (metrics, ".mean()", ".sum()"),
         (search.figures, "1 - values", "2 - values"),

@@ -12,8 +12,8 @@ import pytest
 from avit_lib.cli import main
 from avit_lib.errors import UserError
 from avit_lib.study import Study, get_profile, search, settings, study
+from avit_lib.study.search import summary_table, sweep_table, with_differences
 from avit_lib.study.settings import profile_names
-from avit_lib.study.sweep import summary_table, sweep_table, with_differences
 from avit_lib.training import read_json
 
 TEXT = (settings.PROFILES / "smoke.toml").read_text()
