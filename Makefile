@@ -73,7 +73,7 @@ benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes
 	@$(AVIT) readme --profile "$(PROFILE)"
 
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
 	$(MAKE) --no-print-directory reproduce PROFILE=smoke
 
