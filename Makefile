@@ -72,6 +72,7 @@ benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes
 	@$(AVIT) benchmark --seed "$(SEED)"
 	@$(AVIT) readme --profile "$(PROFILE)"
 
+# Two processes of one thread each: most tests are too small to gain by a second thread.
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
