@@ -8,13 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """When a token halts, and what becomes of it; the last two settings go past the paper."""
+    """When a token halts; the last setting goes past the paper."""
 
     gamma: float  # scales channel 0 into a halting score
     beta: float  # shifts it
     eps: float  # a token halts when its scores add up to 1 - eps
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
-    merge_halted: bool = False  # True: each halted token joins the most similar one that goes on (``merging.join``)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
-from avit_lib.merging import masked_block, merge_masked
 from avit_lib.packed import predict_packed, run_packed
 
 
@@ -22,7 +21,7 @@ class AViT(VisionTransformer):
 
     def __init__(
         self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
-        class_token_halts: bool = True, merge_halted: bool = False, **kwargs,
+        class_token_halts: bool = True, **kwargs,
     ):  # fmt: skip
         """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
         needed = {"class_token": True, "global_pool": "token", "reg_tokens": 0, "patch_drop_rate": 0}
@@ -30,14 +29,13 @@ class AViT(VisionTransformer):
         if refused:
             raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
         super().__init__(*args, **kwargs)
-        self.gamma, self.beta, self.eps = gamma, beta, eps
-        self.class_token_halts, self.merge_halted = class_token_halts, merge_halted
+        self.gamma, self.beta, self.eps, self.class_token_halts = gamma, beta, eps, class_token_halts
         self.execution = "auto"
 
     @property
     def rule(self) -> HaltingRule:
-        """When a token halts, and what becomes of it."""
-        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.merge_halted)
+        """When a token halts."""
+        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
@@ -69,12 +67,11 @@ class AViT(VisionTransformer):
 def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace."""
     state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
-    size = torch.ones_like(state.cumulative) if rule.merge_halted else None  # how many tokens each stands for
     representation, scores, weights = 0.0, [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens = masked_block(block, tokens, active, size)
+        tokens = masked_block(block, tokens, active)
         score = halting_score(tokens, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
@@ -84,10 +81,15 @@ def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tupl
         scores.append(torch.where(active, score, 0.0))
         weights.append(weight[:, :1])  # w of the class token
         representation = representation + weight[:, :1, None] * tokens[:, :1]
-        if rule.merge_halted and layer < len(blocks):
-            tokens, size = merge_masked(tokens, size, active & ~state.active, state.active)
     trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
     return representation.to(tokens.dtype), trace
+
+
+def masked_block(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
+    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
+    # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
+    keys = active | ~active.any(dim=1, keepdim=True)
+    return block(tokens, attn_mask=keys[:, None, None, :])
 
 
 # --- registration with timm -------------------------------------------------------------------------------------------

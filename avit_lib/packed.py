@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, trace_of
-from avit_lib.merging import join, most_similar
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,14 @@ def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable
 # --- one transformer block on the buffer ------------------------------------------------------------------------------
 
 
-def packed_block(block: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+def packed_block(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
-    attended = packed_attention(block.attn, block.norm1(tokens), layout, bias)
+    attended = packed_attention(block.attn, block.norm1(tokens), layout)
     tokens = tokens + _drop_path(block.drop_path1, block.ls1(attended), layout)
     return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
-def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
     """timm's Attention on a packed buffer [T, D]."""
     qkv = module.qkv(tokens).view(-1, 3, module.num_heads, module.head_dim)
     if not isinstance(module.q_norm, nn.Identity):
@@ -110,32 +109,20 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 # --- tokens leave -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Move:
-    """Who of the T tokens of a layer goes on, and who leaves."""
-
-    stay: Tensor  # [T - K] rows of the buffer that go on, in their new order
-    leave: Tensor  # [K] rows that leave; those of one image follow each other
-    segment: Tensor  # [T] the image of each in the new layout; those that have no tokens left come last
-    most: int  # that an image lost
-
-
-def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Move | None]:
-    """The layout without the tokens for which ``keep`` [T] is False, and the way there (None: all stay as they lie)."""
+def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
+    """The layout without the tokens for which ``keep`` [T] is False, and the rows that stay (None: all, as they lie)."""
     counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()  # on the host: the only synchronisation of a layer
     total = sum(lengths)
     if total == len(keep):
         return layout, None
-    most = max(before - after for before, after in zip(layout.lengths, lengths, strict=True))
     counts, by_length = counts.sort(descending=True, stable=True)
     segment = by_length.argsort()[layout.segment]
-    order = torch.where(keep, segment, len(lengths)).argsort(stable=True)  # those that leave come last
-    move = Move(order[:total], order[total:], segment, most)
+    stay = torch.where(keep, segment, len(lengths)).argsort(stable=True)[:total]  # those that leave come last
     lengths = tuple(sorted(filter(None, lengths), reverse=True))
     counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
     starts = counts.cumsum(0) - counts
-    return Layout(layout.index[move.stay], segment[move.stay], images, starts, counts, lengths), move
+    return Layout(layout.index[stay], segment[stay], images, starts, counts, lengths), stay
 
 
 # --- Algorithm 1 on the buffer ----------------------------------------------------------------------------------------
@@ -155,9 +142,8 @@ def packed_layers(
     counts = torch.full((images,), count, device=buffer.device)
     layout = Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
-    size = None  # [T] how many tokens each one stands for; None: each for itself
     for layer, block in enumerate(blocks, start=1):
-        buffer = packed_block(block, buffer, layout, bias=None if size is None else size.log())
+        buffer = packed_block(block, buffer, layout)
         score = halting_score(buffer, rule.gamma, rule.beta)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)
@@ -170,43 +156,11 @@ def packed_layers(
         if layer == len(blocks):
             return
         # Unless every token is followed: does the class token go on?
-        layout, move = split_off(layout, active if every_token else active & active[layout.starts][layout.segment])
+        layout, stay = split_off(layout, active if every_token else active & active[layout.starts][layout.segment])
         if not layout.lengths:
             return
-        if move is None:
-            continue
-        if rule.merge_halted:
-            size = torch.ones_like(score) if size is None else size
-            buffer, size = _merge(buffer, size, layout, move, images, count)
-        else:
-            buffer = buffer.index_select(0, move.stay)
-        cumulative = cumulative.index_select(0, move.stay)
-
-
-def _merge(buffer: Tensor, size: Tensor, layout: Layout, move: Move, images: int, count: int) -> tuple[Tensor, Tensor]:
-    """Let each token that leaves join the most similar patch of its image among those that stay.
-
-    From buffer and sizes, [T, D] and [T], of the layer before to those of the new ``layout``. Both sides are padded, an
-    image a row; the last row is for images that are gone, whose tokens join nobody.
-    """
-
-    def padded(values: Tensor, image: Tensor, place: Tensor, longest: int) -> Tensor:
-        rows = values.new_zeros(len(layout.lengths) + 1, longest, *values.shape[1:])
-        return rows.index_put((image, place), values.detach())
-
-    leaving, weight, image = buffer[move.leave], size[move.leave], move.segment[move.leave]
-    buffer, size = buffer.index_select(0, move.stay), size[move.stay]
-    number = torch.arange(len(leaving), device=buffer.device)
-    first = torch.full((images,), len(leaving), device=buffer.device).scatter_reduce(0, image, number, "amin")
-    slot, image = number - first[image], image.clamp(max=len(layout.lengths))  # where it stands among its image's
-    place = torch.arange(len(buffer), device=buffer.device) - layout.starts[layout.segment]
-    patches = layout.index % count > 0  # not the class token
-    takers = padded(patches, layout.segment, place, layout.lengths[0])
-    staying = padded(buffer, layout.segment, place, layout.lengths[0])
-    into = most_similar(padded(leaving, image, slot, move.most), staying, takers)[image, slot]
-    welcome = takers.any(dim=1)[image]
-    into = torch.where(welcome, F.pad(layout.starts, (0, 1))[image] + into, 0)
-    return join(buffer, size, leaving, torch.where(welcome, weight, 0.0), into)
+        if stay is not None:
+            buffer, cumulative = buffer.index_select(0, stay), cumulative.index_select(0, stay)
 
 
 # --- what a model asks for --------------------------------------------------------------------------------------------

@@ -125,10 +125,9 @@ def test_one_token_in_all():
 
 
 @pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
-@pytest.mark.parametrize("merge_halted", [False, True])
-def test_every_attention_gives_the_same(attend, merge_halted, monkeypatch):
+def test_every_attention_gives_the_same(attend, monkeypatch):
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
-    model = make_model(merge_halted=merge_halted)
+    model = make_model()
     tokens = model.embed(make_images(6))
     expected, trace = run_masked(model.blocks, tokens, model.rule)
     got, packed_trace = run_packed(model.blocks, tokens, model.rule)
@@ -173,11 +172,7 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
         model(images)
 
 
-VARIANTS = [
-    {"class_token_halts": False},
-    {"merge_halted": True},
-    {"class_token_halts": False, "merge_halted": True},
-]
+VARIANTS = [{"class_token_halts": False}]
 
 
 class Operators(TorchDispatchMode):
@@ -242,12 +237,3 @@ def test_dropout_of_attention_still_runs():
     model.execution = "packed"
     logits, _ = model.forward_with_trace(make_images(4))
     assert torch.isfinite(logits).all()
-
-
-def test_merging_changes_the_result_and_not_who_halts_first():
-    images = make_images(6)
-    dropped, merged = (make_model(merge_halted=merging) for merging in (False, True))
-    (logits, trace), (others, other_trace) = dropped.forward_with_trace(images), merged.forward_with_trace(images)
-    assert not torch.allclose(logits, others)
-    first = trace.depth.amin(dim=1, keepdim=True)
-    assert torch.equal(trace.depth == first, other_trace.depth == first)

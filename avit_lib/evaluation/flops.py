@@ -13,7 +13,7 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
     """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; norms, activations, softmax left out.
 
     Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
-    n_l^2 * 2D. Where halted tokens merge, each is compared with the patches that go on, D.
+    n_l^2 * 2D.
     """
     block, width = model.blocks[0], model.embed_dim
     linear = sum(layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
@@ -23,9 +23,6 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
     for layer in range(1, len(model.blocks) + 1):
         active = (executed >= layer).sum(dim=1).double()
         total += active * linear + 2 * active**2 * width
-        if getattr(model, "merge_halted", False):
-            stay = (executed > layer).sum(dim=1).double()
-            total += (active - stay) * (stay - 1).clamp(min=0) * width
     return total
 
 

@@ -42,9 +42,8 @@ def model_colour(label: str) -> tuple[float, float, float]:
         return PALETTE[4]
     if not label.startswith("A-ViT"):
         return PALETTE[9 if "trained on" in label else 0]
-    if "+" in label or "fitted" in label:
-        return PALETTE[3]
-    return PALETTE[1 if "fine-tuned" in label else 2]
+    colours = {"half": 3, "halting trained": 8, "ImageNet": 2, "fine-tuned": 1, "halting held": 1}
+    return PALETTE[next((number for word, number in colours.items() if word in label), 2)]
 
 
 def percent(axis: Axes, which: str = "y") -> None:
@@ -77,15 +76,15 @@ def accuracy_against(
 ) -> Figure:
     """Column ``accuracy`` of the evaluation ``table`` with its interval against column ``x``, in the colours of models.
 
-    Token merging at several r is joined to a curve, and so are the ``points`` of one model at several depths.
+    Token merging at several r is joined to a curve, and so are the ``points`` of each model at several depths.
     """
     figure, [[axis]] = subplots(height=4.0)
     merged = table["model"].str.startswith("ToMe")
-    for curve, style, dial in ((table[merged], "s:", "r"), (points, "o--", "beta")):
-        if curve is not None and len(curve):
-            name, curve = curve["model"].iloc[0].split(", ")[0], curve.sort_values(x)
-            look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {dial}"}
-            axis.plot(curve[x], curve[accuracy], style, **look)
+    curves = pd.concat([table[merged], points])
+    for name, curve in curves.groupby(curves["model"].str.split(", ").str[0], sort=False):
+        style, dial = ("s:", "r") if name == "ToMe" else ("o--", "beta")
+        look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {dial}"}
+        axis.plot(*curve.sort_values(x)[[x, accuracy]].to_numpy().T, style, **look)
     for model, row in table[~merged].set_index("model").iterrows():
         value, low, high = row[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]]
         look = {"color": model_colour(model), "fmt": "o", "markersize": 9, "capsize": 4, "label": model}

@@ -1,10 +1,12 @@
 """The search for settings: candidates of a profile, trained and compared on the validation images, never the test's;
 and the sweep over seeds of what was found: how much of a figure is chance.
 
-What was found stays on record in metrics/search.json, also of candidates no longer declared; one on record is trained
-again when its own settings, the images or the seed change, but not when code does: then remove that file by hand.
+What was found stays on record in metrics/search.json, also of candidates no longer declared, and metrics/sweep.json; one
+on record is trained again when its own settings, the images or the seed change, but not when code does: then remove
+that file by hand.
 """
 
+from itertools import product
 from typing import Any
 
 import msgspec
@@ -92,31 +94,58 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
 
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
-    """Train the runs of a profile's sweep, once a seed, and test them, the focus run at its other depths too.
+    """Train the runs of a profile's sweep, once a seed, and test them, also at the other depths of its dial.
 
-    Writes tables/sweep and returns it; an interrupted sweep goes on where training stopped. ``seed`` is that of the
-    study, whose own checkpoints serve; those of others lie in checkpoints/seed<k>. Raises UserError for an empty sweep.
+    Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what other
+    seeds give is written down run by run, and an interrupted sweep goes on where training stopped; their checkpoints
+    lie in checkpoints/seed<k>. Raises UserError for an empty sweep, or before notebook 04 has run.
     """
     main = Study(profile, seed, "sweep", device)
     chosen, results = main.profile, main.results
     if not chosen.sweep:
         raise UserError(f"profile {chosen.name} has no runs to repeat; name some in its file, as sweep = [...]")
-    rows = []
-    for k in chosen.sweep_seeds:
-        study = Study(profile, k, "sweep", device, "" if k == seed else f"seed{k}")
-        for name in chosen.sweep:
-            print(f"seed {k}: {chosen.run(name).label}", flush=True)
+    rows = evaluated(main)
+    path = results.folder / "metrics" / "sweep.json"
+    record = read_json(path)["record"] if path.is_file() else {}
+    for k, name in product([k for k in chosen.sweep_seeds if k != seed], chosen.sweep):
+        study, label, entry = (
+            Study(profile, k, "sweep", device, f"seed{k}"),
+            chosen.run(name).label,
+            f"{name}, seed {k}",
+        )
+        wanted = digest([msgspec.to_builtins(part) for part in (*chosen.chain(name), chosen.data)] + [chosen.dial])
+        on_record = record.get(entry, {}).get("settings") == wanted
+        print(f"seed {k}: {label}{': on record' if on_record else ''}", flush=True)
+        if not on_record:
             study.train_chain(name)
-            models = {chosen.run(name).label: study.load(name)}
-            models |= dialled_models(study) if name == chosen.focus else {}
-            for label, model in models.items():
-                rows.append({"model": label, "seed": k} | figures(model, study.predict(model, study.test)))
+            models = {label: study.load(name)} | (dialled_models(study, name) if name in chosen.dial else {})
+            found = [
+                {"model": label, "method": chosen.run(name).method, "seed": k}
+                | figures(model, study.predict(model, study.test))
+                for label, model in models.items()
+            ]
+            record[entry] = {"settings": wanted, "rows": found, "provenance": provenance(chosen.name, k)}
+            results.metrics({"record": record}, "sweep")
+        rows += record[entry]["rows"]
     plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
     table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)
     results.table(summary_table(table, plain), "sweep_summary", "The sweep over seeds: mean ± standard deviation.")
     return table
+
+
+def evaluated(study: Study) -> list[dict[str, Any]]:
+    """The figures of the runs of the sweep by the study's own seed, as notebook 04 wrote them."""
+    folder, runs = study.results.folder / "tables", [study.profile.run(name) for name in study.profile.sweep]
+    paths = [folder / f"{name}.csv" for name in ("evaluation", "operating_points")]
+    facts = [read_json(path.with_suffix(".json"))["provenance"]["seed"] for path in paths if path.is_file()]
+    if facts != [study.seed] * len(paths):
+        command = f"make notebooks PROFILE={study.profile.name} SEED={study.seed}"
+        raise UserError(f"the study's own figures of seed {study.seed} are missing in {folder}: run `{command}` first")
+    table = pd.concat(map(pd.read_csv, paths)).drop_duplicates("model")
+    wanted = table[table["model"].str.split(", depth").str[0].isin([run.label for run in runs])]
+    return wanted.assign(seed=study.seed)[["model", "method", "seed", *FIGURES]].to_dict("records")
 
 
 def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
@@ -128,15 +157,15 @@ def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataF
 
 def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
     """One row a model, from one a model and seed: the seeds, then mean and sample deviation of every figure."""
-    groups = figures.groupby("model", sort=False)
+    groups = figures.groupby(["model", "method"], sort=False)
     seeds = groups["seed"].agg(lambda seeds: " ".join(map(str, seeds))).rename("seeds")
-    values = groups[list(figures.columns.drop(["model", "seed"]))]
+    values = groups[list(figures.columns.drop(["model", "method", "seed"]))]
     return pd.concat([seeds, values.mean(), values.std().add_suffix("_std")], axis=1).reset_index()
 
 
 def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
     """The sweep in words, for people: mean and deviation, with the differences from each reference (label to name)."""
-    table, form = sweep[["model", "seeds"]].copy(), "{:.1f} ± {:.1f}"
+    table, form = sweep[["model", "method", "seeds"]].copy(), "{:.1f} ± {:.1f}"
     table["mean per-class accuracy [%]"] = percentages(sweep[["accuracy_macro", "accuracy_macro_std"]], form)
     for label, name in references.items():
         difference = percentages(sweep[[f"minus_{name}", f"minus_{name}_std"]], "{:+.2f} ± {:.2f}")

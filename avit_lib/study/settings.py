@@ -35,13 +35,14 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     target_std: Positive = 1.0
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
     class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
-    merge_halted: bool = False  # true (not in the paper): each halted token joins the most similar one that goes on
-    fitted: bool = False  # true (not in the paper): channel 0 is fitted before training and held (``starts``)
+    # "beta": channel 0 as the backbone has it; else (not in the paper) fitted to this one of ``starts.TARGETS``.
+    start: Literal["beta", "unimportance", "redundancy", "both"] = "beta"
+    channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
 
     @property
     def model_arguments(self) -> dict[str, Any]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
-        names = ("gamma", "beta", "eps", "class_token_halts", "merge_halted")
+        names = ("gamma", "beta", "eps", "class_token_halts")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -72,6 +73,13 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     distillation: Distillation = Distillation()  # of the teacher, if there is one
 
     @property
+    def method(self) -> str:
+        """Whose it is: "plain", "paper" (the published rule, no parameter added) or "ours"."""
+        if self.halting is None:
+            return "plain"
+        return "paper" if self.halting.class_token_halts else "ours"
+
+    @property
     def start(self) -> str:
         """The name of the run whose weights it starts from; empty if it starts from none."""
         return "" if self.init in ("random", "pretrained") else self.init
@@ -96,7 +104,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runs: tuple[Run, ...]
     focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
     smoke: bool = False  # only a check that everything runs
-    dial: tuple[Layers, ...] = ()  # mean depths to which the beta of the focus run is turned after training
+    dial: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which, after training, the beta of a run is turned
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
@@ -105,7 +113,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self):
         names = [run.name for run in self.runs]
-        meant = {"focus": (self.focus,), "sweep": self.sweep}
+        meant = {"focus": (self.focus,), "sweep": self.sweep, "dial": tuple(self.dial)}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
             if missing := [name for name in wanted if name not in names]:
@@ -123,6 +131,11 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if name not in known:
             raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
         return known[name]
+
+    def chain(self, name: str) -> tuple[Run, ...]:
+        """The run called ``name`` after all those that it starts or learns from, directly or not."""
+        needed = [run for need in self.run(name).needs for run in self.chain(need)]
+        return tuple(dict.fromkeys([*needed, self.run(name)]))
 
     @property
     def plain(self) -> Run:

@@ -1,7 +1,7 @@
 """The study as the notebooks see it: one profile and seed, its data, its models, its results."""
 
 import shutil
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
-from avit_lib.starts import fit_start, hold_channel
+from avit_lib.starts import TARGETS, fit_start, scale_channel_rate
 from avit_lib.study.fingerprint import fingerprint
 from avit_lib.study.results import Results
 from avit_lib.study.settings import Run, get_profile
@@ -107,7 +107,8 @@ def ingredients(run: Run) -> list[Any]:
     code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
     if run.halting:
         code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
-        code += [fit_start, hold_channel] if run.halting.fitted else []
+        fitted = run.halting.start != "beta"
+        code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, initial_model] if fitted else []
     return code
 
 
@@ -141,10 +142,10 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
     elif run.init == "pretrained":
         training.load_pretrained(model, run.pretrained)
     model.to(device)
-    if run.halting and run.halting.fitted:
+    if run.halting and run.halting.start != "beta":
         pixels, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
-        target = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
-        fit_start(model, pixels.to(device), target)
+        halting = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
+        fit_start(model, pixels.to(device), halting, TARGETS[run.halting.start])
     return model
 
 
@@ -170,10 +171,10 @@ def train_run(
     if known and known["run"]["classes"] != description["classes"]:
         raise UserError(f"{teacher} was trained for other classes than those of the training images")
     model = initial_model(run, data, start, seed, device)
-    loss = run.task_loss(taught_by)
+    loss, adjust = run.task_loss(taught_by), None
     if run.halting:
-        if run.halting.fitted:
-            hold_channel(model)
+        if run.halting.start != "beta":
+            adjust = partial(scale_channel_rate, model, rate=run.halting.channel_rate)
         model.execution = run.training.execution
         loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
 
@@ -181,8 +182,9 @@ def train_run(
         return evaluation.metrics(trained, predict(trained, data.validation, device))
 
     return training.fit(
-        model, data.train, loss, run.training, folder, validate, description=description, seed=seed, device=device
-    )
+        model, data.train, loss, run.training, folder, validate,
+        description=description, seed=seed, device=device, adjust=adjust,
+    )  # fmt: skip
 
 
 def predict(model: nn.Module, data: Images, device: torch.device, batch_size: int = 250) -> evaluation.Predictions:

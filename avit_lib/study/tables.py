@@ -41,12 +41,12 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
     plain, rows = study.profile.plain, []
     for run in study.profile.runs:
         figures = with_intervals(study.load(run.name), predictions[run.name])
-        rows.append({"model": run.label, "init": run.init} | figures)
+        rows.append({"model": run.label, "method": run.method, "init": run.init} | figures)
     for name, model in merged_models(study).items():
         figures = with_intervals(model.model, predictions[name])
         figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # they have no depth of their own
         figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
-        rows.append({"model": name, "init": f"{plain.name}, not trained"} | figures)
+        rows.append({"model": name, "method": "peer", "init": f"{plain.name}, not trained"} | figures)
     table = pd.DataFrame(rows)
     full = table.set_index("model").loc[plain.label, "gflops_per_image"]
     return table.assign(flops_saved=1 - table["gflops_per_image"] / full)
@@ -105,14 +105,14 @@ def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
     return pd.Series([form.format(*row) for row in 100 * fractions.to_numpy()], fractions.index)
 
 
-def dialled_models(study: Study) -> dict[str, AViT]:
-    """The focus model turned to other depths by its beta, found on 64 validation images; nothing is trained."""
-    run = study.profile.run(study.profile.focus)
+def dialled_models(study: Study, name: str) -> dict[str, AViT]:
+    """The model of a run turned to other depths by its beta, found on 64 validation images; nothing is trained."""
+    run = study.profile.run(name)
     model, validation = study.load(run.name), study.data.validation
     chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(study.seed))[:64]
     pixels = validation[chosen][0].to(study.device)
     models = {}
-    for wish in study.profile.dial:
+    for wish in study.profile.dial[name]:
         turned = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
         turned.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
     return models

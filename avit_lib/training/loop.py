@@ -105,13 +105,14 @@ class _State:
 def fit(
     model: nn.Module, train: Images, loss: Loss, config: Training, output: Path,
     validate: Callable[[nn.Module], dict[str, float]], *, description: dict, seed: int = 0,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", adjust: Callable[[torch.optim.Optimizer], None] | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Train ``model`` and return its history, one row an epoch.
 
     ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and best.safetensors
     (best by validation accuracy), history.csv and the resume state; an interrupted run goes on from there, a finished
-    one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. Raises UserError
+    one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. ``adjust`` gets the
+    optimizer before the first step. Raises UserError
     when another description lies in ``output``, when nothing can be written there, when memory does not suffice and
     when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
     """
@@ -125,6 +126,8 @@ def fit(
     make_writable(output)
     model.to(device)
     state = prepared(model, config, len(train.classes), len(loader(train, config.batch_size, shuffle_seed=0)))
+    if adjust:
+        adjust(state.optimizer)
     _resume(output, state, run, device)
     processes.barrier()  # until here all processes only read
     if state.records and processes.rank() == 0:  # the machine may have stopped between the resume state and these

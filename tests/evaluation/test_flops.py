@@ -47,15 +47,6 @@ def test_flops_by_hand():
     assert flops_per_image(model, depth).item() == sum(by_layer) + 16 * 49 * 16 + 10 * 16
 
 
-def test_merging_costs_the_comparison_of_who_halts_with_the_patches_that_go_on():
-    depth = torch.tensor([[2] * 5 + [1] * 12])
-    dropped, merged = (
-        flops_per_image(timm.create_model("avit_nano_patch7_28", merge_halted=merging), depth).item()
-        for merging in (False, True)
-    )
-    assert merged - dropped == 12 * 4 * 16
-
-
 def test_counted_flops_are_those_that_the_depth_predicts():
     workload = synthetic_workload("avit_micro_patch4_28", batch=8, mean_depth=6.0)
     with torch.inference_mode():

@@ -160,7 +160,7 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 @pytest.mark.usefixtures("one_round")
 def test_merged_models_stand_beside_the_trained_ones():
     adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
-    study = of_models(adaptive, merging=(2, 30), dial=())
+    study = of_models(adaptive, merging=(2, 30), dial={})
     models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
     found = {name: study.predict(model, study.test) for name, model in models.items()}
     assert list(found) == [*(run.name for run in SMOKE.runs), *MERGED]
@@ -216,7 +216,7 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
 @pytest.mark.usefixtures("one_round")
 def test_a_model_is_turned_to_other_depths():
     model = varied_model(depth=4).float()
-    study = of_models(model, merging=(), dial=(2.0, 3.0))
+    study = of_models(model, merging=(), dial={"avit_finetuned": (2.0, 3.0)})
     models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
     found = {name: study.predict(model, study.test) for name, model in models.items()}
     results = run_cells("04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found)

@@ -10,7 +10,7 @@ from types import FunctionType, ModuleType
 import nbformat
 import pytest
 
-from avit_lib import halting, losses, merging, model, packed, starts
+from avit_lib import halting, losses, model, packed, starts
 from avit_lib.data import images
 from avit_lib.evaluation import metrics
 from avit_lib.study import figures, fingerprint, get_profile, search, study, tables
@@ -85,7 +85,7 @@ def halts_masked(run) -> bool:
 
 
 def fitted(run) -> bool:
-    return halts(run) and run.halting.fitted
+    return halts(run) and run.halting.start != "beta"
 
 
 def test_there_are_runs_of_every_kind():
@@ -112,9 +112,9 @@ def test_there_are_runs_of_every_kind():
         (model.AViT.rule, "self.gamma", "-self.gamma", halts),
         (model.AViT.__init__, "beta, eps", "eps, beta", halts),
         (model.run_masked, "tokens * active[..., None]", "tokens", halts_masked),
-        (merging.merge_masked, "active[:, 1:]", "active[:, :-1]", lambda run: halts_masked(run) or fitted(run)),
+        (model.masked_block, "keys = active", "keys = ~active", lambda run: halts_masked(run) or fitted(run)),
         (starts.redundancy, "rank[None, :] > rank", "rank[None, :] < rank", fitted),
-        (starts.hold_channel, "register_hook", "register_post_accumulate_grad_hook", fitted),
+        (starts.scale_channel_rate, "torch.lerp(old,", "torch.lerp(-old,", fitted),
         (model.register, 'size.endswith("_28")', 'size.endswith("_224")', everyone),
         (images.Images, "self.transform(self.images[index])", "self.images[index]", everyone),
         (images.EachByItself, "self(image) for", "image for", everyone),
@@ -138,6 +138,7 @@ def test_a_changed_formula_trains_those_again_that_use_it(rewrite, thing, before
     [
         (starts, "RIDGE", 3.0, fitted),
         (starts, "SPREAD", 0.25, fitted),
+        (study, "FIT_IMAGES", 256, fitted),
         (images, "CROP_AREA", (0.4, 1.0), everyone),
         (images, "CROP_AREA", (1.0, 0.5), everyone),
         (images, "STATISTICS", {1: images.STATISTICS[1][::-1]}, everyone),
@@ -180,7 +181,7 @@ def test_what_only_evaluates_trains_nobody_again(rewrite, thing, before, after):
         (losses.distribution_loss, "direction must be 'paper'", "say 'paper'"),
         (losses.AdaptiveLoss, '"""``progress`` is the fraction of training done, 0..1."""', ""),
         (loop.train_epoch, "lower the learning rate and run", "lower it and run"),
-        (starts.fit_start, "a fitted start wants", "a fitted start needs"),
+        (starts.fit_start, "leaves no patch", "leaves nothing"),
     ],
 )
 def test_a_change_for_readers_alone_changes_nothing(rewrite, thing, before, after):

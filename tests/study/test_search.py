@@ -214,15 +214,36 @@ def test_every_run_and_candidate_has_a_folder_of_its_own(name):
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
 
-def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
+@pytest.fixture
+def evaluated(results):
+    """What notebook 04 leaves for the study's own seed: the models, and those turned to other depths."""
+    own, turned = ["DeiT", "A-ViT", "A-ViT fine-tuned"], ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
+    for name, models in (("evaluation", own), ("operating_points", ["A-ViT fine-tuned", *turned])):
+        table = pd.DataFrame({"model": models, "method": ["plain" if one == "DeiT" else "paper" for one in models]})
+        saved = table["model"].map({"DeiT": 0.0}).fillna(0.25)
+        table = table.assign(**dict.fromkeys(search.FIGURES, 0.5)).assign(flops_saved=saved)
+        table["mean_depth"] = table["model"].map(dict(zip(turned, (2.0, 3.0), strict=True))).fillna(3.5)
+        Study("smoke", 0, "04_evaluation").results.table(table, name, "")
+        for path in (results.parent / "smoke" / "tables").iterdir():
+            shutil.move(path, results / "tables" / path.name)
+
+
+def test_the_sweep_asks_for_the_figures_of_its_own_seed_first(results, tmp_path, capsys):
+    assert main(["sweep", "--profile", declare(tmp_path)]) == 2
+    assert "run `make notebooks PROFILE=mine SEED=0` first" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("evaluated")
+def test_the_sweep_trains_every_other_seed_once(results, trained, tmp_path):
     command = ["sweep", "--profile", declare(tmp_path)]
     assert main(command) == 0
-    assert trained == ["avit_finetuned 0", "deit 1", "avit_finetuned 1"]  # the search has left deit 0
+    assert trained == ["deit 1", "avit_finetuned 1"]
     assert (results / "checkpoints" / "seed1" / "deit" / "last.safetensors").is_file()
     assert not (results / "checkpoints" / "seed0").exists()
     table = pd.read_csv(results / "tables" / "sweep.csv")
     turned = ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
     assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned", *turned] and set(table["seeds"]) == {"0 1"}
+    assert table["method"].tolist() == ["plain", *["paper"] * 3]
     assert table["accuracy_std"].gt(0).any() and table["flops_saved"][0] == 0 < table["flops_saved"][1]
     assert table["mean_depth"][2] < table["mean_depth"][3]
     seeds = pd.read_csv(results / "tables" / "sweep_seeds.csv")
@@ -231,10 +252,17 @@ def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
     del trained[:]
     assert main(command) == 0
     assert trained == [] and (results / "tables" / "sweep.csv").read_bytes() == before
+    shutil.rmtree(results / "checkpoints")  # what is on record needs no checkpoint
+    assert main(command) == 0
+    assert trained == [] and (results / "tables" / "sweep.csv").read_bytes() == before
+    declare(tmp_path, {"dial.avit_finetuned = [2.0, 3.0]": "dial.avit_finetuned = [2.5]"})
+    assert main(command) == 0 and trained[:2] == ["deit 1", "avit_finetuned 1"]
 
 
 def test_mean_and_deviation_by_hand():
-    figures = pd.DataFrame({"model": ["b", "a", "b"], "seed": [0, 0, 1], "accuracy": [0.5, 0.25, 0.75]})
+    figures = pd.DataFrame(
+        {"model": ["b", "a", "b"], "method": "paper", "seed": [0, 0, 1], "accuracy": [0.5, 0.25, 0.75]}
+    )
     table = sweep_table(figures)
     assert table["model"].tolist() == ["b", "a"] and table["seeds"].tolist() == ["0 1", "0"]
     assert table["accuracy"].tolist() == [0.625, 0.25]
@@ -249,7 +277,7 @@ def test_differences_are_of_the_same_seed():
 
 def test_the_sweep_in_words():
     rows = pd.DataFrame({"model": ["D", "A"] * 2, "seed": [0, 0, 1, 1], "accuracy_macro": [0.5, 0.46, 0.52, 0.5]})
-    rows = rows.assign(accuracy=0.75, mean_depth=6.0, flops_saved=0.25)
+    rows = rows.assign(method="paper", accuracy=0.75, mean_depth=6.0, flops_saved=0.25)
     words = summary_table(sweep_table(with_differences(rows, {"D": "deit"})), {"D": "deit"})
     assert words["minus D [points]"].tolist() == ["", "-3.00 ± 1.41"] and words["seeds"].tolist() == ["0 1"] * 2
     assert words["mean per-class accuracy [%]"].tolist() == ["51.0 ± 1.4", "48.0 ± 2.8"]

@@ -21,8 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def run():
     halting = Halting(
-        beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, fitted=True, class_token_halts=False,
-        merge_halted=True,
+        beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, start="both", channel_rate=0.0,
     )  # fmt: skip
     training = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
     return Run(
@@ -41,7 +40,7 @@ def channels(model):
 
 
 def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
-    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, fitted=False))
+    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, start="beta"))
     start = initial_model(run, data, None, 0, CPU)
     plain = initial_model(unfitted_run, data, None, 0, CPU)
     history = train_run(run, data, tmp_path, None, None, 0, CPU)
@@ -50,6 +49,20 @@ def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
     kept, after, unfitted = (channels(model) for model in (start, trained, plain))
     assert all(map(torch.equal, kept, after))
     assert not all(map(torch.equal, kept, unfitted))
+
+
+def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
+    """With half the rate it goes about half as far in the first epoch."""
+    start, steps = channels(initial_model(run, data, None, 0, CPU)), []
+    for rate in (0.5, 1.0):
+        halting = structs.replace(run.halting, channel_rate=rate)
+        training = structs.replace(run.training, epochs=1)
+        train_run(
+            structs.replace(run, halting=halting, training=training), data, tmp_path / str(rate), None, None, 0, CPU
+        )
+        after = channels(load_checkpoint(tmp_path / str(rate) / "last.safetensors", CPU)[0])
+        steps.append(sum((new - old).abs().sum() for new, old in zip(after, start, strict=True)))
+    assert 0.3 < steps[0] / steps[1] < 0.7
 
 
 def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):

@@ -1,0 +1,45 @@
+"""Do depth maps show the object? Measured where what the object is follows from the image: on a background of one colour."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc
+
+TOLERANCE = 0.1  # of a colour, in any channel of 0..1, within which it counts as that of the border
+BORDER = 0.98  # share of the border's pixels that have its colour, where the background has one colour
+OBJECT, BACKGROUND = 0.5, 0.02  # a patch of the object has more, one of the background less of its pixels differing
+
+
+def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Of images [B, C, H, W] (0..1): whether the border has one colour [B] bool, and the share [B, grid * grid] of pixels
+    in each patch that differ from it (its median)."""
+    edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
+    border = torch.cat(edges, dim=-1)  # [B, C, pixels]
+    colour = border.median(dim=-1).values
+    plain = ((border - colour[..., None]).abs().amax(dim=1) <= TOLERANCE).float().mean(dim=-1) >= BORDER
+    other = ((images - colour[..., None, None]).abs().amax(dim=1) > TOLERANCE).float()
+    return plain, F.adaptive_avg_pool2d(other, grid).flatten(1)
+
+
+def object_auc(depth: Tensor, share: Tensor) -> Tensor:
+    """How surely a patch of the object is deeper than one of the background, an AUC [B] an image: 1 always, 0.5 by chance.
+
+    ``depth`` [B, P] of the patches, ``share`` as ``differing`` has it; NaN for an image without patches of either kind.
+    """
+    found = []
+    for one, differs in zip(depth.float(), share, strict=True):
+        truth, known = differs > OBJECT, (differs > OBJECT) | (differs < BACKGROUND)
+        both = truth[known].any() and not truth[known].all()
+        # Ranks in 0..1, or torchmetrics would take them for logits.
+        score = one[known] / one.max()
+        found.append(binary_auroc(score, truth[known].long()) if both else torch.tensor(torch.nan))
+    return torch.stack(found) if found else torch.zeros(0)
+
+
+def chessboard(depth: Tensor) -> Tensor:
+    """How far depth [B, P] of a square grid is a chessboard, [B]: |correlation| with the parity of row + column, 0..1."""
+    side = round(depth.shape[1] ** 0.5)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    parity = ((row + column) % 2).flatten().float()
+    parity, depth = parity - parity.mean(), depth.float() - depth.float().mean(dim=1, keepdim=True)
+    return (depth @ parity).abs() / (depth.norm(dim=1) * parity.norm()).clamp(min=1e-12)
