@@ -1,9 +1,10 @@
 """A-ViT: adaptive tokens for efficient vision transformers, whose halted tokens are really gone.
 
 What a reader of the paper looks for stands here, beside this file, in the order of the imports: Algorithm 1
-(``halting``), the objective (``losses``), how halted tokens leave the computation (``packed``), the model (``model``), where halting
-starts (``starts``). They import torch and timm alone, and none of the rooms below: ``peers``, other methods on the same backbone; ``data``, ``training`` and ``evaluation``,
-for any classifier; ``study``, what the notebooks and the command line (``cli``) need besides.
+(``halting``), the objective (``losses``), how halted tokens leave the computation (``packed``), the model (``model``),
+where halting starts (``starts``). They import torch and timm alone, and none of the rooms below: ``peers``, other
+methods on the same backbone; ``data``, ``training`` and ``evaluation``, for any classifier; ``study``, what the
+notebooks and the command line (``cli``) need besides.
 
 Importing it registers the ``avit_*`` models with timm.
 """

@@ -110,7 +110,7 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 
 
 def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
-    """The layout without the tokens for which ``keep`` [T] is False, and the rows that stay (None: all, as they lie)."""
+    """The layout without the tokens for which ``keep`` [T] is False, and the rows that stay (None: all as they lie)."""
     counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()  # on the host: the only synchronisation of a layer
     total = sum(lengths)

@@ -1,12 +1,13 @@
 """Where halting starts: what gamma, beta and channel 0 are before any training.
 
 With beta too low, epochs pass before anything halts; too high, and the first steps tear a trained backbone apart. So
-beta is calibrated to a depth of one's choice (``calibrated_beta``). But channel 0 of a trained backbone is arbitrary, and
-so are the tokens that halt first. ``fit_start`` (not in the paper) writes into it, in closed form, what the backbone knows
-of its tokens already: ridge regression on training images finds the weights with which channel 0 says, layer by layer,
-how well each patch can be spared. A ``Target`` defines that: how little the class token attends to it (``unimportance``),
-how similar it is to another one that stays (``redundancy``), both, or a function of your own. No parameter is added:
-channel 0 is freed of what it meant to the backbone, and learns at a rate of its own (``scale_channel_rate``).
+beta is calibrated to a depth of one's choice (``calibrated_beta``). But channel 0 of a trained backbone is arbitrary,
+and so are the tokens that halt first. ``fit_start`` (not in the paper) writes into it, in closed form, what the
+backbone knows of its tokens already: ridge regression on training images finds the weights with which channel 0 says,
+layer by layer, how well each patch can be spared. A ``Target`` defines that: how little the class token attends to it
+(``unimportance``), how similar it is to another one that stays (``redundancy``), both, or a function of your own. No
+parameter is added: channel 0 is freed of what it meant to the backbone, and learns at a rate of its own
+(``scale_channel_rate``).
 """
 
 from collections.abc import Callable, Iterator
@@ -82,7 +83,7 @@ Target = Callable[[Seen], Tensor]  # how well each patch can be spared, [B, P]; 
 
 
 def unimportance(seen: Seen) -> Tensor:
-    """Minus the logarithm [B, P] of how much the class token takes from each patch: attention times norm of the value."""
+    """Minus the logarithm [B, P] of what the class token takes from each patch: attention times norm of the value."""
     logits = torch.einsum("bhd,bphd->bph", seen.query, seen.keys) / seen.query.shape[-1] ** 0.5
     attention = logits.masked_fill(~seen.active[..., None], -torch.inf).softmax(dim=1)
     return -(attention * seen.values.norm(dim=-1)).mean(dim=2).log()

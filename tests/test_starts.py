@@ -185,7 +185,7 @@ def test_a_poor_choice_of_images_gives_a_model_that_computes(target, pixels):
     model = fitted_model(target=target, pixels=pixels)
     logits, trace = model.forward_with_trace(images())
     assert logits.isfinite().all() and all(parameter.isfinite().all() for parameter in model.parameters())
-    assert 1 <= trace.depth.min() and trace.depth.max() <= 6
+    assert trace.depth.min() >= 1 and trace.depth.max() <= 6
 
 
 def test_a_model_may_be_fitted_again():

@@ -1,4 +1,4 @@
-"""Do depth maps show the object? Measured where what the object is follows from the image: on a background of one colour."""
+"""Do depth maps show the object? Measured where the image says what the object is: on a background of one colour."""
 
 import torch
 import torch.nn.functional as F
@@ -6,13 +6,15 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 TOLERANCE = 0.1  # of a colour, in any channel of 0..1, within which it counts as that of the border
-BORDER = 0.98  # share of the border's pixels that have its colour, where the background has one colour
-OBJECT, BACKGROUND = 0.5, 0.02  # a patch of the object has more, one of the background less of its pixels differing
+BORDER = 0.98  # share of its pixels that have the border colour, where the background has one
+OBJECT, BACKGROUND = 0.5, 0.02  # share of differing pixels: patches of the object have more, of the background less
 
 
 def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Of images [B, C, H, W] (0..1): whether the border has one colour [B] bool, and the share [B, grid * grid] of pixels
-    in each patch that differ from it (its median)."""
+    """Of images [B, C, H, W] (0..1): whether the border has one colour, [B], and how much of each patch is another.
+
+    The colour is the border's median; the share of differing pixels is [B, grid * grid].
+    """
     edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     border = torch.cat(edges, dim=-1)  # [B, C, pixels]
     colour = border.median(dim=-1).values
@@ -37,7 +39,7 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
 
 
 def chessboard(depth: Tensor) -> Tensor:
-    """How far depth [B, P] of a square grid is a chessboard, [B]: |correlation| with the parity of row + column, 0..1."""
+    """How far depth [B, P] of a square grid is a chessboard, [B]: |correlation| with the parity of row + column."""
     side = round(depth.shape[1] ** 0.5)
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     parity = ((row + column) % 2).flatten().float()

@@ -1,8 +1,8 @@
 """The search for settings: candidates of a profile, trained and compared on the validation images, never the test's;
 and the sweep over seeds of what was found: how much of a figure is chance.
 
-What was found stays on record in metrics/search.json, also of candidates no longer declared, and metrics/sweep.json; one
-on record is trained again when its own settings, the images or the seed change, but not when code does: then remove
+What was found stays on record in metrics/search.json, also of candidates no longer declared, and metrics/sweep.json;
+one on record is trained again when its own settings, the images or the seed change, but not when code does: then remove
 that file by hand.
 """
 
@@ -96,9 +96,9 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
     """Train the runs of a profile's sweep, once a seed, and test them, also at the other depths of its dial.
 
-    Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what other
-    seeds give is written down run by run, and an interrupted sweep goes on where training stopped; their checkpoints
-    lie in checkpoints/seed<k>. Raises UserError for an empty sweep, or before notebook 04 has run.
+    Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what
+    other seeds give is written down run by run, and an interrupted sweep goes on where training stopped; their
+    checkpoints lie in checkpoints/seed<k>. Raises UserError for an empty sweep, or before notebook 04 has run.
     """
     main = Study(profile, seed, "sweep", device)
     chosen, results = main.profile, main.results

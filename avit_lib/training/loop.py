@@ -111,10 +111,10 @@ def fit(
 
     ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and best.safetensors
     (best by validation accuracy), history.csv and the resume state; an interrupted run goes on from there, a finished
-    one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. ``adjust`` gets the
-    optimizer before the first step. Raises UserError
-    when another description lies in ``output``, when nothing can be written there, when memory does not suffice and
-    when the loss is no longer finite: then the checkpoints of the last finished epoch stay.
+    one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. ``adjust`` gets
+    the optimizer before the first step. Raises UserError when another description lies in ``output``, when nothing can
+    be written there, when memory does not suffice and when the loss is no longer finite: then the checkpoints of the
+    last finished epoch stay.
     """
     device, output, run = torch.device(device), Path(output), description | {"seed": seed}
     history = finished_history(output, run, config)
