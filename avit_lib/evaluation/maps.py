@@ -24,7 +24,7 @@ def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
 
 
 def object_auc(depth: Tensor, share: Tensor) -> Tensor:
-    """How surely a patch of the object is deeper than one of the background, an AUC [B] an image: 1 always, 0.5 by chance.
+    """How surely patches of the object are deeper than of the background: an AUC [B] an image, 1 always, 0.5 by chance.
 
     ``depth`` [B, P] of the patches, ``share`` as ``differing`` has it; NaN for an image without patches of either kind.
     """
