@@ -194,7 +194,7 @@ def test_a_difference_is_minus_the_plain_model_on_the_same_images(halting, plain
 
 def test_differences_are_from_every_plain_model(halting, plain):
     profile = get_profile("caltech101")
-    found = {"deit": plain, "deit_longer": halting, "avit": halting}
+    found = {"deit": plain, "deit_longer": halting, "avit_finetuned": halting}
     table = differences(profile, found).set_index(["minus", "model"])
     labels = [profile.run(name).label for name in found]
     assert set(table.index) == {
@@ -219,7 +219,9 @@ def test_a_model_is_turned_to_other_depths():
     study = of_models(model, merging=(), dial={"avit_finetuned": (2.0, 3.0)})
     models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
     found = {name: study.predict(model, study.test) for name, model in models.items()}
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found)
+    results = run_cells(
+        "04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found, models=models
+    )
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
     assert points["beta"]["A-ViT fine-tuned, depth 2"] > points["beta"]["A-ViT fine-tuned, depth 3"]

@@ -28,7 +28,7 @@ def test_evaluation_table_compares_with_the_plain_model():
     study = SimpleNamespace(profile=profile, load=lambda name: model)
     table = tables.evaluation_table(study, dict(zip(NAMES, (full, full, shallow, full), strict=True)))
     assert list(table.columns) == [
-        "model", "init", "accuracy", "accuracy_low", "accuracy_high", "accuracy_macro", "accuracy_macro_low",
+        "model", "method", "init", "accuracy", "accuracy_low", "accuracy_high", "accuracy_macro", "accuracy_macro_low",
         "accuracy_macro_high", "f1_macro", "f1_macro_low", "f1_macro_high", "mean_depth", "mean_executed_depth",
         "gflops_per_image", "flops_saved",
     ]  # fmt: skip
