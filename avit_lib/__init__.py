@@ -2,9 +2,9 @@
 
 What a reader of the paper looks for stands here, beside this file, in the order of the imports: Algorithm 1
 (``halting``), the objective (``losses``), how halted tokens leave the computation (``packed``), the model (``model``),
-where halting starts (``starts``). They import torch and timm alone, and none of the rooms below: ``peers``, other
-methods on the same backbone; ``data``, ``training`` and ``evaluation``, for any classifier; ``study``, what the
-notebooks and the command line (``cli``) need besides.
+where halting starts (``starts``), and tokens that merge without any training (``merging``). They import torch and timm
+alone, and none of the rooms below: ``peers``, other methods on the same backbone; ``data``, ``training`` and
+``evaluation``, for any classifier; ``study``, what the notebooks and the command line (``cli``) need besides.
 
 Importing it registers the ``avit_*`` models with timm.
 """
@@ -12,11 +12,12 @@ Importing it registers the ``avit_*`` models with timm.
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace
 from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
+from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT
 from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
 
 __all__ = [
-    "AViT", "AdaptiveLoss", "HaltingRule", "HaltingTrace", "TaskLoss", "Teacher", "UserError", "calibrated_beta",
-    "fit_start", "scale_channel_rate",
+    "AViT", "Adaptive", "AdaptiveLoss", "HaltingRule", "HaltingTrace", "TaskLoss", "Teacher", "UserError", "adapt",
+    "calibrated_beta", "fit_start", "scale_channel_rate",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -83,13 +83,15 @@ def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable
 
 def packed_block(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
-    attended = packed_attention(block.attn, block.norm1(tokens), layout)
+    attended, _ = packed_attention(block.attn, block.norm1(tokens), layout)
     tokens = tokens + _drop_path(block.drop_path1, block.ls1(attended), layout)
     return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
-def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
-    """timm's Attention on a packed buffer [T, D]."""
+def packed_attention(
+    module: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """timm's Attention on a packed buffer [T, D]; returns its output and the queries, keys, values [T, 3, heads, d]."""
     qkv = module.qkv(tokens).view(-1, 3, module.num_heads, module.head_dim)
     if not isinstance(module.q_norm, nn.Identity):
         q, k, v = qkv.unbind(1)
@@ -97,7 +99,7 @@ def packed_attention(module: nn.Module, tokens: Tensor, layout: Layout, bias: Te
     dropout = module.attn_drop.p if module.training else 0.0
     bias = None if bias is None else bias.to(qkv.dtype)
     attended = pick_attention(qkv, dropout, bias)(qkv, layout, dropout, bias)
-    return module.proj_drop(module.proj(module.norm(attended)))
+    return module.proj_drop(module.proj(module.norm(attended))), qkv
 
 
 def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
@@ -107,6 +109,13 @@ def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 
 
 # --- tokens leave -----------------------------------------------------------------------------------------------------
+
+
+def whole_layout(images: int, count: int, device: torch.device) -> Layout:
+    """The layout of so many images with ``count`` tokens each, before anybody has left."""
+    index = torch.arange(images * count, device=device)
+    counts = torch.full((images,), count, device=device)
+    return Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
 
 
 def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
@@ -138,9 +147,7 @@ def packed_layers(
     nothing can change its representation any more.
     """
     (images, count, _), buffer = tokens.shape, tokens.flatten(0, 1)
-    index = torch.arange(len(buffer), device=buffer.device)
-    counts = torch.full((images,), count, device=buffer.device)
-    layout = Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
+    layout = whole_layout(images, count, buffer.device)
     cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
     for layer, block in enumerate(blocks, start=1):
         buffer = packed_block(block, buffer, layout)

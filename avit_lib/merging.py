@@ -1,0 +1,339 @@
+"""Tokens that decide for themselves, without training (not in the paper): any timm VisionTransformer runs adaptively.
+
+Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv 2210.09461), but not
+the same number in every image. In the paper's words: a token's halting score is its similarity to the token that can
+stand for it, less what it is worth to the class token; it halts where that exceeds a threshold of its layer, and merges
+instead of vanishing. ``adapt`` sets the thresholds on a few hundred images, without labels, for a wanted share of FLOPs
+saved.
+
+Thresholds are known: learned (LTMP; Bonnaerens and Dambre 2023), calibrated on batches (DyMU, 2025), set by a formula
+(ATM, arXiv 2505.15160). New is that the merged tokens are really gone, though every image then has another number.
+"""
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from avit_lib.errors import UserError
+from avit_lib.halting import HaltingTrace
+from avit_lib.packed import Layout, packed_attention, split_off, whole_layout
+
+IMPORTANCE = 0.2  # how much the logarithm of a token's importance weighs against similarity
+TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
+MOST = 0.8  # share of FLOPs that can be saved
+
+
+# --- one layer --------------------------------------------------------------------------------------------------------
+
+
+def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Similarity (cosine of keys [T, d]) to, and row of, the patch of its image that is most like each; [T] each.
+
+    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens, every second asks,
+    and those between are asked. Who does not ask gets -inf.
+    """
+    longest, images = layout.lengths[0], len(layout.lengths)
+    place = torch.arange(len(keys), device=keys.device) - layout.starts[layout.segment]
+    slot = layout.segment * longest + place
+    table = keys.new_zeros(images * longest, keys.shape[1]).index_copy(0, slot, F.normalize(keys, dim=-1))
+    there = torch.zeros(images * longest, dtype=torch.bool, device=keys.device).index_fill(0, slot, True)
+    table, there = table.view(images, longest, -1)[:, prefix:], there.view(images, longest)[:, prefix:]
+    similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
+    best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
+    if not best.values.shape[1]:  # nobody is left to ask
+        return torch.full_like(keys[:, 0], -torch.inf), layout.starts[layout.segment]
+    asks = patches & ((place - prefix) % 2 == 1)
+    found = layout.segment, ((place - prefix) // 2).clamp(0, best.values.shape[1] - 1)
+    score = torch.where(asks, best.values[found], -torch.inf)
+    return score, layout.starts[layout.segment] + prefix + 2 * best.indices[found]
+
+
+def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Tensor:
+    """What the class token, first of its image, takes from each token [T]: attention times norm of the value, mean over
+    heads; its logarithm, with mean 1 over the patches of an image before."""
+    query, key, value = qkv.unbind(1)  # [T, heads, d]
+    logits = (query[layout.starts][layout.segment] * key).sum(dim=2) / query.shape[-1] ** 0.5 + size.log()[:, None]
+    images = (len(layout.lengths), logits.shape[1])
+    segment = layout.segment[:, None].expand_as(logits)
+    highest = logits.new_full(images, -torch.inf).scatter_reduce(0, segment, logits, "amax")
+    weight = (logits - highest[layout.segment]).exp()
+    attention = weight / weight.new_zeros(images).index_add(0, layout.segment, weight)[layout.segment]
+    taken = (attention * value.norm(dim=2)).mean(dim=1)
+    sums = taken.new_zeros(len(layout.lengths), 2)
+    sums = sums.index_add(0, layout.segment, torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None])
+    mean = sums[:, 0] / sums[:, 1].clamp(min=1)
+    return (taken / mean[layout.segment]).log()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tokens of a batch between two layers."""
+
+    tokens: Tensor  # [T, D]
+    size: Tensor  # [T] how many of the first tokens each stands for
+    layout: Layout
+
+
+def unmerged(tokens: Tensor) -> Packed:
+    """Tokens [B, N, D] before any have merged."""
+    images, count, _ = tokens.shape
+    size = torch.ones_like(tokens[..., 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
+    return Packed(tokens.flatten(0, 1), size.flatten(), whole_layout(images, count, tokens.device))
+
+
+def merged(packed: Packed, merges: Tensor, into: Tensor) -> Packed:
+    """The tokens after those that ``merges`` [T] have become part of the rows ``into`` [T]: means weighted by size."""
+    weight = torch.where(merges, packed.size, 0.0)
+    together = packed.size.index_add(0, into, weight)
+    layout, stay = split_off(packed.layout, ~merges)
+    if stay is None:
+        return packed
+    gone = merges.nonzero()[:, 0]
+    total = (packed.tokens * packed.size[:, None]).index_add(0, into[gone], packed.tokens[gone] * weight[gone, None])
+    together = together[stay]
+    return Packed((total[stay] / together[:, None]).to(packed.tokens.dtype), together, layout)
+
+
+def feed_forward(block: nn.Module, packed: Packed) -> Packed:
+    """The second half of timm's Block, the MLP."""
+    tokens = packed.tokens + block.ls2(block.mlp(block.norm2(packed.tokens)))
+    return Packed(tokens, packed.size, packed.layout)
+
+
+# --- how much, and where ----------------------------------------------------------------------------------------------
+
+
+def schedule(layers: int) -> Tensor:
+    """How the merges are spread over the layers, [L]: most in the middle, a fifth of that at either end."""
+    return 1 - 0.8 * torch.linspace(-1, 1, layers).abs()
+
+
+def block_flops(model: VisionTransformer, attended: Tensor, passed: Tensor, merges: bool = True) -> Tensor:
+    """FLOPs [n] of a layer that attends on ``attended`` [n] tokens, of which ``passed`` [n] reach the MLP.
+
+    With ``merges`` also those of finding who merges: half of the tokens compared with the other half by keys averaged
+    over heads, and importance, once the width of each.
+    """
+    block, width = model.blocks[0], model.embed_dim
+    first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
+    mlp = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
+    attended, passed = attended.double(), passed.double()
+    matching = attended**2 / 4 * block.attn.head_dim + attended * width
+    return attended * first + 2 * attended**2 * width + passed * mlp + merges * matching
+
+
+def fixed_flops(model: VisionTransformer) -> float:
+    """FLOPs of an image outside of the layers: patch embedding and head."""
+    head = sum(
+        layer.weight.numel()
+        for layer in model.modules()
+        if layer is getattr(model, "head", None) and hasattr(layer, "weight")
+    )
+    return float(model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + head)
+
+
+def planned(model: VisionTransformer, count: int, saved: float) -> Tensor:
+    """Tokens [L] to merge in each layer, on average over images, that save about ``saved`` of the FLOPs."""
+    shape, full = schedule(len(model.blocks)), torch.tensor([float(count)])
+    whole = fixed_flops(model) + len(shape) * block_flops(model, full, full, False).item()
+
+    def share(scale: float) -> tuple[float, Tensor]:
+        left, done, numbers = count, fixed_flops(model), []
+        for part in shape.tolist():
+            numbers.append(min(scale * part, (left - model.num_prefix_tokens) / 2))
+            after = left - numbers[-1]
+            done += block_flops(model, torch.tensor([float(left)]), torch.tensor([float(after)])).item()
+            left = after
+        return 1 - done / whole, torch.tensor(numbers)
+
+    low, high = 0.0, float(count)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle)[0] < saved else (low, middle)
+    return share(high)[1]
+
+
+class Adaptive(VisionTransformer):
+    """A VisionTransformer of timm's whose tokens merge where their score exceeds the threshold of their layer.
+
+    State dict: the original's and ``thresholds`` [L]; infinite, they leave the model as it was, bit for bit.
+    """
+
+    thresholds: Tensor
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]; of patches first one colour of a
+        chessboard and the other in turn, so that each asks its neighbours."""
+        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        return tokens[:, self._order(tokens.shape[1], tokens.device)]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised tokens [B, N, D] of images [B, C, H, W], each merged one as what stands for it."""
+        if not self.thresholds.isfinite().any():
+            return super().forward_features(images)
+        return self._run(images)[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.forward_head(self.forward_features(images))
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+        """Logits [B, K] of images [B, C, H, W], and how deep each token went before it merged."""
+        tokens, depth = self._run(images)
+        layers = len(self.blocks)
+        scores = torch.zeros(len(depth), layers, depth.shape[1], device=depth.device)
+        weights = F.one_hot(torch.full((len(depth),), layers - 1), layers).float()  # only the last layer is read
+        return self.forward_head(tokens), HaltingTrace(depth, depth.float(), scores, weights.to(depth.device))
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor, saved: float) -> None:
+        """Set the thresholds so that ``saved`` of the FLOPs is saved on images [B, C, H, W], no label needed.
+
+        Raises UserError for fewer than two images, images that are no numbers, or a share that is out of reach.
+        """
+        if len(images) < 2:
+            raise UserError(f"{len(images)} images are too few to set thresholds on; take some hundred")
+        wanted = [self.patch_embed.proj.in_channels, *self.patch_embed.img_size]
+        if list(images.shape[1:]) != wanted:
+            raise UserError(f"images of shape {list(images.shape)}, the model wants [B, {str(wanted)[1:]}")
+        if not images.isfinite().all():
+            raise UserError("the images contain values that are no numbers (NaN or infinite); mend them")
+        if not 0 <= saved <= MOST:
+            raise UserError(f"a share of {saved} of the FLOPs cannot be saved; choose one between 0 and {MOST}")
+        training, before, wish = self.training, self.thresholds.clone(), saved
+        self.eval()
+        try:
+            for _ in range(8):
+                found = self._set_thresholds(images, wish) if saved else 0.0
+                if abs(found - saved) <= TOLERANCE or not saved:
+                    break
+                wish = min(max(wish + saved - found, 0.0), 0.95)
+            else:
+                raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
+            if not saved:
+                self.thresholds.fill_(torch.inf)
+        except UserError:
+            self.thresholds.copy_(before)
+            raise
+        finally:
+            self.train(training)
+
+    def _order(self, count: int, device: torch.device) -> Tensor:
+        """The places of the tokens in the order in which they are computed."""
+        prefix, width = self.num_prefix_tokens, self.patch_embed.grid_size[1]
+        place = torch.arange(count - prefix, device=device)
+        colours = ((place // width + place % width) % 2).argsort(stable=True)  # one colour, then the other
+        half = (len(place) + 1) // 2
+        alternating = torch.empty_like(place)
+        alternating[::2], alternating[1::2] = place[colours[:half]], place[colours[half:]]
+        return torch.cat([torch.arange(prefix, device=device), alternating + prefix])
+
+    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised tokens [B, N, D] and depth [B, N] of images, in the order of the original."""
+        tokens = self.embed(images)
+        batch, count, _ = tokens.shape
+        into = torch.arange(batch * count, device=tokens.device)  # who stands for whom
+        depth = torch.full_like(into, len(self.blocks))
+        packed = unmerged(tokens)
+        for layer, block in enumerate(self.blocks, start=1):
+            attended, score, partner = self._attend(block, packed, count)
+            merges = score > self.thresholds[layer - 1]
+            index = packed.layout.index
+            into[index[merges]], depth[index[merges]] = index[partner[merges]], layer
+            packed = feed_forward(block, merged(Packed(attended, packed.size, packed.layout), merges, partner))
+        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # who stands for the one that stands for me
+            into = into[into]
+        row = torch.zeros_like(into).index_copy(
+            0, packed.layout.index, torch.arange(len(packed.tokens), device=into.device)
+        )
+        back = self._order(count, into.device).argsort()
+        tokens = self.norm(packed.tokens)[row[into]].view(batch, count, -1)
+        return tokens[:, back], depth.view(batch, count)[:, back]
+
+    def _attend(self, block: nn.Module, packed: "Packed", count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [T, D] after attention, scores [T] (-inf: may not merge), and the rows that would stand for them."""
+        layout, prefix = packed.layout, self.num_prefix_tokens
+        attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), layout, packed.size.log())
+        tokens = packed.tokens + block.ls1(attended)
+        patches = layout.index % count >= prefix
+        similarity, partner = stand_in(qkv[:, 1].mean(dim=1), layout, patches, prefix)
+        if self.cls_token is not None:
+            similarity = similarity - IMPORTANCE * importance(qkv, packed.size, layout, patches)
+        return tokens, similarity, partner
+
+    def _set_thresholds(self, images: Tensor, wish: float) -> float:
+        """Thresholds by which about ``wish`` of the FLOPs is saved on images; returns the share that really is.
+
+        The same number of tokens in all images together, spread over the layers as ``schedule`` says, merges in each.
+        """
+        batches = [self.embed(part) for part in images.split(64)]
+        count, layers = batches[0].shape[1], len(self.blocks)
+        states = [unmerged(tokens) for tokens in batches]
+        numbers = planned(self, count, wish)
+        done = 0.0
+        for layer, (block, number) in enumerate(zip(self.blocks, numbers.tolist(), strict=True)):
+            before = [state.layout.counts for state in states]
+            found = [self._attend(block, state, count) for state in states]
+            scores = torch.cat([score for _, score, _ in found])
+            asking = int(scores.isfinite().sum())
+            wanted = min(round(number * len(images)), asking)
+            ranked = scores.sort(descending=True).values
+            # Halfway between the last that merges and the first that does not.
+            edge = ranked[wanted - 1 : wanted + 1].mean() if 0 < wanted < len(ranked) else torch.tensor(torch.inf)
+            if wanted and not edge.isfinite():
+                edge = ranked[wanted - 1] - 1
+            self.thresholds[layer] = edge
+            for place, (state, (tokens, score, partner)) in enumerate(zip(states, found, strict=True)):
+                attended = Packed(tokens, state.size, state.layout)
+                states[place] = feed_forward(block, merged(attended, score > self.thresholds[layer], partner))
+            after = [state.layout.counts for state in states]
+            done += block_flops(self, torch.cat(before), torch.cat(after)).mean().item()
+        full = torch.full((1,), count)
+        return 1 - (fixed_flops(self) + done) / (
+            fixed_flops(self) + layers * block_flops(self, full, full, False).item()
+        )
+
+
+def adapt(model: VisionTransformer, images: Tensor, saved: float) -> Adaptive:
+    """A copy of a trained ``model`` of timm's that saves about ``saved`` of its FLOPs; nothing is trained.
+
+    ``images`` [B, C, H, W], some hundred without labels, are as the model expects them; thresholds are set on them.
+    Raises UserError for a model that cannot be adapted, and as ``Adaptive.calibrate`` does.
+    """
+    adaptive = without_thresholds(model)
+    if not all(weights.isfinite().all() for weights in model.state_dict().values()):
+        raise UserError("the model has weights that are no numbers (NaN or infinite); load it again")
+    adaptive.calibrate(images, saved)
+    return adaptive
+
+
+def without_thresholds(model: VisionTransformer) -> Adaptive:
+    """A copy of ``model`` whose thresholds are infinite, for a state dict to be loaded into; raises UserError."""
+    if reason := why_not(model):
+        raise UserError(f"{type(model).__name__} cannot be adapted: {reason}")
+    adaptive = deepcopy(model)
+    adaptive.__class__ = type(f"Adaptive{type(model).__name__}", (Adaptive, type(model)), {})
+    adaptive.register_buffer("thresholds", torch.full((len(model.blocks),), torch.inf))
+    return adaptive
+
+
+def why_not(model: nn.Module) -> str:
+    """Why ``model`` cannot be adapted, in words; empty if it can."""
+    if not isinstance(model, VisionTransformer):
+        return "it is no VisionTransformer of timm's"
+    if isinstance(model, Adaptive):
+        return "it is adaptive already; use its calibrate"
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        return "it runs its blocks in a way of its own"
+    if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+        return "its blocks are not timm's plain ones"
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
+        return "it is in half precision; convert it by model.float()"
+    if model.patch_drop is not None and not isinstance(model.patch_drop, nn.Identity):
+        return "it drops patches at random"
+    return ""
