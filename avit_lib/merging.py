@@ -88,15 +88,13 @@ def unmerged(tokens: Tensor) -> Packed:
 
 def merged(packed: Packed, merges: Tensor, into: Tensor) -> Packed:
     """The tokens after those that ``merges`` [T] have become part of the rows ``into`` [T]: means weighted by size."""
-    weight = torch.where(merges, packed.size, 0.0)
-    together = packed.size.index_add(0, into, weight)
     layout, stay = split_off(packed.layout, ~merges)
     if stay is None:
         return packed
-    gone = merges.nonzero()[:, 0]
-    total = (packed.tokens * packed.size[:, None]).index_add(0, into[gone], packed.tokens[gone] * weight[gone, None])
-    together = together[stay]
-    return Packed((total[stay] / together[:, None]).to(packed.tokens.dtype), together, layout)
+    gone, weighted = merges.nonzero()[:, 0], packed.tokens * packed.size[:, None]
+    together = packed.size.index_add(0, into[gone], packed.size[gone])[stay]
+    total = weighted.index_add(0, into[gone], weighted[gone])[stay]
+    return Packed((total / together[:, None]).to(packed.tokens.dtype), together, layout)
 
 
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
@@ -113,8 +111,10 @@ def schedule(layers: int) -> Tensor:
     return 1 - 0.8 * torch.linspace(-1, 1, layers).abs()
 
 
-def block_flops(model: VisionTransformer, attended: Tensor, passed: Tensor, merges: bool = True) -> Tensor:
-    """FLOPs [n] of a layer that attends on ``attended`` [n] tokens, of which ``passed`` [n] reach the MLP.
+def block_flops(
+    model: VisionTransformer, attended: float | Tensor, passed: float | Tensor, merges: bool = True
+) -> float | Tensor:
+    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP: numbers, or [n] each.
 
     With ``merges`` also those of finding who merges: half of the tokens compared with the other half by keys averaged
     over heads, and importance, once the width of each.
@@ -122,34 +122,32 @@ def block_flops(model: VisionTransformer, attended: Tensor, passed: Tensor, merg
     block, width = model.blocks[0], model.embed_dim
     first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
     mlp = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
-    attended, passed = attended.double(), passed.double()
     matching = attended**2 / 4 * block.attn.head_dim + attended * width
     return attended * first + 2 * attended**2 * width + passed * mlp + merges * matching
 
 
 def fixed_flops(model: VisionTransformer) -> float:
     """FLOPs of an image outside of the layers: patch embedding and head."""
-    head = sum(
-        layer.weight.numel()
-        for layer in model.modules()
-        if layer is getattr(model, "head", None) and hasattr(layer, "weight")
-    )
+    head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
     return float(model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + head)
 
 
-def planned(model: VisionTransformer, count: int, saved: float) -> Tensor:
-    """Tokens [L] to merge in each layer, on average over images, that save about ``saved`` of the FLOPs."""
-    shape, full = schedule(len(model.blocks)), torch.tensor([float(count)])
-    whole = fixed_flops(model) + len(shape) * block_flops(model, full, full, False).item()
+def plain_flops(model: VisionTransformer, count: int) -> float:
+    """FLOPs of an image of ``count`` tokens none of which merges."""
+    return fixed_flops(model) + len(model.blocks) * block_flops(model, count, count, merges=False)
 
-    def share(scale: float) -> tuple[float, Tensor]:
+
+def planned(model: VisionTransformer, count: int, saved: float) -> list[float]:
+    """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs."""
+    shape, whole = schedule(len(model.blocks)).tolist(), plain_flops(model, count)
+
+    def share(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
-        for part in shape.tolist():
+        for part in shape:
             numbers.append(min(scale * part, (left - model.num_prefix_tokens) / 2))
-            after = left - numbers[-1]
-            done += block_flops(model, torch.tensor([float(left)]), torch.tensor([float(after)])).item()
-            left = after
-        return 1 - done / whole, torch.tensor(numbers)
+            done += block_flops(model, left, left - numbers[-1])
+            left -= numbers[-1]
+        return 1 - done / whole, numbers
 
     low, high = 0.0, float(count)
     for _ in range(40):
@@ -205,23 +203,22 @@ class Adaptive(VisionTransformer):
             raise UserError("the images contain values that are no numbers (NaN or infinite); mend them")
         if not 0 <= saved <= MOST:
             raise UserError(f"a share of {saved} of the FLOPs cannot be saved; choose one between 0 and {MOST}")
+        if saved == 0:
+            self.thresholds.fill_(torch.inf)
+            return
         training, before, wish = self.training, self.thresholds.clone(), saved
         self.eval()
         try:
             for _ in range(8):
-                found = self._set_thresholds(images, wish) if saved else 0.0
-                if abs(found - saved) <= TOLERANCE or not saved:
+                found = self._set_thresholds(images, wish)
+                if reached := abs(found - saved) <= TOLERANCE:
                     break
                 wish = min(max(wish + saved - found, 0.0), 0.95)
-            else:
-                raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
-            if not saved:
-                self.thresholds.fill_(torch.inf)
-        except UserError:
-            self.thresholds.copy_(before)
-            raise
         finally:
             self.train(training)
+        if not reached:
+            self.thresholds.copy_(before)
+            raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
 
     def _order(self, count: int, device: torch.device) -> Tensor:
         """The places of the tokens in the order in which they are computed."""
@@ -255,7 +252,7 @@ class Adaptive(VisionTransformer):
         tokens = self.norm(packed.tokens)[row[into]].view(batch, count, -1)
         return tokens[:, back], depth.view(batch, count)[:, back]
 
-    def _attend(self, block: nn.Module, packed: "Packed", count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [T, D] after attention, scores [T] (-inf: may not merge), and the rows that would stand for them."""
         layout, prefix = packed.layout, self.num_prefix_tokens
         attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), layout, packed.size.log())
@@ -272,11 +269,10 @@ class Adaptive(VisionTransformer):
         The same number of tokens in all images together, spread over the layers as ``schedule`` says, merges in each.
         """
         batches = [self.embed(part) for part in images.split(64)]
-        count, layers = batches[0].shape[1], len(self.blocks)
+        count = batches[0].shape[1]
         states = [unmerged(tokens) for tokens in batches]
-        numbers = planned(self, count, wish)
-        done = 0.0
-        for layer, (block, number) in enumerate(zip(self.blocks, numbers.tolist(), strict=True)):
+        done = fixed_flops(self)
+        for layer, (block, number) in enumerate(zip(self.blocks, planned(self, count, wish), strict=True)):
             before = [state.layout.counts for state in states]
             found = [self._attend(block, state, count) for state in states]
             scores = torch.cat([score for _, score, _ in found])
@@ -292,11 +288,8 @@ class Adaptive(VisionTransformer):
                 attended = Packed(tokens, state.size, state.layout)
                 states[place] = feed_forward(block, merged(attended, score > self.thresholds[layer], partner))
             after = [state.layout.counts for state in states]
-            done += block_flops(self, torch.cat(before), torch.cat(after)).mean().item()
-        full = torch.full((1,), count)
-        return 1 - (fixed_flops(self) + done) / (
-            fixed_flops(self) + layers * block_flops(self, full, full, False).item()
-        )
+            done += block_flops(self, torch.cat(before).double(), torch.cat(after).double()).mean().item()
+        return 1 - done / plain_flops(self, count)
 
 
 def adapt(model: VisionTransformer, images: Tensor, saved: float) -> Adaptive:

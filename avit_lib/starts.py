@@ -98,9 +98,8 @@ def redundancy(seen: Seen) -> Tensor:
 
 def both(seen: Seen) -> Tensor:
     """Unimportance and redundancy [B, P], standardised over the active patches and added."""
-    return standardised(unimportance(seen), seen.active) + REDUNDANCY_WEIGHT * standardised(
-        redundancy(seen), seen.active
-    )
+    terms = [standardised(term(seen), seen.active) for term in (unimportance, redundancy)]
+    return terms[0] + REDUNDANCY_WEIGHT * terms[1]
 
 
 TARGETS: dict[str, Target] = {"unimportance": unimportance, "redundancy": redundancy, "both": both}

@@ -6,7 +6,6 @@ one on record is trained again when its own settings, the images or the seed cha
 that file by hand.
 """
 
-from itertools import product
 from typing import Any
 
 import msgspec
@@ -107,32 +106,37 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
     rows = evaluated(main)
     path = results.folder / "metrics" / "sweep.json"
     record = read_json(path)["record"] if path.is_file() else {}
-    for k, name in product([k for k in chosen.sweep_seeds if k != seed], chosen.sweep):
-        study, label, entry = (
-            Study(profile, k, "sweep", device, f"seed{k}"),
-            chosen.run(name).label,
-            f"{name}, seed {k}",
-        )
-        wanted = digest([msgspec.to_builtins(part) for part in (*chosen.chain(name), chosen.data)] + [chosen.dial])
-        on_record = record.get(entry, {}).get("settings") == wanted
-        print(f"seed {k}: {label}{': on record' if on_record else ''}", flush=True)
-        if not on_record:
-            study.train_chain(name)
-            models = {label: study.load(name)} | (dialled_models(study, name) if name in chosen.dial else {})
-            found = [
-                {"model": label, "method": chosen.run(name).method, "seed": k}
-                | figures(model, study.predict(model, study.test))
-                for label, model in models.items()
-            ]
-            record[entry] = {"settings": wanted, "rows": found, "provenance": provenance(chosen.name, k)}
-            results.metrics({"record": record}, "sweep")
-        rows += record[entry]["rows"]
+    for k in chosen.sweep_seeds:
+        if k == seed:
+            continue
+        study = Study(profile, k, "sweep", device, f"seed{k}")  # one for all runs: it decodes its images once
+        for run in map(chosen.run, chosen.sweep):
+            entry = f"{run.name}, seed {k}"
+            wanted = digest([msgspec.to_builtins(part) for part in (*chosen.chain(run.name), chosen.data, chosen.dial)])
+            on_record = record.get(entry, {}).get("settings") == wanted
+            print(f"seed {k}: {run.label}{': on record' if on_record else ''}", flush=True)
+            if not on_record:
+                found = sweep_rows(study, run)
+                record[entry] = {"settings": wanted, "rows": found, "provenance": provenance(chosen.name, k)}
+                results.metrics({"record": record}, "sweep")
+            rows += record[entry]["rows"]
     plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
     table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)
     results.table(summary_table(table, plain), "sweep_summary", "The sweep over seeds: mean ± standard deviation.")
     return table
+
+
+def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
+    """The test figures of a run, trained if need be, and of its model at the other depths of the dial."""
+    study.train_chain(run.name)
+    models = {run.label: study.load(run.name)}
+    models |= dialled_models(study, run.name) if run.name in study.profile.dial else {}
+    facts = {"method": run.method, "seed": study.seed}
+    return [
+        {"model": label} | facts | figures(model, study.predict(model, study.test)) for label, model in models.items()
+    ]
 
 
 def evaluated(study: Study) -> list[dict[str, Any]]:

@@ -40,6 +40,11 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
 
     @property
+    def fitted(self) -> bool:
+        """Whether channel 0 is fitted before training."""
+        return self.start != "beta"
+
+    @property
     def model_arguments(self) -> dict[str, Any]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
         names = ("gamma", "beta", "eps", "class_token_halts")

@@ -72,9 +72,7 @@ class Study:
 
     def train_chain(self, name: str) -> pd.DataFrame:
         """``train`` the runs that the one called ``name`` starts or learns from, then itself; returns its history."""
-        for needed in self.profile.run(name).needs:
-            self.train_chain(needed)
-        return self.train(name)
+        return [self.train(run.name) for run in self.profile.chain(name)][-1]
 
     def initial_model(self, run: Run) -> nn.Module:
         """The model of a run as its training starts."""
@@ -107,8 +105,8 @@ def ingredients(run: Run) -> list[Any]:
     code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
     if run.halting:
         code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
-        fitted = run.halting.start != "beta"
-        code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, initial_model] if fitted else []
+        if run.halting.fitted:
+            code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, initial_model]
     return code
 
 
@@ -142,7 +140,7 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
     elif run.init == "pretrained":
         training.load_pretrained(model, run.pretrained)
     model.to(device)
-    if run.halting and run.halting.start != "beta":
+    if run.halting and run.halting.fitted:
         pixels, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
         halting = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
         fit_start(model, pixels.to(device), halting, TARGETS[run.halting.start])
@@ -173,7 +171,7 @@ def train_run(
     model = initial_model(run, data, start, seed, device)
     loss, adjust = run.task_loss(taught_by), None
     if run.halting:
-        if run.halting.start != "beta":
+        if run.halting.fitted:
             adjust = partial(scale_channel_rate, model, rate=run.halting.channel_rate)
         model.execution = run.training.execution
         loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
