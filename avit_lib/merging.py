@@ -23,9 +23,18 @@ from avit_lib.errors import UserError
 from avit_lib.halting import HaltingTrace
 from avit_lib.packed import Layout, packed_attention, split_off, whole_layout
 
-IMPORTANCE = 0.2  # how much the logarithm of a token's importance weighs against similarity
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
+
+
+@dataclass(frozen=True)
+class MergingRule:
+    """Who merges, but for the thresholds; the defaults were found on photographs without labels (notebook 07)."""
+
+    importance: float = 0.2  # weight of the logarithm of a token's importance, against similarity
+    feature: str = "keys"  # what is compared, averaged over heads: "queries", "keys" or "values"
+    order: str = "chessboard"  # who asks whom: one colour the other, or "alternating": every second patch the others
+    slope: float = 0.8  # of the merges over the layers: 0 the same number in each, 1 none in the first
 
 
 # --- one layer --------------------------------------------------------------------------------------------------------
@@ -40,7 +49,8 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
     longest, images = layout.lengths[0], len(layout.lengths)
     place = torch.arange(len(keys), device=keys.device) - layout.starts[layout.segment]
     slot = layout.segment * longest + place
-    table = keys.new_zeros(images * longest, keys.shape[1]).index_copy(0, slot, F.normalize(keys, dim=-1))
+    keys = keys / _norm(keys).clamp(min=1e-12)[:, None]
+    table = keys.new_zeros(images * longest, keys.shape[1]).index_copy(0, slot, keys)
     there = torch.zeros(images * longest, dtype=torch.bool, device=keys.device).index_fill(0, slot, True)
     table, there = table.view(images, longest, -1)[:, prefix:], there.view(images, longest)[:, prefix:]
     similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
@@ -57,17 +67,23 @@ def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Te
     """What the class token, first of its image, takes from each token [T]: attention times norm of the value, mean over
     heads; its logarithm, with mean 1 over the patches of an image before."""
     query, key, value = qkv.unbind(1)  # [T, heads, d]
-    logits = (query[layout.starts][layout.segment] * key).sum(dim=2) / query.shape[-1] ** 0.5 + size.log()[:, None]
+    query = query[layout.starts].index_select(0, layout.segment)  # of the class token
+    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]
     images = (len(layout.lengths), logits.shape[1])
     segment = layout.segment[:, None].expand_as(logits)
     highest = logits.new_full(images, -torch.inf).scatter_reduce(0, segment, logits, "amax")
     weight = (logits - highest[layout.segment]).exp()
     attention = weight / weight.new_zeros(images).index_add(0, layout.segment, weight)[layout.segment]
-    taken = (attention * value.norm(dim=2)).mean(dim=1)
+    taken = (attention * _norm(value)).mean(dim=1)
     sums = taken.new_zeros(len(layout.lengths), 2)
     sums = sums.index_add(0, layout.segment, torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None])
     mean = sums[:, 0] / sums[:, 1].clamp(min=1)
     return (taken / mean[layout.segment]).log()
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """Euclidean norm over the last axis: of short vectors several times as fast as torch's on CPUs."""
+    return torch.linalg.vecdot(vectors, vectors).sqrt()
 
 
 @dataclass(frozen=True)
@@ -86,15 +102,17 @@ def unmerged(tokens: Tensor) -> Packed:
     return Packed(tokens.flatten(0, 1), size.flatten(), whole_layout(images, count, tokens.device))
 
 
-def merged(packed: Packed, merges: Tensor, into: Tensor) -> Packed:
-    """The tokens after those that ``merges`` [T] have become part of the rows ``into`` [T]: means weighted by size."""
-    layout, stay = split_off(packed.layout, ~merges)
+def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
+    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m]: means weighted by size."""
+    keep = torch.ones_like(packed.layout.index, dtype=torch.bool).index_fill(0, gone, False)
+    layout, stay = split_off(packed.layout, keep)
     if stay is None:
         return packed
-    gone, weighted = merges.nonzero()[:, 0], packed.tokens * packed.size[:, None]
-    together = packed.size.index_add(0, into[gone], packed.size[gone])[stay]
-    total = weighted.index_add(0, into[gone], weighted[gone])[stay]
-    return Packed((total / together[:, None]).to(packed.tokens.dtype), together, layout)
+    size = packed.size.index_add(0, target, packed.size[gone])
+    # A mean is what it was plus what each that joins differs from it, by its share of the whole.
+    change = (packed.tokens[gone] - packed.tokens[target]) * (packed.size[gone] / size[target])[:, None]
+    tokens = packed.tokens.index_add(0, target, change.to(packed.tokens.dtype))
+    return Packed(tokens.index_select(0, stay), size.index_select(0, stay), layout)
 
 
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
@@ -106,9 +124,9 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
 # --- how much, and where ----------------------------------------------------------------------------------------------
 
 
-def schedule(layers: int) -> Tensor:
-    """How the merges are spread over the layers, [L]: most in the middle, a fifth of that at either end."""
-    return 1 - 0.8 * torch.linspace(-1, 1, layers).abs()
+def schedule(layers: int, slope: float) -> Tensor:
+    """How the merges are spread over the layers, [L]: most in the middle; none in the last, which saves next to nothing."""
+    return torch.cat([1 - slope * torch.linspace(-1, 1, layers)[:-1].abs(), torch.zeros(1)])
 
 
 def block_flops(
@@ -137,15 +155,15 @@ def plain_flops(model: VisionTransformer, count: int) -> float:
     return fixed_flops(model) + len(model.blocks) * block_flops(model, count, count, merges=False)
 
 
-def planned(model: VisionTransformer, count: int, saved: float) -> list[float]:
+def planned(model: VisionTransformer, count: int, saved: float, slope: float) -> list[float]:
     """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs."""
-    shape, whole = schedule(len(model.blocks)).tolist(), plain_flops(model, count)
+    shape, whole = schedule(len(model.blocks), slope).tolist(), plain_flops(model, count)
 
     def share(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
         for part in shape:
             numbers.append(min(scale * part, (left - model.num_prefix_tokens) / 2))
-            done += block_flops(model, left, left - numbers[-1])
+            done += block_flops(model, left, left - numbers[-1], merges=part > 0)
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
@@ -163,10 +181,11 @@ class Adaptive(VisionTransformer):
     """
 
     thresholds: Tensor
+    merging: MergingRule
 
     def embed(self, images: Tensor) -> Tensor:
-        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]; of patches first one colour of a
-        chessboard and the other in turn, so that each asks its neighbours."""
+        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]; by turns a patch of one colour of a
+        chessboard and one of the other, so that each asks its neighbours."""
         tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
         return tokens[:, self._order(tokens.shape[1], tokens.device)]
 
@@ -178,7 +197,12 @@ class Adaptive(VisionTransformer):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""
-        return self.forward_head(self.forward_features(images))
+        if self.global_pool != "token" or not self.thresholds.isfinite().any():
+            return self.forward_head(self.forward_features(images))
+        packed = self._layers(self.embed(images))[0]  # of an image only those before the patches are read
+        first = packed.layout.starts[packed.layout.images.argsort(), None]
+        read = first + torch.arange(self.num_prefix_tokens, device=first.device)
+        return self.forward_head(self.norm(packed.tokens[read]))
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W], and how deep each token went before it merged."""
@@ -223,6 +247,8 @@ class Adaptive(VisionTransformer):
     def _order(self, count: int, device: torch.device) -> Tensor:
         """The places of the tokens in the order in which they are computed."""
         prefix, width = self.num_prefix_tokens, self.patch_embed.grid_size[1]
+        if self.merging.order == "alternating":
+            return torch.arange(count, device=device)
         place = torch.arange(count - prefix, device=device)
         colours = ((place // width + place % width) % 2).argsort(stable=True)  # one colour, then the other
         half = (len(place) + 1) // 2
@@ -230,21 +256,29 @@ class Adaptive(VisionTransformer):
         alternating[::2], alternating[1::2] = place[colours[:half]], place[colours[half:]]
         return torch.cat([torch.arange(prefix, device=device), alternating + prefix])
 
+    def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
+        """What is left of embedded tokens [B, N, D], and of each [B * N] who stands for it at last, and its depth."""
+        batch, count, _ = tokens.shape
+        into = torch.arange(batch * count, device=tokens.device)
+        depth = torch.full_like(into, len(self.blocks))
+        packed = unmerged(tokens)
+        for layer, (block, threshold) in enumerate(zip(self.blocks, self.thresholds.tolist(), strict=True), start=1):
+            packed, qkv = self._attend(block, packed, count)
+            if math.isfinite(threshold):
+                score, partner = self._score(qkv, packed, count)
+                merges, index = (score > threshold).nonzero()[:, 0], packed.layout.index
+                into[index[merges]], depth[index[merges]] = index[partner[merges]], layer
+                packed = merged(packed, merges, partner[merges])
+            packed = feed_forward(block, packed)
+        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # who stands for the one that stands for me
+            into = into[into]
+        return packed, into, depth
+
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised tokens [B, N, D] and depth [B, N] of images, in the order of the original."""
         tokens = self.embed(images)
         batch, count, _ = tokens.shape
-        into = torch.arange(batch * count, device=tokens.device)  # who stands for whom
-        depth = torch.full_like(into, len(self.blocks))
-        packed = unmerged(tokens)
-        for layer, block in enumerate(self.blocks, start=1):
-            attended, score, partner = self._attend(block, packed, count)
-            merges = score > self.thresholds[layer - 1]
-            index = packed.layout.index
-            into[index[merges]], depth[index[merges]] = index[partner[merges]], layer
-            packed = feed_forward(block, merged(Packed(attended, packed.size, packed.layout), merges, partner))
-        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # who stands for the one that stands for me
-            into = into[into]
+        packed, into, depth = self._layers(tokens)
         row = torch.zeros_like(into).index_copy(
             0, packed.layout.index, torch.arange(len(packed.tokens), device=into.device)
         )
@@ -252,65 +286,75 @@ class Adaptive(VisionTransformer):
         tokens = self.norm(packed.tokens)[row[into]].view(batch, count, -1)
         return tokens[:, back], depth.view(batch, count)[:, back]
 
-    def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [T, D] after attention, scores [T] (-inf: may not merge), and the rows that would stand for them."""
-        layout, prefix = packed.layout, self.num_prefix_tokens
-        attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), layout, packed.size.log())
-        tokens = packed.tokens + block.ls1(attended)
+    def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Packed, Tensor]:
+        """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
+        bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # all of size 1
+        attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), packed.layout, bias)
+        return Packed(packed.tokens + block.ls1(attended), packed.size, packed.layout), qkv
+
+    def _score(self, qkv: Tensor, packed: Packed, count: int) -> tuple[Tensor, Tensor]:
+        """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""
+        layout, prefix, rule = packed.layout, self.num_prefix_tokens, self.merging
         patches = layout.index % count >= prefix
-        similarity, partner = stand_in(qkv[:, 1].mean(dim=1), layout, patches, prefix)
-        if self.cls_token is not None:
-            similarity = similarity - IMPORTANCE * importance(qkv, packed.size, layout, patches)
-        return tokens, similarity, partner
+        feature = qkv[:, ("queries", "keys", "values").index(rule.feature)]
+        score, partner = stand_in(sum(feature.unbind(1)), layout, patches, prefix)
+        if self.cls_token is not None and rule.importance:
+            score = score - rule.importance * importance(qkv, packed.size, layout, patches)
+        return score, partner
 
     def _set_thresholds(self, images: Tensor, wish: float) -> float:
         """Thresholds by which about ``wish`` of the FLOPs is saved on images; returns the share that really is.
 
         The same number of tokens in all images together, spread over the layers as ``schedule`` says, merges in each.
         """
-        batches = [self.embed(part) for part in images.split(64)]
-        count = batches[0].shape[1]
-        states = [unmerged(tokens) for tokens in batches]
-        done = fixed_flops(self)
-        for layer, (block, number) in enumerate(zip(self.blocks, planned(self, count, wish), strict=True)):
-            before = [state.layout.counts for state in states]
-            found = [self._attend(block, state, count) for state in states]
-            scores = torch.cat([score for _, score, _ in found])
-            asking = int(scores.isfinite().sum())
-            wanted = min(round(number * len(images)), asking)
-            ranked = scores.sort(descending=True).values
-            # Halfway between the last that merges and the first that does not.
-            edge = ranked[wanted - 1 : wanted + 1].mean() if 0 < wanted < len(ranked) else torch.tensor(torch.inf)
-            if wanted and not edge.isfinite():
-                edge = ranked[wanted - 1] - 1
-            self.thresholds[layer] = edge
-            for place, (state, (tokens, score, partner)) in enumerate(zip(states, found, strict=True)):
-                attended = Packed(tokens, state.size, state.layout)
-                states[place] = feed_forward(block, merged(attended, score > self.thresholds[layer], partner))
-            after = [state.layout.counts for state in states]
-            done += block_flops(self, torch.cat(before).double(), torch.cat(after).double()).mean().item()
+        states = [unmerged(self.embed(part)) for part in images.split(64)]
+        count = len(states[0].tokens) // len(states[0].layout.lengths)
+        done, self.thresholds[:] = fixed_flops(self), torch.inf
+        for layer, number in enumerate(planned(self, count, wish, self.merging.slope)):
+            block, before = self.blocks[layer], torch.cat([state.layout.counts for state in states]).double()
+            states, seen = zip(*(self._attend(block, state, count) for state in states), strict=True)
+            if number > 0:
+                found = [self._score(qkv, state, count) for qkv, state in zip(seen, states, strict=True)]
+                threshold = _edge(torch.cat([score for score, _ in found]), round(number * len(images)))
+                self.thresholds[layer] = threshold
+                chosen = [(score > threshold).nonzero()[:, 0] for score, _ in found]
+                pairs = zip(states, chosen, found, strict=True)
+                states = [merged(state, gone, partner[gone]) for state, gone, (_, partner) in pairs]
+            states = [feed_forward(block, state) for state in states]
+            after = torch.cat([state.layout.counts for state in states]).double()
+            merges = bool(self.thresholds[layer].isfinite())
+            done += block_flops(self, before, after, merges).mean().item()
         return 1 - done / plain_flops(self, count)
 
 
-def adapt(model: VisionTransformer, images: Tensor, saved: float) -> Adaptive:
+def _edge(scores: Tensor, wanted: int) -> float:
+    """A threshold that so many of the scores, as far as they are finite, exceed: halfway to the next, if there is one."""
+    ranked = scores[scores.isfinite()].sort(descending=True).values
+    if not (wanted := min(wanted, len(ranked))):
+        return math.inf
+    return ranked[wanted - 1 : wanted + 1].mean().item() if wanted < len(ranked) else ranked[-1].item() - 1
+
+
+def adapt(model: VisionTransformer, images: Tensor, saved: float, rule: MergingRule = MergingRule()) -> Adaptive:
     """A copy of a trained ``model`` of timm's that saves about ``saved`` of its FLOPs; nothing is trained.
 
     ``images`` [B, C, H, W], some hundred without labels, are as the model expects them; thresholds are set on them.
     Raises UserError for a model that cannot be adapted, and as ``Adaptive.calibrate`` does.
     """
-    adaptive = without_thresholds(model)
+    adaptive = without_thresholds(model, rule)
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise UserError("the model has weights that are no numbers (NaN or infinite); load it again")
     adaptive.calibrate(images, saved)
     return adaptive
 
 
-def without_thresholds(model: VisionTransformer) -> Adaptive:
+def without_thresholds(model: VisionTransformer, rule: MergingRule = MergingRule()) -> Adaptive:
     """A copy of ``model`` whose thresholds are infinite, for a state dict to be loaded into; raises UserError."""
     if reason := why_not(model):
         raise UserError(f"{type(model).__name__} cannot be adapted: {reason}")
     adaptive = deepcopy(model)
     adaptive.__class__ = type(f"Adaptive{type(model).__name__}", (Adaptive, type(model)), {})
+    adaptive.merging = rule
     adaptive.register_buffer("thresholds", torch.full((len(model.blocks),), torch.inf))
     return adaptive
 

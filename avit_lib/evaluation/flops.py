@@ -7,22 +7,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avit_lib.halting import executed_depth
+from avit_lib.merging import Adaptive, block_flops, fixed_flops
 
 
 def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
     """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; norms, activations, softmax left out.
 
-    Layer l computes on the n_l tokens whose executed depth is at least l: n_l * (qkv, projection, MLP) + attention
-    n_l^2 * 2D.
+    Layer l computes on the tokens whose executed depth is at least l. One that merges there (``Adaptive``) does so
+    between attention and MLP.
     """
-    block, width = model.blocks[0], model.embed_dim
-    linear = sum(layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
-    fixed = model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + model.num_classes * width  # + head
-    executed = executed_depth(depth)
-    total = torch.full((len(depth),), float(fixed), dtype=torch.float64)
-    for layer in range(1, len(model.blocks) + 1):
-        active = (executed >= layer).sum(dim=1).double()
-        total += active * linear + 2 * active**2 * width
+    executed, layers = executed_depth(depth), len(model.blocks)
+    thresholds = model.thresholds.tolist() if isinstance(model, Adaptive) else [torch.inf] * layers
+    total = torch.full((len(depth),), fixed_flops(model), dtype=torch.float64)
+    for layer, threshold in enumerate(thresholds, start=1):
+        merges = threshold < torch.inf
+        attended = (executed >= layer).sum(dim=1).double()
+        passed = (executed > layer).sum(dim=1).double() if merges else attended
+        total += block_flops(model, attended, passed, merges)
     return total
 
 

@@ -15,6 +15,7 @@ from avit_lib.data import Images, loader
 from avit_lib.errors import fitting_memory
 from avit_lib.evaluation.flops import flops_per_image
 from avit_lib.halting import executed_depth
+from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 
 
@@ -54,7 +55,7 @@ def predict(model: nn.Module, data: Images, batch_size: int = 250, device: str |
     with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
         batches = tqdm(loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None)
         for images, labels in batches:
-            if isinstance(model, AViT):
+            if isinstance(model, AViT | Adaptive):
                 logits, trace = model.forward_with_trace(images.to(device))
                 depth, scores = trace.depth, trace.halting_scores
             else:
