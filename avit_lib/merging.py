@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingTrace
-from avit_lib.packed import Layout, packed_attention, split_off, whole_layout
+from avit_lib.packed import Layout, drop_path, packed_attention, split_off, whole_layout
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
@@ -117,15 +117,15 @@ def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
 
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     """The second half of timm's Block, the MLP."""
-    tokens = packed.tokens + block.ls2(block.mlp(block.norm2(packed.tokens)))
-    return Packed(tokens, packed.size, packed.layout)
+    change = drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(packed.tokens))), packed.layout)
+    return Packed(packed.tokens + change, packed.size, packed.layout)
 
 
 # --- how much, and where ----------------------------------------------------------------------------------------------
 
 
 def schedule(layers: int, slope: float) -> Tensor:
-    """How the merges are spread over the layers, [L]: most in the middle; none in the last, which saves next to nothing."""
+    """How the merges are spread over the layers, [L]: most in the middle, none in the last."""
     return torch.cat([1 - slope * torch.linspace(-1, 1, layers)[:-1].abs(), torch.zeros(1)])
 
 
@@ -290,7 +290,8 @@ class Adaptive(VisionTransformer):
         """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
         bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # all of size 1
         attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), packed.layout, bias)
-        return Packed(packed.tokens + block.ls1(attended), packed.size, packed.layout), qkv
+        change = drop_path(block.drop_path1, block.ls1(attended), packed.layout)
+        return Packed(packed.tokens + change, packed.size, packed.layout), qkv
 
     def _score(self, qkv: Tensor, packed: Packed, count: int) -> tuple[Tensor, Tensor]:
         """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""
@@ -328,7 +329,7 @@ class Adaptive(VisionTransformer):
 
 
 def _edge(scores: Tensor, wanted: int) -> float:
-    """A threshold that so many of the scores, as far as they are finite, exceed: halfway to the next, if there is one."""
+    """The threshold that so many of the finite scores exceed: halfway to the next, if there is one."""
     ranked = scores[scores.isfinite()].sort(descending=True).values
     if not (wanted := min(wanted, len(ranked))):
         return math.inf

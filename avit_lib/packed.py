@@ -84,8 +84,8 @@ def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable
 def packed_block(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
     attended, _ = packed_attention(block.attn, block.norm1(tokens), layout)
-    tokens = tokens + _drop_path(block.drop_path1, block.ls1(attended), layout)
-    return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
+    tokens = tokens + drop_path(block.drop_path1, block.ls1(attended), layout)
+    return tokens + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
 def packed_attention(
@@ -102,7 +102,8 @@ def packed_attention(
     return module.proj_drop(module.proj(module.norm(attended))), qkv
 
 
-def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
+def drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
+    """timm's DropPath on a packed buffer: whole images are dropped."""
     if isinstance(module, nn.Identity) or not module.training:
         return tokens
     return tokens * module(tokens.new_ones(len(layout.counts), 1))[layout.segment]  # one draw an image

@@ -38,8 +38,8 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 
 def model_colour(label: str) -> tuple[float, float, float]:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    if label.startswith("ToMe"):
-        return PALETTE[4]
+    if label.startswith(("ToMe", "Adaptive")):
+        return PALETTE[4 if label.startswith("ToMe") else 2]
     if not label.startswith("A-ViT"):
         return PALETTE[9 if "trained on" in label else 0]
     colours = {"half": 3, "halting trained": 8, "ImageNet": 2, "fine-tuned": 1, "halting held": 1}
@@ -76,13 +76,15 @@ def accuracy_against(
 ) -> Figure:
     """Column ``accuracy`` of the evaluation ``table`` with its interval against column ``x``, in the colours of models.
 
-    Token merging at several r is joined to a curve, and so are the ``points`` of each model at several depths.
+    What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of each model at several
+    depths.
     """
     figure, [[axis]] = subplots(height=4.0)
-    merged = table["model"].str.startswith("ToMe")
+    merged = table["model"].str.contains("ToMe, |Adaptive merging, .* saved", regex=True)
     curves = pd.concat([table[merged], points])
     for name, curve in curves.groupby(curves["model"].str.split(", ").str[0], sort=False):
-        style, dial = ("s:", "r") if name == "ToMe" else ("o--", "beta")
+        styles = {"ToMe": ("s:", "r"), "Adaptive merging": ("D:", "thresholds")}
+        style, dial = styles.get(name, ("o--", "beta"))
         look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {dial}"}
         axis.plot(*curve.sort_values(x)[[x, accuracy]].to_numpy().T, style, **look)
     for model, row in table[~merged].set_index("model").iterrows():

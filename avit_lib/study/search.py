@@ -10,11 +10,11 @@ from typing import Any
 
 import msgspec
 import pandas as pd
-import torch
 from torch import nn
 
 from avit_lib.errors import UserError
-from avit_lib.evaluation import Predictions, flops_per_image, metrics
+from avit_lib.evaluation import Predictions, metrics
+from avit_lib.merging import plain_flops
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
@@ -67,7 +67,7 @@ def run_search(study: Study) -> pd.DataFrame:
 def figures(model: nn.Module, predictions: Predictions) -> dict[str, float]:
     """The metrics of a model and the share of FLOPs that it saves against itself at full depth."""
     values = metrics(model, predictions)
-    full = flops_per_image(model, torch.full_like(predictions.depth[:1], predictions.layers)).item() / 1e9
+    full = plain_flops(model, predictions.depth.shape[1]) / 1e9
     return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
 
 
@@ -120,7 +120,7 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
                 record[entry] = {"settings": wanted, "rows": found, "provenance": provenance(chosen.name, k)}
                 results.metrics({"record": record}, "sweep")
             rows += record[entry]["rows"]
-    plain = {chosen.run(name).label: name for name in chosen.sweep if not chosen.run(name).halting}
+    plain = {chosen.run(name).label: name for name in chosen.sweep if chosen.run(name).method == "plain"}
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
     table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)

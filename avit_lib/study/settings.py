@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 from avit_lib.data import Data
 from avit_lib.errors import UserError
 from avit_lib.losses import TaskLoss, Teacher
+from avit_lib.merging import MOST
 from avit_lib.training import Training
 from avit_lib.training.loop import NotNegative, Positive
 
@@ -73,6 +74,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     init: str  # "random", "pretrained", or the name of the run whose weights it starts from
     training: Training
     halting: Halting | None = None  # None: a plain transformer
+    saved: Annotated[float, Meta(ge=0, le=MOST)] = 0.0  # share of FLOPs that a plain one saves by ``merging.adapt``
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
     teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
     distillation: Distillation = Distillation()  # of the teacher, if there is one
@@ -81,7 +83,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def method(self) -> str:
         """Whose it is: "plain", "paper" (the published rule, no parameter added) or "ours"."""
         if self.halting is None:
-            return "plain"
+            return "ours" if self.saved else "plain"
         return "paper" if self.halting.class_token_halts else "ours"
 
     @property
@@ -117,6 +119,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
+        if both := [run.name for run in (*self.runs, *self.search) if run.halting and run.saved]:
+            raise ValueError(f"{both[0]} both halts and merges; leave out halting or saved")
         names = [run.name for run in self.runs]
         meant = {"focus": (self.focus,), "sweep": self.sweep, "dial": tuple(self.dial)}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
@@ -127,8 +131,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
         except CycleError as error:
             raise ValueError(f"runs need each other in a circle: {', '.join(error.args[1])}") from None
-        if all(run.halting for run in self.runs):
-            raise ValueError("runs: one without halting is missing, which the others are compared with")
+        if not any(run.method == "plain" for run in self.runs):
+            raise ValueError("runs: a plain one is missing, which the others are compared with")
 
     def run(self, name: str) -> Run:
         """The run, or candidate of the search, called ``name``; raises UserError when there is none."""
@@ -144,8 +148,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def plain(self) -> Run:
-        """The run without halting that the others are compared with."""
-        return next(run for run in self.runs if run.halting is None)
+        """The run, neither halting nor merging, that the others are compared with."""
+        return next(run for run in self.runs if run.method == "plain")
 
 
 def profile_names() -> list[str]:

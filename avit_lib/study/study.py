@@ -14,6 +14,7 @@ from avit_lib import evaluation, training
 from avit_lib.data import Images, TrainingData, images, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
+from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
 from avit_lib.starts import TARGETS, fit_start, scale_channel_rate
@@ -107,6 +108,7 @@ def ingredients(run: Run) -> list[Any]:
         code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
         if run.halting.fitted:
             code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, initial_model]
+    code += [adapt, Adaptive, initial_model] if run.saved else []
     return code
 
 
@@ -140,8 +142,11 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
     elif run.init == "pretrained":
         training.load_pretrained(model, run.pretrained)
     model.to(device)
-    if run.halting and run.halting.fitted:
+    if run.saved or (run.halting and run.halting.fitted):
         pixels, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
+    if run.saved:
+        model = adapt(model, pixels.to(device), run.saved)
+    if run.halting and run.halting.fitted:
         halting = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
         fit_start(model, pixels.to(device), halting, TARGETS[run.halting.start])
     return model

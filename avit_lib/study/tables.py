@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
+from avit_lib.merging import adapt
 from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
@@ -20,20 +21,32 @@ from avit_lib.study.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
+ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``merging.adapt``
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
 
 
-def merged_models(study: Study) -> dict[str, TokenMerging]:
-    """The plain model with token merging, which needs no training: the bar for a model that learns to halt."""
-    if not study.profile.merging:
-        return {}
+def merged_models(study: Study) -> dict[str, nn.Module]:
+    """What needs no training: the plain model with ToMe, the bar for a model that learns to halt, and as much saved by
+    ``merging.adapt``, with thresholds set on 256 validation images."""
     plain = study.load(study.profile.plain.name)
-    return {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
+    peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
+    if not peers:
+        return {}
+    images, full = validation_images(study, 256), counted_flops(plain, first_images(study, 8))
+    shares = [1 - counted_flops(peer, first_images(study, 8)) / full for peer in peers.values()]
+    return peers | {f"{ADAPTED}, {share:.0%} saved": adapt(plain, images, share) for share in shares}
 
 
 def first_images(study: Study, most: int) -> Tensor:
     """The first test images [B, C, H, W], at ``most`` so many, on the device of the study."""
     return study.test[torch.arange(min(most, len(study.test)))][0].to(study.device)
+
+
+def validation_images(study: Study, most: int) -> Tensor:
+    """Validation images [B, C, H, W], at ``most`` so many, drawn by the seed, on the device of the study."""
+    data = study.data.validation
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(study.seed))[:most]
+    return data[chosen][0].to(study.device)
 
 
 def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
@@ -43,10 +56,13 @@ def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.Da
         figures = with_intervals(study.load(run.name), predictions[run.name])
         rows.append({"model": run.label, "method": run.method, "init": run.init} | figures)
     for name, model in merged_models(study).items():
-        figures = with_intervals(model.model, predictions[name])
-        figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # they have no depth of their own
-        figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
-        rows.append({"model": name, "method": "peer", "init": f"{plain.name}, not trained"} | figures)
+        peer = isinstance(model, TokenMerging)
+        figures = with_intervals(model.model if peer else model, predictions[name])
+        if peer:
+            figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # its tokens have no depth
+            figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
+        kind = {"method": "peer" if peer else "ours", "init": f"{plain.name}, not trained"}
+        rows.append({"model": name} | kind | figures)
     table = pd.DataFrame(rows)
     full = table.set_index("model").loc[plain.label, "gflops_per_image"]
     return table.assign(flops_saved=1 - table["gflops_per_image"] / full)
@@ -108,10 +124,7 @@ def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
 def dialled_models(study: Study, name: str) -> dict[str, AViT]:
     """The model of a run turned to other depths by its beta, found on 64 validation images; nothing is trained."""
     run = study.profile.run(name)
-    model, validation = study.load(run.name), study.data.validation
-    chosen = torch.randperm(len(validation), generator=torch.Generator().manual_seed(study.seed))[:64]
-    pixels = validation[chosen][0].to(study.device)
-    models = {}
+    model, pixels, models = study.load(run.name), validation_images(study, 64), {}
     for wish in study.profile.dial[name]:
         turned = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
         turned.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)

@@ -144,7 +144,7 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
 # --- 04: tables -------------------------------------------------------------------------------------------------------
 
 LABELS = ["DeiT", "DeiT trained on", "A-ViT", "A-ViT fine-tuned"]
-MERGED = ["ToMe, r = 2", "ToMe, r = 30"]
+MERGED = ["ToMe, r = 2", "ToMe, r = 3"]
 
 
 def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
@@ -160,20 +160,24 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 @pytest.mark.usefixtures("one_round")
 def test_merged_models_stand_beside_the_trained_ones():
     adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
-    study = of_models(adaptive, merging=(2, 30), dial={})
+    study = of_models(adaptive, merging=(2, 3), dial={})
     models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
     found = {name: study.predict(model, study.test) for name, model in models.items()}
-    assert list(found) == [*(run.name for run in SMOKE.runs), *MERGED]
+    assert list(found)[:-2] == [*(run.name for run in SMOKE.runs), *MERGED]
+    adapted = list(found)[-2:]
+    assert all(name.startswith("Adaptive merging") for name in adapted)
     results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, study=study, predictions=found)
     table = results["table evaluation"].set_index("model")
-    assert list(table.index) == [*LABELS, *MERGED]
-    assert table.loc["ToMe, r = 30", "gflops_per_image"] < table.loc["ToMe, r = 2", "gflops_per_image"]
+    assert list(table.index) == [*LABELS, *MERGED, *adapted]
+    assert list(table["method"])[-4:] == ["peer", "peer", "ours", "ours"]
+    np.testing.assert_allclose(table.loc[adapted, "flops_saved"], table.loc[MERGED, "flops_saved"], atol=0.06)
+    assert table.loc["ToMe, r = 3", "gflops_per_image"] < table.loc["ToMe, r = 2", "gflops_per_image"]
     assert table.loc["ToMe, r = 2", "flops_saved"] > 0 and table["mean_depth"].isna().sum() == 2
     differences = results["table 04_differences"]
-    assert list(differences["model"]) == [*LABELS[1:], *MERGED, LABELS[0], *LABELS[2:], *MERGED]
-    assert list(differences["minus"]) == ["DeiT"] * 5 + ["DeiT trained on"] * 5
+    assert list(differences["model"]) == [*LABELS[1:], *MERGED, *adapted, LABELS[0], *LABELS[2:], *MERGED, *adapted]
+    assert list(differences["minus"]) == ["DeiT"] * 7 + ["DeiT trained on"] * 7
     summary = results["table 04_summary"]
-    assert list(summary["mean depth [layers]"]) == ["4.00"] * 4 + ["", ""]
+    assert list(summary["mean depth [layers]"])[:6] == ["4.00"] * 4 + ["", ""]
     assert list(summary["minus DeiT trained on [points]"])[1] == ""  # not minus itself
     assert (summary.drop(index=1)["minus DeiT trained on [points]"].str.match(r"[+-]\d+\.\d\d \(")).all()
 
