@@ -18,6 +18,7 @@ from avit_lib import data as datasets
 from avit_lib.errors import UserError
 from avit_lib.evaluation import bootstrap_intervals, metrics
 from avit_lib.evaluation.speed import PRECISIONS, TASKS
+from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import Study, get_profile
 from avit_lib.study.results import provenance, results_dir, stamp_readme, to_markdown, write_page
@@ -146,15 +147,57 @@ def fit(
 
 
 @app.command
-def test(*, common: Trained = Trained(), batch_size: int = 250) -> None:
+def adapt(
+    *, common: Computing = Computing(), images: Path, output: Path, model: str = "deit_tiny_patch16_224",
+    weights: Path | None = None, saved: float = 0.4,
+) -> None:  # fmt: skip
+    """Let any VisionTransformer of timm's save FLOPs without training: its tokens merge by thresholds set on images.
+
+    Args:
+        images: A folder with some hundred images, in it or below; no labels.
+        output: The .safetensors to write, which test and visualize take as --ckpt.
+        model: Its timm name.
+        weights: Its .safetensors: of timm, or one that fit wrote with its .json. Default: timm's pretrained ones.
+        saved: The share of FLOPs to save, 0 to 0.8.
+    """
+    from avit_lib.study import adapting
+
+    found, described = adapting.trained_model(model, weights)
+    device = pick_device(common.device)
+    adaptive = adapting.adapt_files(found, described, images, saved, output, common.seed, device)
+    print("thresholds, layer by layer: " + ", ".join(f"{value:.3f}" for value in adaptive.thresholds.tolist()))
+    print(f"written to {output}")
+
+
+@app.command
+def test(
+    *, common: Trained = Trained(), batch_size: int = 250, data: Literal["imagenet"] | None = None,
+    images: Path | None = None,
+) -> None:  # fmt: skip
     """Accuracy, F1, depth and GFLOPs of a checkpoint on the test images; the same as JSON beside the checkpoint.
+
+    With --data imagenet: DeiT-T with its ImageNet weights (or --model, a timm name, or --ckpt), plain, with ToMe, and
+    adapted to as many FLOPs, on ImageNet's validation images.
 
     Args:
         batch_size: Images at once.
+        data: imagenet, to be tested there and not on the images of the profile.
+        images: The folder with ImageNet's validation images, one folder a class; or with those in val/, and train/.
     """
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
+    if data:
+        from avit_lib.study import adapting
+
+        if images is None:
+            raise UserError("--data imagenet needs --images DIR, the folder with the validation images")
+        found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
+        device = pick_device(common.device)
+        print(to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size)))
+        return
     model, run, path = common.load()
+    if not run["classes"]:
+        raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
     found = common.test_images(model, run)
     predictions = predict(model, found, pick_device(common.device), batch_size)
     values = {"images": len(found), **metrics(model, predictions)}
@@ -178,12 +221,15 @@ def visualize(
         output: The PNG to write.
         images: Numbers of test images, or paths of image files.
     """
+    from avit_lib.study.adapting import reader
     from avit_lib.study.pictures import depth_maps
 
     model, run, path = common.load()
-    if not isinstance(model, AViT):
-        raise UserError(f"{path} is a model that does not halt; name a checkpoint of an A-ViT")
-    numbers = [int(name) for name in images if name.isdigit()]
+    if not isinstance(model, AViT | Adaptive):
+        raise UserError(f"{path} is a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
+    numbers, statistics = [int(name) for name in images if name.isdigit()], None
+    if numbers and not run["classes"]:
+        raise UserError(f"{path} was made of no profile's images; name paths of image files by --images")
     if numbers and len(numbers) < len(images):
         raise UserError("--images takes numbers of test images or paths, not both")
     if numbers:
@@ -193,13 +239,14 @@ def visualize(
         pixels, labels = zip(*(found[number] for number in numbers), strict=True)
         titles = [run["classes"][label] for label in labels]
     else:
-        pixels = [datasets.read_image(path, model.patch_embed.img_size[0], model.in_chans) for path in images]
+        read, statistics = reader(model, run)
+        pixels = [read(Path(name)) for name in images]
         titles = [Path(path).stem for path in images]
     pixels = torch.stack(pixels)
     with torch.inference_mode():
         _, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
     png = io.BytesIO()
-    figure = depth_maps(datasets.to_pixels(pixels), trace.depth.cpu(), len(model.blocks), titles)
+    figure = depth_maps(datasets.to_pixels(pixels, statistics), trace.depth.cpu(), len(model.blocks), titles)
     figure.savefig(png, dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")

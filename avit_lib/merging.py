@@ -11,6 +11,7 @@ Thresholds are known: learned (LTMP; Bonnaerens and Dambre 2023), calibrated on 
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from avit_lib.packed import Layout, drop_path, packed_attention, split_off, whol
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
+
+Report = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -213,9 +216,10 @@ class Adaptive(VisionTransformer):
         return self.forward_head(tokens), HaltingTrace(depth, depth.float(), scores, weights.to(depth.device))
 
     @torch.no_grad()
-    def calibrate(self, images: Tensor, saved: float) -> None:
+    def calibrate(self, images: Tensor, saved: float, report: Report | None = None) -> None:
         """Set the thresholds so that ``saved`` of the FLOPs is saved on images [B, C, H, W], no label needed.
 
+        ``report`` gets the share that is saved after each pass over the images, of which there are at most eight.
         Raises UserError for fewer than two images, images that are no numbers, or a share that is out of reach.
         """
         if len(images) < 2:
@@ -235,6 +239,8 @@ class Adaptive(VisionTransformer):
         try:
             for _ in range(8):
                 found = self._set_thresholds(images, wish)
+                if report:
+                    report(found)
                 if reached := abs(found - saved) <= TOLERANCE:
                     break
                 wish = min(max(wish + saved - found, 0.0), 0.95)
@@ -336,7 +342,10 @@ def _edge(scores: Tensor, wanted: int) -> float:
     return ranked[wanted - 1 : wanted + 1].mean().item() if wanted < len(ranked) else ranked[-1].item() - 1
 
 
-def adapt(model: VisionTransformer, images: Tensor, saved: float, rule: MergingRule = MergingRule()) -> Adaptive:
+def adapt(
+    model: VisionTransformer, images: Tensor, saved: float, rule: MergingRule = MergingRule(),
+    report: Report | None = None,
+) -> Adaptive:  # fmt: skip
     """A copy of a trained ``model`` of timm's that saves about ``saved`` of its FLOPs; nothing is trained.
 
     ``images`` [B, C, H, W], some hundred without labels, are as the model expects them; thresholds are set on them.
@@ -345,7 +354,7 @@ def adapt(model: VisionTransformer, images: Tensor, saved: float, rule: MergingR
     adaptive = without_thresholds(model, rule)
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise UserError("the model has weights that are no numbers (NaN or infinite); load it again")
-    adaptive.calibrate(images, saved)
+    adaptive.calibrate(images, saved, report)
     return adaptive
 
 

@@ -146,8 +146,13 @@ class Share(Dataset):
         return self.data[batch[self.rank :: self.count]]
 
 
-def read_image(path: Path, image_size: int, channels: int) -> Tensor:
-    """One image file as a normalised tensor [C, H, W], as in evaluation; raises UserError when it cannot be read."""
+def read_image(path: Path, image_size: int, channels: int, transform: Callable | None = None) -> Tensor:
+    """One image file as a normalised tensor [C, H, W], as in evaluation; raises UserError when it cannot be read.
+
+    ``transform``: what makes the tensor of a PIL image, in place of the study's own way.
+    """
+    if transform is not None:
+        return transform(_read(path, "L" if channels == 1 else "RGB"))
     return batch_transform(decoded_size(image_size), image_size, channels)(decode(path, image_size, channels))
 
 
@@ -191,9 +196,9 @@ class EachByItself(v2.Compose):
         return super().forward(images) if images.ndim == 3 else torch.stack([self(image) for image in images])
 
 
-def to_pixels(images: Tensor) -> Tensor:
-    """Undo the normalisation of images [..., C, H, W], for display: values 0..1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS[images.shape[-3]])
+def to_pixels(images: Tensor, statistics: tuple | None = None) -> Tensor:
+    """Undo the normalisation of images [..., C, H, W], by mean and deviation (default: the study's): values 0..1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics or STATISTICS[images.shape[-3]])
     return (images * std + mean).clamp(0, 1)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
-from avit_lib.merging import adapt
+from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
@@ -23,6 +23,7 @@ DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``merging.adapt``
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
+IMAGENET = PUBLISHED.pop("imagenet")  # what others published of DeiT-T on ImageNet's validation images
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
@@ -32,9 +33,14 @@ def merged_models(study: Study) -> dict[str, nn.Module]:
     peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
     if not peers:
         return {}
-    images, full = validation_images(study, 256), counted_flops(plain, first_images(study, 8))
-    shares = [1 - counted_flops(peer, first_images(study, 8)) / full for peer in peers.values()]
-    return peers | {f"{ADAPTED}, {share:.0%} saved": adapt(plain, images, share) for share in shares}
+    return peers | adapted_like(plain, peers.values(), validation_images(study, 256))
+
+
+def adapted_like(plain: nn.Module, peers: Iterable[nn.Module], images: Tensor) -> dict[str, Adaptive]:
+    """``plain`` adapted so that it saves as many FLOPs as each of its ``peers``; thresholds are set on ``images``."""
+    full = counted_flops(plain, images[:1])
+    shares = [1 - counted_flops(peer, images[:1]) / full for peer in peers]
+    return {f"{ADAPTED}, {share:.0%} saved": adapt(plain, images, share) for share in shares}
 
 
 def first_images(study: Study, most: int) -> Tensor:
