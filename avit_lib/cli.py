@@ -246,7 +246,9 @@ def visualize(
     with torch.inference_mode():
         _, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
     png = io.BytesIO()
-    figure = depth_maps(datasets.to_pixels(pixels, statistics), trace.depth.cpu(), len(model.blocks), titles)
+    patches = trace.depth[:, model.num_prefix_tokens :].cpu()  # with or without a class token and its like
+    depth = torch.nn.functional.pad(patches, (1, 0), value=len(model.blocks))
+    figure = depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles)
     figure.savefig(png, dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")

@@ -6,14 +6,14 @@ stand for it, less what it is worth to the class token; it halts where that exce
 instead of vanishing. ``adapt`` sets the thresholds on a few hundred images, without labels, for a wanted share of FLOPs
 saved.
 
-Thresholds are known: learned (LTMP; Bonnaerens and Dambre 2023), calibrated on batches (DyMU, 2025), set by a formula
-(ATM, arXiv 2505.15160). New is that the merged tokens are really gone, though every image then has another number.
+Thresholds are known: learned (LTMP; Bonnaerens and Dambre 2023), calibrated (DyMU, 2025), set by a formula (ATM, arXiv
+2505.15160). New is that the merged tokens are really gone, though every image then has another number.
 """
 
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,13 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.errors import UserError
+from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.halting import HaltingTrace
 from avit_lib.packed import Layout, drop_path, packed_attention, split_off, whole_layout
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
-
-Report = Callable[[float], None]
+FEATURES, ORDERS = ("queries", "keys", "values"), ("chessboard", "alternating")
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class MergingRule:
     """Who merges, but for the thresholds; the defaults were found on photographs without labels (notebook 07)."""
 
     importance: float = 0.2  # weight of the logarithm of a token's importance, against similarity
-    feature: str = "keys"  # what is compared, averaged over heads: "queries", "keys" or "values"
+    feature: str = "keys"  # what is compared, averaged over heads, one of FEATURES
     order: str = "chessboard"  # who asks whom: one colour the other, or "alternating": every second patch the others
     slope: float = 0.8  # of the merges over the layers: 0 the same number in each, 1 none in the first
 
-
-# --- one layer --------------------------------------------------------------------------------------------------------
+    def __post_init__(self):
+        if self.feature not in FEATURES or self.order not in ORDERS or not 0 <= self.slope <= 1:
+            raise UserError(f"{self} is no rule: feature is one of {FEATURES}, order of {ORDERS}, slope 0 to 1")
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -121,41 +122,12 @@ def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     """The second half of timm's Block, the MLP."""
     change = drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(packed.tokens))), packed.layout)
-    return Packed(packed.tokens + change, packed.size, packed.layout)
-
-
-# --- how much, and where ----------------------------------------------------------------------------------------------
+    return replace(packed, tokens=packed.tokens + change)
 
 
 def schedule(layers: int, slope: float) -> Tensor:
     """How the merges are spread over the layers, [L]: most in the middle, none in the last."""
     return torch.cat([1 - slope * torch.linspace(-1, 1, layers)[:-1].abs(), torch.zeros(1)])
-
-
-def block_flops(
-    model: VisionTransformer, attended: float | Tensor, passed: float | Tensor, merges: bool = True
-) -> float | Tensor:
-    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP: numbers, or [n] each.
-
-    With ``merges`` also those of finding who merges: half of the tokens compared with the other half by keys averaged
-    over heads, and importance, once the width of each.
-    """
-    block, width = model.blocks[0], model.embed_dim
-    first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
-    mlp = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
-    matching = attended**2 / 4 * block.attn.head_dim + attended * width
-    return attended * first + 2 * attended**2 * width + passed * mlp + merges * matching
-
-
-def fixed_flops(model: VisionTransformer) -> float:
-    """FLOPs of an image outside of the layers: patch embedding and head."""
-    head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
-    return float(model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + head)
-
-
-def plain_flops(model: VisionTransformer, count: int) -> float:
-    """FLOPs of an image of ``count`` tokens none of which merges."""
-    return fixed_flops(model) + len(model.blocks) * block_flops(model, count, count, merges=False)
 
 
 def planned(model: VisionTransformer, count: int, saved: float, slope: float) -> list[float]:
@@ -211,12 +183,12 @@ class Adaptive(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W], and how deep each token went before it merged."""
         tokens, depth = self._run(images)
         layers = len(self.blocks)
-        scores = torch.zeros(len(depth), layers, depth.shape[1], device=depth.device)
-        weights = F.one_hot(torch.full((len(depth),), layers - 1), layers).float()  # only the last layer is read
-        return self.forward_head(tokens), HaltingTrace(depth, depth.float(), scores, weights.to(depth.device))
+        scores = tokens.new_zeros(len(depth), layers, depth.shape[1])
+        weights = F.one_hot(torch.full_like(depth[:, 0], layers - 1), layers).float()  # only the last layer is read
+        return self.forward_head(tokens), HaltingTrace(depth, depth.float(), scores, weights)
 
     @torch.no_grad()
-    def calibrate(self, images: Tensor, saved: float, report: Report | None = None) -> None:
+    def calibrate(self, images: Tensor, saved: float, report: Callable = lambda _: None) -> None:
         """Set the thresholds so that ``saved`` of the FLOPs is saved on images [B, C, H, W], no label needed.
 
         ``report`` gets the share that is saved after each pass over the images, of which there are at most eight.
@@ -238,9 +210,7 @@ class Adaptive(VisionTransformer):
         self.eval()
         try:
             for _ in range(8):
-                found = self._set_thresholds(images, wish)
-                if report:
-                    report(found)
+                report(found := self._set_thresholds(images, wish))
                 if reached := abs(found - saved) <= TOLERANCE:
                     break
                 wish = min(max(wish + saved - found, 0.0), 0.95)
@@ -257,17 +227,15 @@ class Adaptive(VisionTransformer):
             return torch.arange(count, device=device)
         place = torch.arange(count - prefix, device=device)
         colours = ((place // width + place % width) % 2).argsort(stable=True)  # one colour, then the other
-        half = (len(place) + 1) // 2
         alternating = torch.empty_like(place)
-        alternating[::2], alternating[1::2] = place[colours[:half]], place[colours[half:]]
+        alternating[::2], alternating[1::2] = colours.tensor_split([(len(place) + 1) // 2])
         return torch.cat([torch.arange(prefix, device=device), alternating + prefix])
 
     def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
         """What is left of embedded tokens [B, N, D], and of each [B * N] who stands for it at last, and its depth."""
         batch, count, _ = tokens.shape
         into = torch.arange(batch * count, device=tokens.device)
-        depth = torch.full_like(into, len(self.blocks))
-        packed = unmerged(tokens)
+        depth, packed = torch.full_like(into, len(self.blocks)), unmerged(tokens)
         for layer, (block, threshold) in enumerate(zip(self.blocks, self.thresholds.tolist(), strict=True), start=1):
             packed, qkv = self._attend(block, packed, count)
             if math.isfinite(threshold):
@@ -282,12 +250,10 @@ class Adaptive(VisionTransformer):
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised tokens [B, N, D] and depth [B, N] of images, in the order of the original."""
-        tokens = self.embed(images)
-        batch, count, _ = tokens.shape
+        batch, count, _ = (tokens := self.embed(images)).shape
         packed, into, depth = self._layers(tokens)
-        row = torch.zeros_like(into).index_copy(
-            0, packed.layout.index, torch.arange(len(packed.tokens), device=into.device)
-        )
+        row = torch.empty_like(into)
+        row[packed.layout.index] = torch.arange(len(packed.tokens), device=into.device)
         back = self._order(count, into.device).argsort()
         tokens = self.norm(packed.tokens)[row[into]].view(batch, count, -1)
         return tokens[:, back], depth.view(batch, count)[:, back]
@@ -297,13 +263,13 @@ class Adaptive(VisionTransformer):
         bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # all of size 1
         attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), packed.layout, bias)
         change = drop_path(block.drop_path1, block.ls1(attended), packed.layout)
-        return Packed(packed.tokens + change, packed.size, packed.layout), qkv
+        return replace(packed, tokens=packed.tokens + change), qkv
 
     def _score(self, qkv: Tensor, packed: Packed, count: int) -> tuple[Tensor, Tensor]:
         """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""
         layout, prefix, rule = packed.layout, self.num_prefix_tokens, self.merging
         patches = layout.index % count >= prefix
-        feature = qkv[:, ("queries", "keys", "values").index(rule.feature)]
+        feature = qkv[:, FEATURES.index(rule.feature)]
         score, partner = stand_in(sum(feature.unbind(1)), layout, patches, prefix)
         if self.cls_token is not None and rule.importance:
             score = score - rule.importance * importance(qkv, packed.size, layout, patches)
@@ -329,8 +295,7 @@ class Adaptive(VisionTransformer):
                 states = [merged(state, gone, partner[gone]) for state, gone, (_, partner) in pairs]
             states = [feed_forward(block, state) for state in states]
             after = torch.cat([state.layout.counts for state in states]).double()
-            merges = bool(self.thresholds[layer].isfinite())
-            done += block_flops(self, before, after, merges).mean().item()
+            done += block_flops(self, before, after, bool(self.thresholds[layer].isfinite())).mean().item()
         return 1 - done / plain_flops(self, count)
 
 
@@ -344,7 +309,7 @@ def _edge(scores: Tensor, wanted: int) -> float:
 
 def adapt(
     model: VisionTransformer, images: Tensor, saved: float, rule: MergingRule = MergingRule(),
-    report: Report | None = None,
+    report: Callable[[float], None] = lambda _: None,
 ) -> Adaptive:  # fmt: skip
     """A copy of a trained ``model`` of timm's that saves about ``saved`` of its FLOPs; nothing is trained.
 
@@ -381,6 +346,4 @@ def why_not(model: nn.Module) -> str:
         return "its blocks are not timm's plain ones"
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         return "it is in half precision; convert it by model.float()"
-    if model.patch_drop is not None and not isinstance(model.patch_drop, nn.Identity):
-        return "it drops patches at random"
-    return ""
+    return "" if isinstance(model.patch_drop, nn.Identity | None) else "it drops patches at random"

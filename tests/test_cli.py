@@ -139,7 +139,19 @@ def test_faults_are_one_line_and_leave_nothing(arguments, message, tmp_path, mon
     assert not any(tmp_path.iterdir())
 
 
-COMMANDS = ("fit", "test", "visualize", "data", "benchmark", "search", "sweep", "notebooks", "readme", "badges")
+COMMANDS = (
+    "fit",
+    "test",
+    "visualize",
+    "adapt",
+    "data",
+    "benchmark",
+    "search",
+    "sweep",
+    "notebooks",
+    "readme",
+    "badges",
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

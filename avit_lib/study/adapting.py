@@ -112,9 +112,8 @@ def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.devi
             for name, one in models.items():
                 if isinstance(one, Adaptive):
                     logits, trace = one.forward_with_trace(images)
-                    flops[name] = flops.get(name, 0.0) + flops_per_image(one, trace.depth.cpu()).sum().item() / len(
-                        data
-                    )
+                    spent = flops_per_image(one, trace.depth.cpu()).sum().item() / len(data)
+                    flops[name] = flops.get(name, 0.0) + spent
                 else:
                     logits = one(images)
                     flops[name] = flops.get(name) or counted_flops(one, images[:1])  # the same for every image

@@ -14,7 +14,7 @@ from torch import nn
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation import Predictions, metrics
-from avit_lib.merging import plain_flops
+from avit_lib.flops import plain_flops
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
