@@ -163,9 +163,7 @@ def adapt(
     from avit_lib.study import adapting
 
     found, described = adapting.trained_model(model, weights)
-    device = pick_device(common.device)
-    adaptive = adapting.adapt_files(found, described, images, saved, output, common.seed, device)
-    print("thresholds, layer by layer: " + ", ".join(f"{value:.3f}" for value in adaptive.thresholds.tolist()))
+    adapting.adapt_files(found, described, images, saved, output, common.seed, pick_device(common.device))
     print(f"written to {output}")
 
 
@@ -187,14 +185,10 @@ def test(
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
     if data:
-        from avit_lib.study import adapting
+        from avit_lib.study.adapting import imagenet_table, trained_model
 
-        if images is None:
-            raise UserError("--data imagenet needs --images DIR, the folder with the validation images")
-        found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
-        device = pick_device(common.device)
-        print(to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size)))
-        return
+        found, _ = trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
+        return print(to_markdown(imagenet_table(found, images, common.seed, pick_device(common.device), batch_size)))
     model, run, path = common.load()
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
@@ -221,17 +215,14 @@ def visualize(
         output: The PNG to write.
         images: Numbers of test images, or paths of image files.
     """
-    from avit_lib.study.adapting import reader
-    from avit_lib.study.pictures import depth_maps
+    from avit_lib.study import adapting, pictures
 
     model, run, path = common.load()
     if not isinstance(model, AViT | Adaptive):
         raise UserError(f"{path} is a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
     numbers, statistics = [int(name) for name in images if name.isdigit()], None
-    if numbers and not run["classes"]:
-        raise UserError(f"{path} was made of no profile's images; name paths of image files by --images")
-    if numbers and len(numbers) < len(images):
-        raise UserError("--images takes numbers of test images or paths, not both")
+    if numbers and (len(numbers) < len(images) or not run["classes"]):
+        raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
     if numbers:
         found = common.test_images(model, run, decode=False)
         if max(numbers) >= len(found):
@@ -239,16 +230,15 @@ def visualize(
         pixels, labels = zip(*(found[number] for number in numbers), strict=True)
         titles = [run["classes"][label] for label in labels]
     else:
-        read, statistics = reader(model, run)
+        read, statistics = adapting.reader(model, run)
         pixels = [read(Path(name)) for name in images]
         titles = [Path(path).stem for path in images]
     pixels = torch.stack(pixels)
     with torch.inference_mode():
         _, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
     png = io.BytesIO()
-    patches = trace.depth[:, model.num_prefix_tokens :].cpu()  # with or without a class token and its like
-    depth = torch.nn.functional.pad(patches, (1, 0), value=len(model.blocks))
-    figure = depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles)
+    depth = torch.nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
+    figure = pictures.depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles)
     figure.savefig(png, dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")

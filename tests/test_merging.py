@@ -236,5 +236,24 @@ def test_weights_that_are_no_numbers_are_told():
         adapt(model, photographs(model), 0.3)
 
 
+@pytest.mark.parametrize("change", [{"feature": "tokens"}, {"order": "random"}, {"slope": 1.5}])
+def test_a_rule_that_there_is_not_is_refused(change):
+    with pytest.raises(UserError, match="is no rule"):
+        MergingRule(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"feature": "values"}, {"order": "alternating"}, {"slope": 0.0}, {"importance": 0.0}]
+)
+def test_every_choice_of_the_rule_changes_who_merges_and_not_how_much_is_saved(change):
+    model = make(depth=6)
+    images = photographs(model, 32)
+    found = [adapt(model, images, 0.3, rule) for rule in (MergingRule(), MergingRule(**change))]
+    depths = [adaptive.forward_with_trace(images)[1].depth for adaptive in found]
+    assert not torch.equal(*depths)
+    saved = [flops_per_image(*pair).mean().item() for pair in zip(found, depths, strict=True)]
+    assert saved[0] == pytest.approx(saved[1], rel=0.03)
+
+
 def test_it_is_what_the_library_offers():
     assert avit_lib.adapt is adapt

@@ -84,13 +84,17 @@ def _tell(share: float) -> None:
 
 
 @torch.inference_mode()
-def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.device, batch_size: int) -> pd.DataFrame:
+def imagenet_table(
+    model: nn.Module, folder: Path | None, seed: int, device: torch.device, batch_size: int
+) -> pd.DataFrame:
     """A trained ``model`` on the validation images of ImageNet: plain, ToMe, and adapted to as many FLOPs as ToMe.
 
     ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on train/, if it is there;
     else on ``CALIBRATION`` of the validation images, without their labels. An ``Adaptive`` model is measured as it is.
-    Raises UserError unless there are 1,000 classes.
+    Raises UserError without a folder, and unless there are 1,000 classes.
     """
+    if folder is None:
+        raise UserError("name the folder with ImageNet's validation images, by --images DIR")
     size = model.patch_embed.img_size[0]
     val, train = folder / "val", folder / "train"
     data = folder_images(val if val.is_dir() else folder, size, 3)

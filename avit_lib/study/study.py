@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avit_lib import evaluation, training
 from avit_lib.data import Images, TrainingData, images, loader, test_data, training_data
@@ -23,7 +23,7 @@ from avit_lib.study.results import Results
 from avit_lib.study.settings import Run, get_profile
 from avit_lib.training import loop, processes, read_json
 
-FIT_IMAGES = 512  # training images on which the start of halting is fitted
+FIT_IMAGES = 512
 
 
 class Study:
@@ -107,8 +107,8 @@ def ingredients(run: Run) -> list[Any]:
     if run.halting:
         code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
         if run.halting.fitted:
-            code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, initial_model]
-    code += [adapt, Adaptive, initial_model] if run.saved else []
+            code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, fit_images]
+    code += [adapt, Adaptive, fit_images] if run.saved else []
     return code
 
 
@@ -142,14 +142,17 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
     elif run.init == "pretrained":
         training.load_pretrained(model, run.pretrained)
     model.to(device)
-    if run.saved or (run.halting and run.halting.fitted):
-        pixels, _ = next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))
     if run.saved:
-        model = adapt(model, pixels.to(device), run.saved)
+        model = adapt(model, fit_images(data, seed).to(device), run.saved)
     if run.halting and run.halting.fitted:
         halting = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
-        fit_start(model, pixels.to(device), halting, TARGETS[run.halting.start])
+        fit_start(model, fit_images(data, seed).to(device), halting, TARGETS[run.halting.start])
     return model
+
+
+def fit_images(data: TrainingData, seed: int) -> Tensor:
+    """The training images [B, C, H, W] on which a start is fitted or thresholds are set, drawn by the seed."""
+    return next(iter(loader(data.train, FIT_IMAGES, shuffle_seed=seed)))[0]
 
 
 def train_run(

@@ -84,6 +84,10 @@ def halts_masked(run) -> bool:
     return halts(run) and run.training.execution != "packed"
 
 
+def packs(run) -> bool:
+    return halts_packed(run) or run.saved > 0
+
+
 def fitted(run) -> bool:
     return halts(run) and run.halting.start != "beta"
 
@@ -106,8 +110,8 @@ def test_there_are_runs_of_every_kind():
         (losses.distillation_loss, "temperature**2", "temperature", everyone),  # all that use TaskLoss, taught or not
         (losses.TaskLoss, "task + self", "task - self", everyone),
         (losses.AdaptiveLoss, "alpha_distr: float = 0.1", "alpha_distr: float = 0.2", halts),
-        (packed.packed_attention, "layout, dropout, bias)", "layout, 0.0, bias)", halts_packed),
-        (packed.attend_buckets, "mask, dropout)", "mask, 0.0)", halts_packed),
+        (packed.packed_attention, "layout, dropout, bias)", "layout, 0.0, bias)", packs),
+        (packed.attend_buckets, "mask, dropout)", "mask, 0.0)", packs),
         (model.AViT.embed, "self.norm_pre", "self.norm", halts),
         (model.AViT.rule, "self.gamma", "-self.gamma", halts),
         (model.AViT.__init__, "beta, eps", "eps, beta", halts),
@@ -138,7 +142,7 @@ def test_a_changed_formula_trains_those_again_that_use_it(rewrite, thing, before
     [
         (starts, "RIDGE", 3.0, fitted),
         (starts, "SPREAD", 0.25, fitted),
-        (study, "FIT_IMAGES", 256, fitted),
+        (study, "FIT_IMAGES", 256, lambda run: fitted(run) or run.saved),
         (images, "CROP_AREA", (0.4, 1.0), everyone),
         (images, "CROP_AREA", (1.0, 0.5), everyone),
         (images, "STATISTICS", {1: images.STATISTICS[1][::-1]}, everyone),

@@ -154,7 +154,9 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("search = []", "search: expected `object`, got `array`"),
         ("runs.deit.init = 'deit'", "circle: deit, deit"),
         ("runs.deit.init = 'avit_finetuned'", "circle: .*avit_finetuned"),
-        ("runs.deit.halting = {}", "runs: one without halting is missing"),
+        ("runs.deit.halting = {}", "runs: a plain one is missing"),
+        ("runs.avit.saved = 0.3", "avit both halts and merges"),
+        ("runs.deit.saved = 0.9", "runs.deit.saved: expected `float` <= 0.8"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
     ],
 )

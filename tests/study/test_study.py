@@ -10,6 +10,9 @@ from msgspec import structs
 
 from avit_lib.data import TrainingData
 from avit_lib.errors import UserError
+from avit_lib.evaluation import metrics, predict
+from avit_lib.flops import plain_flops
+from avit_lib.merging import Adaptive, MergingRule
 from avit_lib.starts import channel_parameters
 from avit_lib.study.settings import Halting, Run
 from avit_lib.study.study import initial_model, train_run
@@ -49,6 +52,19 @@ def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
     kept, after, unfitted = (channels(model) for model in (start, trained, plain))
     assert all(map(torch.equal, kept, after))
     assert not all(map(torch.equal, kept, unfitted))
+
+
+def test_a_run_that_merges_is_adapted_before_it_is_trained(run, data, tmp_path):
+    merging = structs.replace(run, model="deit_nano_patch7_28", halting=None, saved=0.2)
+    assert merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
+    start = initial_model(merging, data, None, 0, CPU)
+    train_run(merging, data, tmp_path, None, None, 0, CPU)
+    trained, described = load_checkpoint(tmp_path / "last.safetensors", CPU)
+    assert isinstance(trained, Adaptive) and trained.merging == MergingRule(**described["merging"])
+    assert torch.equal(trained.thresholds, start.thresholds) and trained.thresholds.isfinite().any()
+    assert not torch.equal(trained.head.weight, start.head.weight)
+    found = predict(trained, data.validation)
+    assert metrics(trained, found)["gflops_per_image"] < plain_flops(trained, found.depth.shape[1]) / 1e9
 
 
 def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
