@@ -21,7 +21,7 @@ from avit_lib.evaluation.speed import PRECISIONS, TASKS
 from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import Study, get_profile
-from avit_lib.study.results import provenance, results_dir, stamp_readme, to_markdown, write_page
+from avit_lib.study.results import provenance, results_dir, stamp_pages, to_markdown, write_page
 from avit_lib.study.settings import changed
 from avit_lib.study.study import predict, train_run
 from avit_lib.training import load_checkpoint, pick_device, processes, read_json, write_atomically, write_json
@@ -330,7 +330,7 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
 def readme(*, common: Common = Common()) -> int:
     """Write the page of a profile's results and the tables in README.md again."""
     print(f"results: {write_page(get_profile(common.profile))}")
-    stamp_readme()
+    stamp_pages()
     return 0
 
 

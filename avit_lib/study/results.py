@@ -33,6 +33,13 @@ def results_dir(name: str) -> Path:
     return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / name
 
 
+class Sentence(str):
+    """Words that a notebook shows as a paragraph."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
 class Results:
     """The results folder of one profile and seed: ``table``, ``figure`` and ``metrics`` write into it."""
 
@@ -57,6 +64,13 @@ class Results:
         write_atomically(path, png.getvalue())
         self._describe(path, caption)
         return figure
+
+    def finding(self, words: str, name: str) -> "Sentence":
+        """Write a sentence on what was found, computed from the numbers, to findings/<name>.md; returns it, shown."""
+        path, words = self.folder / "findings" / f"{name}.md", " ".join(words.split())
+        write_atomically(path, (words + "\n").encode())
+        self._describe(path, words)
+        return Sentence(words)
 
     def metrics(self, values: dict[str, Any], name: str) -> None:
         """Write ``values`` to metrics/<name>.json with the provenance inside."""
@@ -134,6 +148,8 @@ def write_page(about: Profile | Collection) -> Path:
     folder, command = results_dir(about.name), getattr(about, "command", f"make reproduce PROFILE={about.name}")
     lines = [f"# Results: {about.name}", "", f"{about.purpose[0].upper()}{about.purpose[1:]}.", ""]
     lines += [f"Made by `{command}`; this page is generated, do not edit it.", ""]
+    found = [path.read_text() for path in sorted((folder / "findings").glob("*.md"))]
+    lines += ["## Findings", "", *found] if found else []
     made = []
     for kind, suffix in (("tables", ".md"), ("figures", ".png")):
         lines += [f"## {kind.capitalize()}", ""]
@@ -159,15 +175,23 @@ def write_page(about: Profile | Collection) -> Path:
     return target
 
 
-def stamp_readme(readme: Path | None = None) -> None:
-    """Put tables into README.md, each between its markers, such as ``<!-- begin fashion/04_summary -->``.
+def stamp_pages() -> None:
+    """``stamp_page`` for README.md, results/README.md and notebooks/README.md."""
+    for page in ("README.md", "results/README.md", "notebooks/README.md"):
+        stamp_page(project_root() / page)
 
-    Below each stands the command that made it, and below those of the benchmark what it was measured on.
+
+def stamp_page(page: Path) -> None:
+    """Put tables and findings into a page, each between its markers, such as ``<!-- begin fashion/04_summary -->``.
+
+    Below each table stands the command that made it, and below those of the benchmark what it was measured on.
     """
-    readme = readme or project_root() / "README.md"
-    before = text = readme.read_text() if readme.is_file() else ""
+    before = text = page.read_text() if page.is_file() else ""
     for begin, name, table in re.findall(r"(<!-- begin (\w+)/(\w+) -->)", before):
         path, end = results_dir(name) / "tables" / f"{table}.md", f"<!-- end {name}/{table} -->"
+        finding = results_dir(name) / "findings" / f"{table}.md"
+        if end in text and finding.is_file():
+            text = f"{text.split(begin)[0]}{begin}\n{finding.read_text()}{end}{text.split(end)[1]}"
         if end not in text or not path.is_file():
             continue
         described = read_json(path.with_suffix(".json"))
@@ -179,4 +203,4 @@ def stamp_readme(readme: Path | None = None) -> None:
         content = f"{begin}\n{path.read_text().strip()}{note}\n\n{line}\n{end}"
         text = text.split(begin)[0] + content + text.split(end)[1]
     if text != before:
-        write_atomically(readme, text.encode())
+        write_atomically(page, text.encode())

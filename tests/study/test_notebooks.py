@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from avit_lib import cli
 from avit_lib.study import fingerprint, notebooks
 from avit_lib.study.figures import batch_axis
-from avit_lib.study.results import stamp_readme
+from avit_lib.study.results import stamp_page
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "https://github.com/someone/avit"
@@ -388,24 +388,24 @@ def test_the_address_is_that_of_pyproject(project):
 
 def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsys):
     readme = project / "README.md"
-    stamp_readme(readme)
+    stamp_page(readme)
     assert not readme.exists()
     readme.write_text("before\n<!-- begin fashion/04_summary -->\nold\n<!-- end fashion/04_summary -->\nafter\n")
-    stamp_readme(readme)
+    stamp_page(readme)
     assert "old" in readme.read_text()
     table = project / "results" / "fashion" / "tables" / "04_summary.md"
     table.parent.mkdir(parents=True)
     table.write_text("| a |\n| ---: |\n| 1 |\n")
     facts = {"seed": 0, "commit": "0123456789abcdef", "date": "today", "hardware": "a computer"}
     table.with_suffix(".json").write_text(json.dumps({"provenance": facts}))
-    stamp_readme(readme)
+    stamp_page(readme)
     text = readme.read_text()
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
     readme.write_text("<!-- begin fashion/sweep_summary -->\nold\n<!-- end fashion/sweep_summary -->\n")
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
-    stamp_readme(readme)
+    stamp_page(readme)
     assert "Made by `make sweep PROFILE=fashion SEED=0`, commit" in readme.read_text()
 
 
@@ -423,7 +423,7 @@ def test_the_readme_gets_the_table_of_the_benchmark(project):
         "hardware": "a computer",
     }
     table.with_suffix(".json").write_text(json.dumps({"caption": "What it is.", "provenance": facts}))
-    stamp_readme(readme)
+    stamp_page(readme)
     assert (
         "| 1 |\n\nWhat it is.\n\nMade by `make benchmark`, commit 0123456789, today, on a computer."
         in readme.read_text()
