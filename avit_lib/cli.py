@@ -227,19 +227,20 @@ def visualize(
         found = common.test_images(model, run, decode=False)
         if max(numbers) >= len(found):
             raise UserError(f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}")
-        pixels, labels = zip(*(found[number] for number in numbers), strict=True)
-        titles = [run["classes"][label] for label in labels]
+        pixels, labels = found[numbers]
+        names = [run["classes"][label] for label in labels]
     else:
         read, statistics = adapting.reader(model, run)
-        pixels = [read(Path(name)) for name in images]
-        titles = [Path(path).stem for path in images]
-    pixels = torch.stack(pixels)
+        pixels = torch.stack([read(Path(name)) for name in images])
+        names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
+        if model.in_chans == 1:
+            print("this model sees little, and grey; in colour, without training: `python -m avit_lib adapt --help`")
     with torch.inference_mode():
-        _, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
-    png = io.BytesIO()
+        logits, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
     depth = torch.nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
-    figure = pictures.depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles)
-    figure.savefig(png, dpi=150, bbox_inches="tight")
+    titles = adapting.titles(names, logits, trace.depth, run["classes"])
+    figure = pictures.depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles, columns=5)
+    figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")
 

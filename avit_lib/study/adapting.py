@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.auto import tqdm
@@ -54,6 +54,17 @@ def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tens
     config = resolve_model_data_config(model)
     transform = create_transform(**config)
     return partial(read_image, image_size=size, channels=channels, transform=transform), (config["mean"], config["std"])
+
+
+def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) -> list[str]:
+    """Above each image: name, class predicted by logits [B, K] (of ImageNet's, without ``classes``), mean depth."""
+    known = ImageNetInfo()
+    words = [
+        classes[index] if classes else known.index_to_description(index).split(",")[0]
+        for index in logits.argmax(dim=1).tolist()
+    ]
+    means = depth.float().mean(dim=1).tolist()
+    return [f"{name}\npredicted: {word}\nmean depth {mean:.1f}" for name, word, mean in zip(names, words, means, strict=True)]
 
 
 def adapt_files(

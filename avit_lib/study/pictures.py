@@ -25,7 +25,8 @@ def mosaic(rows: list[Row], span: Span | None = None, layers: int = 0) -> Figure
     """Rows of square pictures with their names on the left; with the key of depth maps whose colours cover ``span``."""
     columns = max(len(pictures) for _, pictures, _ in rows)
     side = (WIDTH - 1.0) / columns
-    height = sum(side + 0.2 * bool(titles) for _, _, titles in rows) + (0.7 if span else 0)
+    lines = [max((1 + title.count("\n") for title in titles), default=0) for _, _, titles in rows]
+    height = sum(side + 0.2 * number for number in lines) + (0.7 if span else 0)
     figure, axes = subplots(len(rows), columns, height, "compressed")
     for axis in axes.flat:
         bare(axis)
@@ -34,8 +35,9 @@ def mosaic(rows: list[Row], span: Span | None = None, layers: int = 0) -> Figure
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
-            lines = textwrap.fill(title.replace("_", " "), max(8, 100 // columns), break_long_words=False)
-            axis.set_title(lines, fontsize=9)
+            width, parts = max(8, 100 // columns), title.replace("_", " ").split("\n")
+            wrapped = [textwrap.fill(part, width, break_long_words=False) for part in parts]
+            axis.set_title("\n".join(wrapped), fontsize=9)
     if span:
         _depth_key(figure, axes, span, layers)
     return figure
@@ -54,21 +56,27 @@ def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> F
     return mosaic([(classes[label].replace("_", " "), pictures[labels == label], []) for label in np.unique(labels)])
 
 
-def depth_maps(images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None) -> Figure:
+def depth_maps(
+    images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None, columns: int = 10
+) -> Figure:
     """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the last layer sees.
 
-    Colours and veils span the depths shown; the veils leave out the outer 2 percent at either end.
+    More than ``columns`` images go on in four further rows. Colours and veils span the depths shown; the veils leave
+    out the outer 2 percent at either end.
     """
     grid = grids(depth)
     span = (grid.min(), grid.max())
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
-    rows = [
-        ("image", rgb(images), titles or []),
-        ("depth", coloured(grid, span), []),
-        ("veiled\nby depth", veiled(images, veil), []),
-        ("in the\nlast layer", veiled(images, grid < layers), []),
-    ]
+    rows = []
+    for first in range(0, len(grid), columns):
+        part = slice(first, first + columns)
+        rows += [
+            ("image", rgb(images[part]), (titles or [])[part]),
+            ("depth", coloured(grid[part], span), []),
+            ("veiled\nby depth", veiled(images[part], veil[part]), []),
+            ("in the\nlast layer", veiled(images[part], grid[part] < layers), []),
+        ]
     return mosaic(rows, span, layers)
 
 
