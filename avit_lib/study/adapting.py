@@ -64,7 +64,8 @@ def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) 
         for index in logits.argmax(dim=1).tolist()
     ]
     means = depth.float().mean(dim=1).tolist()
-    return [f"{name}\npredicted: {word}\nmean depth {mean:.1f}" for name, word, mean in zip(names, words, means, strict=True)]
+    above = zip(names, words, means, strict=True)
+    return [f"{name}\npredicted: {word}\nmean depth {mean:.1f}" for name, word, mean in above]
 
 
 def adapt_files(
