@@ -301,7 +301,7 @@ def search(*, common: Computing = Computing()) -> None:
 
 @app.command
 def sweep(*, common: Computing = Computing()) -> None:
-    """Train and test the best runs of a profile from several seeds: mean and deviation."""
+    """Train and test the best runs of a profile from several seeds: mean and standard deviation."""
     from avit_lib.study.search import run_sweep
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))

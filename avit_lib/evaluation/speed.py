@@ -49,7 +49,8 @@ class Workload:
         depth = executed_depth(self.adaptive.eval().forward_with_trace(self.images)[1].depth).float()
         spread = depth.mean(dim=1).std(correction=0)
         layers = len(self.adaptive.blocks)
-        return f"{self.origin}: mean depth {depth.mean():.2f} of {layers}, deviation between images {spread:.2f}"
+        words = f"mean depth {depth.mean():.2f} of {layers}, standard deviation between images {spread:.2f}"
+        return f"{self.origin}: {words}"
 
 
 def synthetic_workload(
@@ -106,7 +107,7 @@ def prepared(
 def interleaved(
     functions: dict[str, Step], repeats: int, minimum: float = 0.2, limit: float = math.inf
 ) -> dict[str, list[float]]:
-    """Seconds a call of each of ``functions``, taken in turns so that a drift of the machine hits all alike."""
+    """Seconds a call of each of ``functions``, interleaved so that a drift of the machine hits all alike."""
     calls, samples = {}, {name: [] for name in functions}
     for name, function in functions.items():
         seconds = _timed(function)
@@ -138,7 +139,7 @@ def _timed(function: Step, calls: int = 1) -> float:
 
 
 def compared(functions: dict[str, Step], batch: int, repeats: int, limit: float = math.inf) -> pd.DataFrame:
-    """The ``functions``, each a step on ``batch`` images, timed in turns: a row each, with median and quartiles."""
+    """The ``functions``, each a step on ``batch`` images, interleaved: a row each, with median and quartiles."""
     rows, samples = [], interleaved(functions, repeats, limit=limit)
     for name, seconds in samples.items():
         low, middle, high = np.percentile(batch / np.array(seconds), (25, 50, 75))

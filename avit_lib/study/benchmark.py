@@ -95,7 +95,7 @@ COST_CAPTION = (
 
 
 def cost_table(speeds: pd.DataFrame) -> pd.DataFrame:
-    """Hours that the imagenet profile takes, from the images a second of training: a row a model and precision."""
+    """Hours that the imagenet profile takes, from the images/s of training: a row a model and precision."""
     profile = get_profile("imagenet")
     images = IMAGENET_IMAGES - 1000 * profile.data.validation_per_class
     by_model = speeds.query("task == 'training'").groupby(["model", "precision"], sort=False)

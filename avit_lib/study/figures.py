@@ -109,7 +109,7 @@ def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
     for row in sweep.itertuples():
         axis.annotate(f"{row.mean_depth:g}", (row.flops_ratio, row.speedup), (6, -11), textcoords="offset points")
     axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
-    axis.set(ylabel="images a second, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup"].min()), highest))
+    axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup"].min()), highest))
     return legend_above(figure, axis)
 
 
@@ -124,7 +124,7 @@ def throughput_by_batch(table: pd.DataFrame) -> Figure:
             axis.fill_between(line["batch"], low, high, color=SPEED_COLOURS[model], alpha=0.2, linewidth=0)
             axis.plot(line["batch"], line["images_per_second"], color=SPEED_COLOURS[model], marker="o", label=model)
         batch_axis(axis, part["batch"])
-        axis.set(title=f"{task}, {precision}", ylabel="images a second", ylim=(0, None))
+        axis.set(title=f"{task}, {precision}", ylabel="images/s", ylim=(0, None))
     return legend_above(figure, axes[0, 0])
 
 

@@ -160,7 +160,7 @@ def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataF
 
 
 def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
-    """One row a model, from one a model and seed: the seeds, then mean and sample deviation of every figure."""
+    """One row a model, from one a model and seed: the seeds, then mean and standard deviation of every figure."""
     groups = figures.groupby(["model", "method"], sort=False)
     seeds = groups["seed"].agg(lambda seeds: " ".join(map(str, seeds))).rename("seeds")
     values = groups[list(figures.columns.drop(["model", "method", "seed"]))]
@@ -168,7 +168,7 @@ def sweep_table(figures: pd.DataFrame) -> pd.DataFrame:
 
 
 def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
-    """The sweep in words, for people: mean and deviation, with the differences from each reference (label to name)."""
+    """The sweep in words, for people, with the differences from each reference (label to name)."""
     table, form = sweep[["model", "method", "seeds"]].copy(), "{:.1f} ± {:.1f}"
     table["mean per-class accuracy [%]"] = percentages(sweep[["accuracy_macro", "accuracy_macro_std"]], form)
     for label, name in references.items():

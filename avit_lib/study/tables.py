@@ -117,7 +117,7 @@ def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.Dat
     table["mean depth [layers]"] = evaluation["mean_depth"].map("{:.2f}".format).replace("nan", "")
     table["GFLOPs per image"] = evaluation["gflops_per_image"].map("{:.4f}".format)
     table["FLOPs saved"] = evaluation["flops_saved"].map("{:.1%}".format)
-    table["images a second"] = evaluation["images_per_second"].map("{:.0f}".format)
+    table["images/s"] = evaluation["images_per_second"].map("{:.0f}".format)
     table["speed-up"] = evaluation["speedup"].map("{:.2f}".format)
     return table
 
