@@ -106,6 +106,17 @@ def test_no_tracked_file_is_heavy():
     assert not [path for path in files if (ROOT / path).stat().st_size > 3 * MEGABYTE]
 
 
+def test_the_readme_is_read_in_a_minute():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "notebooks/README.md", "data/README.md"])
+def test_what_a_page_links_to_is_there(page):
+    """In the repository; of results, files of their folder that git keeps."""
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    assert targets and not [target for target in targets if not ((ROOT / page).parent / target).exists()]
+
+
 def test_of_the_data_only_the_published_archives_are_tracked():
     archives = {RAW / name for name, _ in FashionMNIST.resources}
     assert {path for path in tracked() if path.parts[0] == "data"} == archives | {Path("data/README.md")}

@@ -66,6 +66,14 @@ def test_a_model_of_the_study_is_adapted_and_tested(folder, tmp_path, capsys):
     assert '"gflops_per_image"' in capsys.readouterr().out
 
 
+def test_titles_say_name_prediction_and_mean_depth():
+    depth = torch.tensor([[12, 6], [4, 4]])
+    found = adapting.titles(["a.jpg", "b.jpg"], torch.eye(3)[[2, 0]], depth, ["ant", "bee", "cat"])
+    assert found == ["a.jpg\npredicted: cat\nmean depth 9.0", "b.jpg\npredicted: ant\nmean depth 4.0"]
+    (found,) = adapting.titles(["c.jpg"], torch.eye(1000)[[281]], depth[:1], [])
+    assert "predicted: tabby" in found
+
+
 FAULTS = {
     "there is no model 'none'": ["--model", "none"],
     "cannot be adapted: it is no VisionTransformer": ["--model", "resnet18"],

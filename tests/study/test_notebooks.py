@@ -20,7 +20,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from avit_lib import cli
 from avit_lib.study import fingerprint, notebooks
 from avit_lib.study.figures import batch_axis
-from avit_lib.study.results import stamp_page
+from avit_lib.study.results import Results, stamp_page
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "https://github.com/someone/avit"
@@ -402,6 +402,11 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     text = readme.read_text()
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
+    readme.write_text("In short: <!-- begin fashion/04_models -->\nold\n<!-- end fashion/04_models --> and so on\n")
+    found = Results("fashion", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
+    assert found == found._repr_markdown_() == "One model saves half."
+    stamp_page(readme)
+    assert "-->\nOne model saves half.\n<!-- end" in readme.read_text()
     readme.write_text("<!-- begin fashion/sweep_summary -->\nold\n<!-- end fashion/sweep_summary -->\n")
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))

@@ -84,6 +84,15 @@ def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figur
     np.testing.assert_allclose(colours[:, :3], [first[0, 0], first[0, 1], second[0, 1]], atol=0.01)
 
 
+def test_more_images_go_on_in_further_rows_with_their_titles():
+    titles = [f"folder/image_{number}\npredicted: cat" for number in range(5)]
+    figure = pictures.depth_maps(np.zeros((5, 1, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2)
+    axes = np.array(figure.axes[:-1]).reshape(12, 2)  # the last is the key
+    found = [axis.get_title() for row in axes[::4] for axis in row]
+    assert found == [title.replace("_", " ") for title in titles] + [""]
+    assert len(axes[0, 0].images) == 1 and not axes[8, 1].images
+
+
 def test_the_last_row_shows_what_the_last_layer_sees():
     images, depth = np.ones((1, 3, 28, 28)), np.array([[4, 1, 4, 3, 4]])
     (axis,) = rows(pictures.depth_maps(images, depth, layers=4))["in the\nlast layer"]
