@@ -90,7 +90,7 @@ def unknown_option(place):
     return place.fit("--epoch-count", 3)
 
 
-@fault('Unknown command "train"', also="Available commands: fit, test")
+@fault('Unknown command "train"', also="Available commands: fit, adapt, test")
 def unknown_command(place):
     return ["train"]
 

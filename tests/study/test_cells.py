@@ -34,7 +34,7 @@ class Kept(dict):
         self[f"{kind} {name}"] = value
         return value
 
-    table = figure = metrics = _keep
+    table = figure = metrics = finding = _keep
 
 
 def run_cells(notebook: str, first: str, count: int | None = None, **names) -> Kept:
