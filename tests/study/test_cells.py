@@ -224,7 +224,7 @@ def test_a_model_is_turned_to_other_depths():
     models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
     found = {name: study.predict(model, study.test) for name, model in models.items()}
     results = run_cells(
-        "04_evaluation", "table = tables.evaluation_table", 5, study=study, predictions=found, models=models
+        "04_evaluation", "table = tables.evaluation_table", 7, study=study, predictions=found, models=models
     )
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
