@@ -18,15 +18,14 @@ DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # what covers halted tokens: a colour, so that it shows on black and on white
 
 Row = tuple[str, np.ndarray, list[str]]  # its name, pictures [B, H, W, 3], and titles above them, if any
-Span = tuple[float, float]  # the shallowest and the deepest layer that are shown
 
 
-def mosaic(rows: list[Row], span: Span | None = None, layers: int = 0) -> Figure:
-    """Rows of square pictures with their names on the left; with the key of depth maps whose colours cover ``span``."""
+def mosaic(rows: list[Row], layers: int = 0) -> Figure:
+    """Rows of square pictures with their names on the left; with the key of depth maps, if there are ``layers``."""
     columns = max(len(pictures) for _, pictures, _ in rows)
     side = (WIDTH - 1.0) / columns
     lines = [max((1 + title.count("\n") for title in titles), default=0) for _, _, titles in rows]
-    height = sum(side + 0.2 * number for number in lines) + (0.7 if span else 0)
+    height = sum(side + 0.2 * number for number in lines) + (0.7 if layers else 0)
     figure, axes = subplots(len(rows), columns, height, "compressed")
     for axis in axes.flat:
         bare(axis)
@@ -38,8 +37,8 @@ def mosaic(rows: list[Row], span: Span | None = None, layers: int = 0) -> Figure
             width, parts = max(8, 100 // columns), title.replace("_", " ").split("\n")
             wrapped = [textwrap.fill(part, width, break_long_words=False) for part in parts]
             axis.set_title("\n".join(wrapped), fontsize=9)
-    if span:
-        _depth_key(figure, axes, span, layers)
+    if layers:
+        _depth_key(figure, axes, layers)
     return figure
 
 
@@ -61,11 +60,10 @@ def depth_maps(
 ) -> Figure:
     """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the last layer sees.
 
-    More than ``columns`` images go on in four further rows. Colours and veils span the depths shown; the veils leave
-    out the outer 2 percent at either end.
+    More than ``columns`` images go on in four further rows. Veils span the depths shown but for the outer 2 percent at
+    either end.
     """
     grid = grids(depth)
-    span = (grid.min(), grid.max())
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = []
@@ -73,20 +71,19 @@ def depth_maps(
         part = slice(first, first + columns)
         rows += [
             ("image", rgb(images[part]), (titles or [])[part]),
-            ("depth", coloured(grid[part], span), []),
+            ("depth", coloured(grid[part], layers), []),
             ("veiled\nby depth", veiled(images[part], veil[part]), []),
             ("in the\nlast layer", veiled(images[part], grid[part] < layers), []),
         ]
-    return mosaic(rows, span, layers)
+    return mosaic(rows, layers)
 
 
 def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], layers: int) -> Figure:
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
-    shown = np.concatenate([grids(depth) for _, depth, _ in groups.values()])
-    span, rows = (shown.min(), shown.max()), []
+    rows = []
     for name, (images, depth, titles) in groups.items():
-        rows += [(name, rgb(images), titles), ("", coloured(grids(depth), span), [])]
-    return mosaic(rows, span, layers)
+        rows += [(name, rgb(images), titles), ("", coloured(grids(depth), layers), [])]
+    return mosaic(rows, layers)
 
 
 def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
@@ -109,9 +106,9 @@ def grids(depth: ArrayLike) -> np.ndarray:
     return patches.reshape(-1, side, side)
 
 
-def coloured(grid: np.ndarray, span: Span) -> np.ndarray:
-    """Depths [B, G, G] as colours [B, G, G, 3], which run over ``span``."""
-    return mpl.colormaps[DEPTH_COLOURS](Normalize(*span)(grid))[..., :3]
+def coloured(grid: np.ndarray, layers: int) -> np.ndarray:
+    """Depths [B, G, G] as colours [B, G, G, 3], the same in every figure: they run from the first layer to the last."""
+    return mpl.colormaps[DEPTH_COLOURS](Normalize(1, layers)(grid))[..., :3]
 
 
 def rgb(images: ArrayLike) -> np.ndarray:
@@ -128,9 +125,9 @@ def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 
-def _depth_key(figure: Figure, axes: np.ndarray, span: Span, layers: int) -> None:
+def _depth_key(figure: Figure, axes: np.ndarray, layers: int) -> None:
     """The key of depth maps, below them: one colour a layer."""
-    shown = np.arange(span[0], span[1] + 1)
+    shown = np.arange(1, layers + 1)
     norm = BoundaryNorm(np.append(shown, shown[-1] + 1) - 0.5, len(shown))
     key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(len(shown)))
     bar = figure.colorbar(key, ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015, ticks=shown)

@@ -264,7 +264,7 @@ def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
     np.testing.assert_allclose(drawn(results["figure 04_confusion_change"]), change)
 
 
-@pytest.mark.parametrize(("classes", "named", "numbered"), [(3, 3, True), (20, 20, False), (40, 0, False)])
+@pytest.mark.parametrize(("classes", "named", "numbered"), [(3, 3, True), (20, 20, False)])
 def test_a_confusion_map_has_the_true_class_in_rows_and_as_much_text_as_fits(monkeypatch, classes, named, numbered):
     monkeypatch.setattr(f"{__name__}.CLASSES", tuple(f"class_{number}" for number in range(classes)))
     labels = [0] * 4 + [2] * 2500
@@ -414,7 +414,7 @@ def test_figures_of_few_and_of_many_classes_keep_their_labels_on_the_page(monkey
     changes = pd.DataFrame({"class": names, "images": 9, "before": before, "after": after, "change": after - before})
     shown = {"05_class_change": arrows(changes.sort_values("change")).figure}
     shown |= {name: value for name, value in evaluated(found, plain).items() if name.startswith("figure")}
-    assert len(shown) == 4
+    assert len(shown) == (4 if classes <= 20 else 2)  # no matrix of many
     assert_labels_on_the_page(shown)
 
 
