@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from avit_lib.errors import UserError
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.halting import HaltingTrace
-from avit_lib.packed import Layout, drop_path, packed_attention, split_off, whole_layout
+from avit_lib.packed import Layout, packed_attending, packed_mlp, split_off, whole_layout
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
@@ -121,8 +121,7 @@ def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
 
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     """The second half of timm's Block, the MLP."""
-    change = drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(packed.tokens))), packed.layout)
-    return replace(packed, tokens=packed.tokens + change)
+    return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
 def schedule(layers: int, slope: float) -> Tensor:
@@ -261,9 +260,8 @@ class Adaptive(VisionTransformer):
     def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Packed, Tensor]:
         """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
         bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # all of size 1
-        attended, qkv = packed_attention(block.attn, block.norm1(packed.tokens), packed.layout, bias)
-        change = drop_path(block.drop_path1, block.ls1(attended), packed.layout)
-        return replace(packed, tokens=packed.tokens + change), qkv
+        tokens, qkv = packed_attending(block, packed.tokens, packed.layout, bias)
+        return replace(packed, tokens=tokens), qkv
 
     def _score(self, qkv: Tensor, packed: Packed, count: int) -> tuple[Tensor, Tensor]:
         """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""

@@ -83,9 +83,20 @@ def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable
 
 def packed_block(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     """timm's Block on a packed buffer: tokens [T, D] -> [T, D]. Stochastic depth drops whole images, as timm does."""
-    attended, _ = packed_attention(block.attn, block.norm1(tokens), layout)
-    tokens = tokens + drop_path(block.drop_path1, block.ls1(attended), layout)
-    return tokens + drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
+    return packed_mlp(block, packed_attending(block, tokens, layout)[0], layout)
+
+
+def packed_attending(
+    block: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The first half of the block: tokens [T, D] after attention, and queries, keys, values [T, 3, heads, d]."""
+    attended, qkv = packed_attention(block.attn, block.norm1(tokens), layout, bias)
+    return tokens + _drop_path(block.drop_path1, block.ls1(attended), layout), qkv
+
+
+def packed_mlp(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
+    """The second half of the block: tokens [T, D] after the MLP."""
+    return tokens + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), layout)
 
 
 def packed_attention(
@@ -102,8 +113,7 @@ def packed_attention(
     return module.proj_drop(module.proj(module.norm(attended))), qkv
 
 
-def drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
-    """timm's DropPath on a packed buffer: whole images are dropped."""
+def _drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     if isinstance(module, nn.Identity) or not module.training:
         return tokens
     return tokens * module(tokens.new_ones(len(layout.counts), 1))[layout.segment]  # one draw an image

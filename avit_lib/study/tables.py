@@ -55,13 +55,18 @@ def validation_images(study: Study, most: int) -> Tensor:
     return data[chosen][0].to(study.device)
 
 
-def evaluation_table(study: Study, predictions: dict[str, Predictions]) -> pd.DataFrame:
-    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved."""
+def evaluation_table(
+    study: Study, predictions: dict[str, Predictions], others: Mapping[str, nn.Module] | None = None
+) -> pd.DataFrame:
+    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
+
+    First the trained ones; ``others`` are those of ``merged_models``.
+    """
     plain, rows = study.profile.plain, []
     for run in study.profile.runs:
         figures = with_intervals(study.load(run.name), predictions[run.name])
         rows.append({"model": run.label, "method": run.method, "init": run.init} | figures)
-    for name, model in merged_models(study).items():
+    for name, model in (others or {}).items():
         peer = isinstance(model, TokenMerging)
         figures = with_intervals(model.model if peer else model, predictions[name])
         if peer:
@@ -87,14 +92,13 @@ def speed_table(
 ) -> pd.DataFrame:
     """``throughput`` of the trained models on test images, one row a model and batch size (default: that of training).
 
-    ``masked`` adds the models that halt as the paper executes them, in place of merged ones; ``others`` come last.
+    ``masked`` adds the models that halt as the paper executes them; ``others`` come last.
     """
     runs = study.profile.runs
     models = {run.label: (study.load(run.name), "packed") for run in runs}
     if masked:
         models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
-    more = ({} if masked else merged_models(study)) | dict(others or {})
-    models |= {name: (model, "packed") for name, model in more.items()}
+    models |= {name: (model, "packed") for name, model in (others or {}).items()}
     batches = batches or [study.profile.plain.training.batch_size]
     return pd.concat([throughput(models, first_images(study, batch)) for batch in batches], ignore_index=True)
 

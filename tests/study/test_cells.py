@@ -161,12 +161,14 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 def test_merged_models_stand_beside_the_trained_ones():
     adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
     study = of_models(adaptive, merging=(2, 3), dial={})
-    models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
+    untrained = tables.merged_models(study)
+    models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}
     assert list(found)[:-2] == [*(run.name for run in SMOKE.runs), *MERGED]
     adapted = list(found)[-2:]
     assert all(name.startswith("Adaptive merging") for name in adapted)
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, study=study, predictions=found)
+    names = dict(study=study, predictions=found, untrained=untrained)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, **names)
     table = results["table evaluation"].set_index("model")
     assert list(table.index) == [*LABELS, *MERGED, *adapted]
     assert list(table["method"])[-4:] == ["peer", "peer", "ours", "ours"]
@@ -221,11 +223,11 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
 def test_a_model_is_turned_to_other_depths():
     model = varied_model(depth=4).float()
     study = of_models(model, merging=(), dial={"avit_finetuned": (2.0, 3.0)})
-    models = {run.name: study.load(run.name) for run in study.profile.runs} | tables.merged_models(study)
+    untrained = tables.merged_models(study)
+    models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}
-    results = run_cells(
-        "04_evaluation", "table = tables.evaluation_table", 7, study=study, predictions=found, models=models
-    )
+    names = dict(study=study, predictions=found, models=models, untrained=untrained)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 7, **names)
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
     assert points["beta"]["A-ViT fine-tuned, depth 2"] > points["beta"]["A-ViT fine-tuned, depth 3"]
