@@ -27,21 +27,7 @@ from avit_lib.packed import Layout, packed_attending, packed_mlp, split_off, who
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
-FEATURES, ORDERS = ("queries", "keys", "values"), ("chessboard", "alternating")
-
-
-@dataclass(frozen=True)
-class MergingRule:
-    """Who merges, but for the thresholds; the defaults were found on photographs without labels (notebook 07)."""
-
-    importance: float = 0.2  # weight of the logarithm of a token's importance, against similarity
-    feature: str = "keys"  # what is compared, averaged over heads, one of FEATURES
-    order: str = "chessboard"  # who asks whom: one colour the other, or "alternating": every second patch the others
-    slope: float = 0.8  # of the merges over the layers: 0 the same number in each, 1 none in the first
-
-    def __post_init__(self):
-        if self.feature not in FEATURES or self.order not in ORDERS or not 0 <= self.slope <= 1:
-            raise UserError(f"{self} is no rule: feature is one of {FEATURES}, order of {ORDERS}, slope 0 to 1")
+IMPORTANCE_WEIGHT = 0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -124,24 +110,22 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
-def schedule(layers: int, slope: float) -> Tensor:
-    """How the merges are spread over the layers, [L]: most in the middle, none in the last."""
-    return torch.cat([1 - slope * torch.linspace(-1, 1, layers)[:-1].abs(), torch.zeros(1)])
+def planned(model: VisionTransformer, count: int, saved: float) -> list[float]:
+    """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs.
 
-
-def planned(model: VisionTransformer, count: int, saved: float, slope: float) -> list[float]:
-    """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs."""
-    shape, whole = schedule(len(model.blocks), slope).tolist(), plain_flops(model, count)
+    Layer l merges a share of the patches left that is proportional to l + 1, at most every second one; the last none.
+    """
+    layers, prefix, whole = len(model.blocks), model.num_prefix_tokens, plain_flops(model, count)
 
     def share(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
-        for part in shape:
-            numbers.append(min(scale * part, (left - model.num_prefix_tokens) / 2))
-            done += block_flops(model, left, left - numbers[-1], merges=part > 0)
+        for layer in range(1, layers + 1):
+            numbers.append(min(scale * (layer + 1), 0.5) * (left - prefix) if layer < layers else 0.0)
+            done += block_flops(model, left, left - numbers[-1], merges=layer < layers)
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
-    low, high = 0.0, float(count)
+    low, high = 0.0, 0.5
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if share(middle)[0] < saved else (low, middle)
@@ -155,13 +139,11 @@ class Adaptive(VisionTransformer):
     """
 
     thresholds: Tensor
-    merging: MergingRule
+    importance_weight: float
 
     def embed(self, images: Tensor) -> Tensor:
-        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]; by turns a patch of one colour of a
-        chessboard and one of the other, so that each asks its neighbours."""
-        tokens = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-        return tokens[:, self._order(tokens.shape[1], tokens.device)]
+        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The normalised tokens [B, N, D] of images [B, C, H, W], each merged one as what stands for it."""
@@ -219,17 +201,6 @@ class Adaptive(VisionTransformer):
             self.thresholds.copy_(before)
             raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
 
-    def _order(self, count: int, device: torch.device) -> Tensor:
-        """The places of the tokens in the order in which they are computed."""
-        prefix, width = self.num_prefix_tokens, self.patch_embed.grid_size[1]
-        if self.merging.order == "alternating":
-            return torch.arange(count, device=device)
-        place = torch.arange(count - prefix, device=device)
-        colours = ((place // width + place % width) % 2).argsort(stable=True)  # one colour, then the other
-        alternating = torch.empty_like(place)
-        alternating[::2], alternating[1::2] = colours.tensor_split([(len(place) + 1) // 2])
-        return torch.cat([torch.arange(prefix, device=device), alternating + prefix])
-
     def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
         """What is left of embedded tokens [B, N, D], and of each [B * N] who stands for it at last, and its depth."""
         batch, count, _ = tokens.shape
@@ -248,14 +219,12 @@ class Adaptive(VisionTransformer):
         return packed, into, depth
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised tokens [B, N, D] and depth [B, N] of images, in the order of the original."""
+        """Normalised tokens [B, N, D] and depth [B, N] of images: a merged token is what stands for it."""
         batch, count, _ = (tokens := self.embed(images)).shape
         packed, into, depth = self._layers(tokens)
         row = torch.empty_like(into)
         row[packed.layout.index] = torch.arange(len(packed.tokens), device=into.device)
-        back = self._order(count, into.device).argsort()
-        tokens = self.norm(packed.tokens)[row[into]].view(batch, count, -1)
-        return tokens[:, back], depth.view(batch, count)[:, back]
+        return self.norm(packed.tokens)[row[into]].view(batch, count, -1), depth.view(batch, count)
 
     def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Packed, Tensor]:
         """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
@@ -265,23 +234,22 @@ class Adaptive(VisionTransformer):
 
     def _score(self, qkv: Tensor, packed: Packed, count: int) -> tuple[Tensor, Tensor]:
         """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""
-        layout, prefix, rule = packed.layout, self.num_prefix_tokens, self.merging
+        layout, prefix = packed.layout, self.num_prefix_tokens
         patches = layout.index % count >= prefix
-        feature = qkv[:, FEATURES.index(rule.feature)]
-        score, partner = stand_in(sum(feature.unbind(1)), layout, patches, prefix)
-        if self.cls_token is not None and rule.importance:
-            score = score - rule.importance * importance(qkv, packed.size, layout, patches)
+        score, partner = stand_in(sum(qkv[:, 1].unbind(1)), layout, patches, prefix)
+        if self.cls_token is not None and self.importance_weight:
+            score = score - self.importance_weight * importance(qkv, packed.size, layout, patches)
         return score, partner
 
     def _set_thresholds(self, images: Tensor, wish: float) -> float:
         """Thresholds by which about ``wish`` of the FLOPs is saved on images; returns the share that really is.
 
-        The same number of tokens in all images together, spread over the layers as ``schedule`` says, merges in each.
+        In each layer as many tokens merge, in all images together, as is ``planned``.
         """
         states = [unmerged(self.embed(part)) for part in images.split(64)]
         count = len(states[0].tokens) // len(states[0].layout.lengths)
         done, self.thresholds[:] = fixed_flops(self), torch.inf
-        for layer, number in enumerate(planned(self, count, wish, self.merging.slope)):
+        for layer, number in enumerate(planned(self, count, wish)):
             block, before = self.blocks[layer], torch.cat([state.layout.counts for state in states]).double()
             states, seen = zip(*(self._attend(block, state, count) for state in states), strict=True)
             if number > 0:
@@ -306,7 +274,7 @@ def _edge(scores: Tensor, wanted: int) -> float:
 
 
 def adapt(
-    model: VisionTransformer, images: Tensor, saved: float, rule: MergingRule = MergingRule(),
+    model: VisionTransformer, images: Tensor, saved: float, importance_weight: float = IMPORTANCE_WEIGHT,
     report: Callable[[float], None] = lambda _: None,
 ) -> Adaptive:  # fmt: skip
     """A copy of a trained ``model`` of timm's that saves about ``saved`` of its FLOPs; nothing is trained.
@@ -314,20 +282,20 @@ def adapt(
     ``images`` [B, C, H, W], some hundred without labels, are as the model expects them; thresholds are set on them.
     Raises UserError for a model that cannot be adapted, and as ``Adaptive.calibrate`` does.
     """
-    adaptive = without_thresholds(model, rule)
+    adaptive = without_thresholds(model, importance_weight)
     if not all(weights.isfinite().all() for weights in model.state_dict().values()):
         raise UserError("the model has weights that are no numbers (NaN or infinite); load it again")
     adaptive.calibrate(images, saved, report)
     return adaptive
 
 
-def without_thresholds(model: VisionTransformer, rule: MergingRule = MergingRule()) -> Adaptive:
+def without_thresholds(model: VisionTransformer, importance_weight: float = IMPORTANCE_WEIGHT) -> Adaptive:
     """A copy of ``model`` whose thresholds are infinite, for a state dict to be loaded into; raises UserError."""
     if reason := why_not(model):
         raise UserError(f"{type(model).__name__} cannot be adapted: {reason}")
     adaptive = deepcopy(model)
     adaptive.__class__ = type(f"Adaptive{type(model).__name__}", (Adaptive, type(model)), {})
-    adaptive.merging = rule
+    adaptive.importance_weight = importance_weight
     adaptive.register_buffer("thresholds", torch.full((len(model.blocks),), torch.inf))
     return adaptive
 

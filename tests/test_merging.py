@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 import avit_lib
 from avit_lib.errors import UserError
 from avit_lib.evaluation import counted_flops, flops_per_image
-from avit_lib.merging import Adaptive, MergingRule, adapt, without_thresholds
+from avit_lib.merging import IMPORTANCE_WEIGHT, Adaptive, adapt, without_thresholds
 
 SMALL = dict(depth=4, embed_dim=48, num_heads=3, num_classes=7)
 ARCHITECTURES = {
@@ -69,7 +69,7 @@ def one_image(model: Adaptive, image: torch.Tensor) -> tuple[torch.Tensor, torch
         worth = torch.zeros(len(tokens)).double()
         if model.cls_token is not None:
             worth = (attention[:, 0].T * v.norm(dim=-1)).mean(dim=1)
-            worth = MergingRule().importance * (worth / worth[prefix:].mean()).log()
+            worth = IMPORTANCE_WEIGHT * (worth / worth[prefix:].mean()).log()
         asked = list(range(prefix, len(tokens), 2))
         joins = {}
         for asking in range(prefix + 1, len(tokens), 2):
@@ -89,8 +89,7 @@ def one_image(model: Adaptive, image: torch.Tensor) -> tuple[torch.Tensor, torch
     whole = torch.empty(len(depth), tokens.shape[1]).double()
     for group, token in zip(groups, tokens, strict=True):
         whole[group] = token
-    back = model._order(len(depth), whole.device).argsort()
-    return model.forward_head(model.norm(whole[back][None]))[0], depth[back]
+    return model.forward_head(model.norm(whole[None]))[0], depth
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -236,19 +235,10 @@ def test_weights_that_are_no_numbers_are_told():
         adapt(model, photographs(model), 0.3)
 
 
-@pytest.mark.parametrize("change", [{"feature": "tokens"}, {"order": "random"}, {"slope": 1.5}])
-def test_a_rule_that_there_is_not_is_refused(change):
-    with pytest.raises(UserError, match="is no rule"):
-        MergingRule(**change)
-
-
-@pytest.mark.parametrize(
-    "change", [{"feature": "values"}, {"order": "alternating"}, {"slope": 0.0}, {"importance": 0.0}]
-)
-def test_every_choice_of_the_rule_changes_who_merges_and_not_how_much_is_saved(change):
+def test_importance_changes_who_merges_and_not_how_much_is_saved():
     model = make(depth=6)
     images = photographs(model, 32)
-    found = [adapt(model, images, 0.3, rule) for rule in (MergingRule(), MergingRule(**change))]
+    found = [adapt(model, images, 0.3, weight) for weight in (IMPORTANCE_WEIGHT, 0.0)]
     depths = [adaptive.forward_with_trace(images)[1].depth for adaptive in found]
     assert not torch.equal(*depths)
     saved = [flops_per_image(*pair).mean().item() for pair in zip(found, depths, strict=True)]

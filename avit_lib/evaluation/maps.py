@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from avit_lib.data import Images, loader, to_pixels
+
 TOLERANCE = 0.1  # of a colour, in any channel of 0..1, within which it counts as that of the border
 BORDER = 0.98  # share of its pixels that have the border colour, where the background has one
 OBJECT, BACKGROUND = 0.5, 0.02  # share of differing pixels: patches of the object have more, of the background less
@@ -21,6 +23,13 @@ def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     plain = ((border - colour[..., None]).abs().amax(dim=1) <= TOLERANCE).float().mean(dim=-1) >= BORDER
     other = ((images - colour[..., None, None]).abs().amax(dim=1) > TOLERANCE).float()
     return plain, F.adaptive_avg_pool2d(other, grid).flatten(1)
+
+
+def plain_backgrounds(data: Images, grid: int) -> tuple[Tensor, Tensor]:
+    """The numbers [k] of the images of ``data`` whose border has one colour, and ``differing`` of them [k, grid²]."""
+    plain, share = zip(*(differing(to_pixels(images), grid) for images, _ in loader(data, 250)), strict=True)
+    chosen = torch.cat(plain).nonzero()[:, 0]
+    return chosen, torch.cat(share)[chosen]
 
 
 def object_auc(depth: Tensor, share: Tensor) -> Tensor:

@@ -57,14 +57,12 @@ def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tens
 
 
 def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) -> list[str]:
-    """Above each image: name, class predicted by logits [B, K] (of ImageNet's, without ``classes``), mean depth."""
-    known = ImageNetInfo()
-    words = [
-        classes[index] if classes else known.index_to_description(index).split(",")[0]
-        for index in logits.argmax(dim=1).tolist()
-    ]
+    """Above each image: name, prediction (of ``classes``, else of ImageNet), mean depth; logits [B, K]."""
+    if not classes:
+        known = ImageNetInfo().index_to_description if logits.shape[1] == CLASSES else "class {}".format
+        classes = [known(index).split(",")[0] for index in range(logits.shape[1])]
     means = depth.float().mean(dim=1).tolist()
-    above = zip(names, words, means, strict=True)
+    above = zip(names, (classes[index] for index in logits.argmax(dim=1)), means, strict=True)
     return [f"{name}\npredicted: {word}\nmean depth {mean:.1f}" for name, word, mean in above]
 
 

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
-SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[2]}
+SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[1]}
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
 
 
@@ -38,12 +38,11 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 
 def model_colour(label: str) -> tuple[float, float, float]:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    if label.startswith(("ToMe", "Adaptive")):
-        return PALETTE[4 if label.startswith("ToMe") else 2]
     if not label.startswith("A-ViT"):
-        return PALETTE[9 if "trained on" in label else 0]
-    colours = {"half": 3, "halting trained": 8, "ImageNet": 2, "fine-tuned": 1, "halting held": 1}
-    return PALETTE[next((number for word, number in colours.items() if word in label), 2)]
+        kinds = {"ToMe": 4, "Adaptive": 2, "longer": 9}
+        return PALETTE[next((number for word, number in kinds.items() if word in label), 0)]
+    kinds = {"half": 5, "halting trained": 3, "ImageNet": 6, "fine-tuned": 1, "halting held": 1}
+    return PALETTE[next((number for word, number in kinds.items() if word in label), 6)]
 
 
 def percent(axis: Axes, which: str = "y") -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from avit_lib.data import weights_dir
 from avit_lib.errors import UserError
-from avit_lib.merging import Adaptive, MergingRule, without_thresholds
+from avit_lib.merging import Adaptive, without_thresholds
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 
@@ -32,7 +31,7 @@ def save_checkpoint(path: Path, model: nn.Module, name: str, arguments: dict[str
     write_atomically(path, weights)
     description = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest(), **facts}
     if isinstance(model, Adaptive):
-        description["merging"] = asdict(model.merging)
+        description["merging"] = {"importance_weight": model.importance_weight}
     write_json(path.with_suffix(".json"), description)
 
 
@@ -46,7 +45,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
     try:
         model, checksum = create_model(description["model"], description["arguments"]), description["sha256"]
         if "merging" in description:
-            model = without_thresholds(model, MergingRule(**description["merging"]))
+            model = without_thresholds(model, **description["merging"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:

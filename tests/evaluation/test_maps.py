@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from avit_lib.evaluation.maps import chessboard, differing, object_auc
+from avit_lib.data.images import Images
+from avit_lib.evaluation.maps import chessboard, differing, object_auc, plain_backgrounds
 
 
 def square_on_white(size=8):
@@ -19,6 +20,16 @@ def test_a_border_of_one_colour_is_told_from_others_and_the_object_is_what_diffe
     plain, share = differing(torch.stack([square_on_white(), framed]), 4)
     assert plain.tolist() == [True, False]
     assert share[0].view(4, 4).tolist() == [[0] * 4, [0, 1, 1, 0], [0, 1, 1, 0], [0] * 4]
+
+
+def test_of_a_data_set_those_with_a_border_of_one_colour_are_found():
+    framed = square_on_white()
+    framed[:, 0, :4] = 0.5
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    images = torch.stack([framed, square_on_white(), framed, square_on_white()])
+    data = Images(images, torch.zeros(4).long(), ("square",), lambda pixels: (pixels - mean) / std)
+    chosen, share = plain_backgrounds(data, 4)
+    assert chosen.tolist() == [1, 3] and share.shape == (2, 16) and share.sum() == 8
 
 
 def test_the_auc_is_the_share_of_pairs_in_which_the_object_is_deeper():

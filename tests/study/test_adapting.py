@@ -72,6 +72,8 @@ def test_titles_say_name_prediction_and_mean_depth():
     assert found == ["a.jpg\npredicted: cat\nmean depth 9.0", "b.jpg\npredicted: ant\nmean depth 4.0"]
     (found,) = adapting.titles(["c.jpg"], torch.eye(1000)[[281]], depth[:1], [])
     assert "predicted: tabby" in found
+    (found,) = adapting.titles(["d.jpg"], torch.eye(40)[[7]], depth[:1], [])
+    assert "predicted: class 7" in found
 
 
 FAULTS = {

@@ -143,7 +143,7 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
 
 # --- 04: tables -------------------------------------------------------------------------------------------------------
 
-LABELS = ["DeiT", "DeiT trained on", "A-ViT", "A-ViT fine-tuned"]
+LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 MERGED = ["ToMe, r = 2", "ToMe, r = 3"]
 
 
@@ -177,11 +177,11 @@ def test_merged_models_stand_beside_the_trained_ones():
     assert table.loc["ToMe, r = 2", "flops_saved"] > 0 and table["mean_depth"].isna().sum() == 2
     differences = results["table 04_differences"]
     assert list(differences["model"]) == [*LABELS[1:], *MERGED, *adapted, LABELS[0], *LABELS[2:], *MERGED, *adapted]
-    assert list(differences["minus"]) == ["DeiT"] * 7 + ["DeiT trained on"] * 7
+    assert list(differences["minus"]) == ["DeiT"] * 7 + ["DeiT trained longer"] * 7
     summary = results["table 04_summary"]
     assert list(summary["mean depth [layers]"])[:6] == ["4.00"] * 4 + ["", ""]
-    assert list(summary["minus DeiT trained on [points]"])[1] == ""  # not minus itself
-    assert (summary.drop(index=1)["minus DeiT trained on [points]"].str.match(r"[+-]\d+\.\d\d \(")).all()
+    assert list(summary["minus DeiT trained longer [points]"])[1] == ""  # not minus itself
+    assert (summary.drop(index=1)["minus DeiT trained longer [points]"].str.match(r"[+-]\d+\.\d\d \(")).all()
 
 
 def differences(profile: Profile, found: dict[str, Predictions]) -> pd.DataFrame:

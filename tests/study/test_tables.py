@@ -15,7 +15,7 @@ from avit_lib.study import get_profile, tables
 
 SMOKE = get_profile("smoke")
 NAMES = [run.name for run in SMOKE.runs]
-LABELS = ["DeiT", "DeiT trained on", "A-ViT", "A-ViT fine-tuned"]
+LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 
 
 def test_evaluation_table_compares_with_the_plain_model():
