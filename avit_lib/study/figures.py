@@ -83,8 +83,8 @@ def accuracy_against(
     curves = pd.concat([table[merged], points])
     for name, curve in curves.groupby(curves["model"].str.split(", ").str[0], sort=False):
         styles = {"ToMe": ("s:", "r"), "Adaptive merging": ("D:", "thresholds")}
-        style, dial = styles.get(name, ("o--", "beta"))
-        look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {dial}"}
+        style, parameter = styles.get(name, ("o--", "beta"))
+        look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {parameter}"}
         axis.plot(*curve.sort_values(x)[[x, accuracy]].to_numpy().T, style, **look)
     for model, row in table[~merged].set_index("model").iterrows():
         value, low, high = row[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]]

@@ -18,7 +18,7 @@ from avit_lib.flops import plain_flops
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
-from avit_lib.study.tables import dialled_models, percentages
+from avit_lib.study.tables import percentages, recalibrated_models
 from avit_lib.training import read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
@@ -93,7 +93,7 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
 
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
-    """Train the runs of a profile's sweep, once a seed, and test them, also at the other depths of its dial.
+    """Train the runs of a profile's sweep, once a seed, and test them, also at the depths to which it is recalibrated.
 
     Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what
     other seeds give is written down run by run, and an interrupted sweep goes on where training stopped; their
@@ -112,7 +112,8 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
         study = Study(profile, k, "sweep", device, f"seed{k}")  # one for all runs: it decodes its images once
         for run in map(chosen.run, chosen.sweep):
             entry = f"{run.name}, seed {k}"
-            wanted = digest([msgspec.to_builtins(part) for part in (*chosen.chain(run.name), chosen.data, chosen.dial)])
+            facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated)
+            wanted = digest([msgspec.to_builtins(part) for part in facts])
             on_record = record.get(entry, {}).get("settings") == wanted
             print(f"seed {k}: {run.label}{': on record' if on_record else ''}", flush=True)
             if not on_record:
@@ -129,10 +130,10 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
 
 
 def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
-    """The test figures of a run, trained if need be, and of its model at the other depths of the dial."""
+    """The test figures of a run, trained if need be, and of its model at the depths to which it is recalibrated."""
     study.train_chain(run.name)
     models = {run.label: study.load(run.name)}
-    models |= dialled_models(study, run.name) if run.name in study.profile.dial else {}
+    models |= recalibrated_models(study, run.name) if run.name in study.profile.recalibrated else {}
     facts = {"method": run.method, "seed": study.seed}
     return [
         {"model": label} | facts | figures(model, study.predict(model, study.test)) for label, model in models.items()

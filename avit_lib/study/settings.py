@@ -111,18 +111,19 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runs: tuple[Run, ...]
     focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
     smoke: bool = False  # only a check that everything runs
-    dial: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which, after training, the beta of a run is turned
+    recalibrated: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which beta of a run is set after training
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
+    licence: str = ""  # of the weights that `make release` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
         if both := [run.name for run in (*self.runs, *self.search) if run.halting and run.saved]:
             raise ValueError(f"{both[0]} both halts and merges; leave out halting or saved")
         names = [run.name for run in self.runs]
-        meant = {"focus": (self.focus,), "sweep": self.sweep, "dial": tuple(self.dial)}
+        meant = {"focus": (self.focus,), "sweep": self.sweep, "recalibrated": tuple(self.recalibrated)}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
             if missing := [name for name in wanted if name not in names]:

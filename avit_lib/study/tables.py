@@ -131,11 +131,11 @@ def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
     return pd.Series([form.format(*row) for row in 100 * fractions.to_numpy()], fractions.index)
 
 
-def dialled_models(study: Study, name: str) -> dict[str, AViT]:
-    """The model of a run turned to other depths by its beta, found on 64 validation images; nothing is trained."""
+def recalibrated_models(study: Study, name: str) -> dict[str, AViT]:
+    """The model of a run at other depths, by a beta recalibrated on 64 validation images; nothing is trained."""
     run = study.profile.run(name)
     model, pixels, models = study.load(run.name), validation_images(study, 64), {}
-    for wish in study.profile.dial[name]:
-        turned = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
-        turned.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
+    for wish in study.profile.recalibrated[name]:
+        at_depth = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
+        at_depth.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
     return models

@@ -160,7 +160,7 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 @pytest.mark.usefixtures("one_round")
 def test_merged_models_stand_beside_the_trained_ones():
     adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
-    study = of_models(adaptive, merging=(2, 3), dial={})
+    study = of_models(adaptive, merging=(2, 3), recalibrated={})
     untrained = tables.merged_models(study)
     models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}
@@ -222,7 +222,7 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
 @pytest.mark.usefixtures("one_round")
 def test_a_model_is_turned_to_other_depths():
     model = varied_model(depth=4).float()
-    study = of_models(model, merging=(), dial={"avit_finetuned": (2.0, 3.0)})
+    study = of_models(model, merging=(), recalibrated={"avit_finetuned": (2.0, 3.0)})
     untrained = tables.merged_models(study)
     models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}

@@ -226,7 +226,7 @@ def test_settings_that_no_notebook_sees_do_not_put_them_out_of_date(project, cap
     for content, again in (
         ("", ["01_one"]), ('notes = ["another"]', []), ("sweep_seeds = [5]", []),
         ("search.taught.training.epochs = 5", []), ("runs.avit.halting.beta = -1.5", ["01_one"]),
-        ("data.train_per_class = 19", ["01_one"]), ("dial = {}", ["01_one"]),
+        ("data.train_per_class = 19", ["01_one"]), ("recalibrated = {}", ["01_one"]),
     ):  # fmt: skip
         profile.write_text(f'extends = "smoke"\n{content}\n')
         assert cli.main(["notebooks", "--profile", "mine.toml"]) == 0

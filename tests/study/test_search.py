@@ -255,7 +255,7 @@ def test_the_sweep_trains_every_other_seed_once(results, trained, tmp_path):
     shutil.rmtree(results / "checkpoints")  # what is on record needs no checkpoint
     assert main(command) == 0
     assert trained == [] and (results / "tables" / "sweep.csv").read_bytes() == before
-    declare(tmp_path, {"dial.avit_finetuned = [2.0, 3.0]": "dial.avit_finetuned = [2.5]"})
+    declare(tmp_path, {"recalibrated.avit_finetuned = [2.0, 3.0]": "recalibrated.avit_finetuned = [2.5]"})
     assert main(command) == 0 and trained[:2] == ["deit 1", "avit_finetuned 1"]
 
 

@@ -62,16 +62,16 @@ def test_a_profile_that_extends_another_has_its_settings_but_for_its_own(profile
     run, base = own.run("avit"), SMOKE.run("avit")
     assert own.name == "own" and own.data == changed(SMOKE.data, "data", image_size=14)
     assert run == changed(base, "avit", label="mine", halting=changed(base.halting, "halting", beta=-1.0))
-    assert own.run("deit") == SMOKE.run("deit") and own.dial == SMOKE.dial
+    assert own.run("deit") == SMOKE.run("deit") and own.recalibrated == SMOKE.recalibrated
     assert own.run("avit_finetuned").halting.beta == -1.0  # it extends avit
 
 
 def test_a_profile_extends_a_file_beside_it_whatever_the_working_folder(profile, tmp_path, monkeypatch):
     (tmp_path / "bases").mkdir()
-    (tmp_path / "bases" / "mine.toml").write_text("extends = 'smoke'\npurpose = 'mine'\ndial.avit = [2.5]\n")
+    (tmp_path / "bases" / "mine.toml").write_text("extends = 'smoke'\npurpose = 'mine'\nrecalibrated.avit = [2.5]\n")
     monkeypatch.chdir("/")
-    own = profile("dial.avit = [1.5]\n", base="bases/mine.toml")
-    assert (own.name, own.purpose, own.dial) == ("own", "mine", {"avit_finetuned": (2.0, 3.0), "avit": (1.5,)})
+    own = profile("recalibrated.avit = [1.5]\n", base="bases/mine.toml")
+    assert (own.name, own.purpose, own.recalibrated) == ("own", "mine", {"avit_finetuned": (2.0, 3.0), "avit": (1.5,)})
     assert own.runs == SMOKE.runs
 
 
@@ -131,8 +131,8 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("runs.avit.training.optimizer = 'nobody'", "runs.avit.training: timm has no optimizer 'nobody'"),
         ("runs.avit.halting.eps = 1.0", "runs.avit.halting.eps: .*< 1"),
         ("[halting]\ntarget_depth = 0.5", "halting.target_depth: .*>= 1"),
-        ("dial.avit = [2.0, 0.5]", r"dial\[.*\]: .*>= 1"),
-        ("dial.nobody = [2.0]", "dial names 'nobody', but the runs are deit"),
+        ("recalibrated.avit = [2.0, 0.5]", r"recalibrated\[.*\]: .*>= 1"),
+        ("recalibrated.nobody = [2.0]", "recalibrated names 'nobody', but the runs are deit"),
         ("merging = [-1]", r"merging\[.*\]: .*>= 0"),
         ("runs.Two.label = 'x'", "runs.Two"),
         ("data.dataset = 'SVHN'", "data.dataset: .*'SVHN'"),
