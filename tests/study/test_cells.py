@@ -91,7 +91,7 @@ class OfRuns:
     """A study whose runs have all the same history and the same model."""
 
     def __init__(self, histories: dict[str, pd.DataFrame] | None = None):
-        self.profile, self.results, self.histories = SMOKE, Kept(), histories or {}
+        self.profile, self.results, self.device, self.histories = SMOKE, Kept(), "cpu", histories or {}
         self.data = SimpleNamespace(train=random_images(107), validation=random_images(30, seed=1), split={})
         self.model = varied_model(depth=4).float()
         self.predict, self.train = predict, self.histories.__getitem__
@@ -100,7 +100,7 @@ class OfRuns:
         return self.model
 
     def initial_model(self, run):
-        return self.model
+        return self.model if run.halting else timm.create_model("deit_nano_patch7_28")
 
 
 def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
