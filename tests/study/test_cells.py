@@ -91,7 +91,7 @@ class OfRuns:
     """A study whose runs have all the same history and the same model."""
 
     def __init__(self, histories: dict[str, pd.DataFrame] | None = None):
-        self.profile, self.results, self.histories = SMOKE, Kept(), histories or {}
+        self.profile, self.results, self.device, self.histories = SMOKE, Kept(), "cpu", histories or {}
         self.data = SimpleNamespace(train=random_images(107), validation=random_images(30, seed=1), split={})
         self.model = varied_model(depth=4).float()
         self.predict, self.train = predict, self.histories.__getitem__
@@ -100,7 +100,7 @@ class OfRuns:
         return self.model
 
     def initial_model(self, run):
-        return self.model
+        return self.model if run.halting else timm.create_model("deit_nano_patch7_28")
 
 
 def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
@@ -168,7 +168,7 @@ def test_merged_models_stand_beside_the_trained_ones():
     adapted = list(found)[-2:]
     assert all(name.startswith("Adaptive merging") for name in adapted)
     names = dict(study=study, predictions=found, untrained=untrained)
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, **names)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 4, **names)
     table = results["table evaluation"].set_index("model")
     assert list(table.index) == [*LABELS, *MERGED, *adapted]
     assert list(table["method"])[-4:] == ["peer", "peer", "ours", "ours"]
@@ -227,7 +227,7 @@ def test_a_model_is_turned_to_other_depths():
     models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}
     names = dict(study=study, predictions=found, models=models, untrained=untrained)
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 7, **names)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 6, **names)
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
     assert points["beta"]["A-ViT fine-tuned, depth 2"] > points["beta"]["A-ViT fine-tuned, depth 3"]
@@ -255,7 +255,7 @@ def test_published_figures_stand_beside_ours():
 
 def evaluated(halting: Predictions, plain: Predictions) -> Kept:
     found = {"deit": plain, "avit_finetuned": halting}
-    return run_cells("04_evaluation", "classes = study.test.classes", study=study_of(plain), predictions=found)
+    return run_cells("04_evaluation", "classes = study.test.classes", 4, study=study_of(plain), predictions=found)
 
 
 def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
