@@ -88,11 +88,13 @@ def test_the_bootstrap_cell_and_badge_are_up_to_date(path):
     assert path.stem not in notebooks.stamp(path.parent, notebooks.repository_address(ROOT), check=True), "make badges"
 
 
-def test_all_notebooks_begin_with_the_same_short_bootstrap_cell():
-    cells = [tagged(path, "bootstrap") for path in SOURCES]
-    ((code,),) = {tuple(found) for found in cells}
-    assert len(SOURCES) >= 6 and len(code.splitlines()) <= 15
+def test_all_notebooks_begin_with_the_same_short_folded_bootstrap_cell():
+    cells = [cell for path in SOURCES for cell in read(path).cells if "bootstrap" in cell.metadata.get("tags", [])]
+    ((code, looks),) = {(cell.source, json.dumps(cell.metadata)) for cell in cells}
+    assert len(cells) == len(SOURCES) >= 6 and len(code.splitlines()) <= 15
     assert len(re.findall(r'^address = ".*"', code, re.MULTILINE)) == 1  # the line that is stamped
+    assert code.startswith("# @title ") and json.loads(looks)["cellView"] == "form"  # on Colab only the title is seen
+    assert json.loads(looks)["jupyter"] == {"source_hidden": True}
 
 
 @pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
