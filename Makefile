@@ -51,7 +51,8 @@ define check_python
 endef
 
 lab: setup  ## Open the notebooks in JupyterLab
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
+	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH=notebooks/.jupyter \
+		$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/01_algorithm.ipynb
 
 reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on after an interruption)
 	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)" --fresh

@@ -4,12 +4,15 @@ import ast
 import hashlib
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import nbformat
 import pytest
+from nbformat.v4 import new_output
 from torchvision.datasets import FashionMNIST
 
 from avit_lib.study import notebooks
@@ -52,6 +55,25 @@ def test_a_notebook_is_valid_and_carries_no_outputs(path):
     for cell in notebook.cells:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+@each_notebook
+def test_a_notebook_is_saved_without_what_running_it_added(path):
+    """In the JupyterLab of `make lab`; and so the file is as that one writes it."""
+    config = SimpleNamespace(FileContentsManager=SimpleNamespace())
+    runpy.run_path(ROOT / "notebooks/.jupyter/jupyter_server_config.py", {"get_config": lambda: config})
+    notebook = read(path)
+    assert notebook.metadata.accelerator == "GPU"  # asked for on Colab
+    notebook.metadata.language_info |= {"version": "3.99", "mimetype": "text/x-python"}
+    notebook.metadata |= {"kernelspec": {"display_name": "Python 3 (ipykernel)"}, "widgets": {}}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [new_output("stream", text="words")], 7
+    model = {"type": "notebook", "content": notebook}
+    config.FileContentsManager.pre_save_hook(model=model, path="notebooks/my_own.ipynb")
+    assert "widgets" in notebook.metadata
+    config.FileContentsManager.pre_save_hook(model=model, path=f"notebooks/{path.name}")
+    assert nbformat.writes(notebook) + "\n" == path.read_text()
 
 
 @each_notebook

@@ -102,6 +102,31 @@ def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environme
     assert "papermill" not in json.loads(copy)["metadata"]
 
 
+def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypatch):
+    """A notebook run by hand writes beside them, and uses the same checkpoints."""
+    use = """
+        from avit_lib.study import Study
+        study = Study(PROFILE, SEED, source="01_one")
+        study.results.finding(f"checkpoints in {study.checkpoints}", "01_words")
+    """
+    write(project, "01_one", use)
+    assert run() == 0
+    results = project / "results" / "smoke"
+    by_make = (results / "findings" / "01_words.md").read_text()
+    monkeypatch.delenv("AVIT_RUNNER")
+    exec(textwrap.dedent(use), {"PROFILE": "smoke", "SEED": 1})
+    assert json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
+    by_hand = results / "by_hand" / "findings" / "01_words.md"
+    assert by_hand.read_text().split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints")]
+
+
+def test_the_copy_says_in_one_place_what_was_run(project):
+    write(project, "01_one", "print(PROFILE)")
+    assert run("--seed", "3") == 0
+    codes = [cell.source for cell in nbformat.read(executed(project, "01_one"), as_version=4).cells]
+    assert 'PROFILE = "smoke"\nSEED = 3' in codes and "fashion" not in "".join(codes)
+
+
 def test_the_copy_is_without_progress_bars_that_are_over(project):
     bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), leave=False, desc='bar'): print('step')\n'value'"
     write(project, "01_one", bar)
@@ -125,7 +150,7 @@ def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     assert executed(project, "01_one").read_text() == good
     assert "the remedy" in failed.read_text()
     assert captured.err.splitlines() == [
-        "error: 01_one failed in cell [5]:",
+        "error: 01_one failed in cell [4]:",
         "  the remedy",
         f"  the failed copy: {os.path.relpath(failed)}",
     ]
@@ -386,7 +411,7 @@ def test_the_address_is_that_of_pyproject(project):
     assert notebooks.repository_address(project) == ""
 
 
-def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsys):
+def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monkeypatch):
     readme = project / "README.md"
     stamp_page(readme)
     assert not readme.exists()
@@ -403,6 +428,7 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
     readme.write_text("In short: <!-- begin fashion/04_models -->\nold\n<!-- end fashion/04_models --> and so on\n")
+    monkeypatch.setenv("AVIT_RUNNER", "make")
     found = Results("fashion", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
     assert found == found._repr_markdown_() == "One model saves half."
     stamp_page(readme)
