@@ -18,7 +18,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks train search sweep benchmark test lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks train search sweep benchmark test test-browser lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -51,7 +51,8 @@ define check_python
 endef
 
 lab: setup  ## Open the notebooks in JupyterLab
-	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
+	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH=notebooks/.jupyter \
+		$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/01_algorithm.ipynb
 
 reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on after an interruption)
 	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)" --fresh
@@ -77,6 +78,9 @@ test: lint  ## Check the style, run the tests, run every notebook in the smoke p
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
 	$(MAKE) --no-print-directory reproduce PROFILE=smoke
+
+test-browser: setup  ## Run every notebook in JupyterLab in a real browser, if chromium and selenium are there
+	$(BIN)/python -m pytest -rs tests/browser.py
 
 lint: setup  ## Check the style of code and notebooks
 	$(BIN)/ruff check

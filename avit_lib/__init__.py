@@ -9,12 +9,16 @@ alone, and none of the rooms below: ``peers``, other methods on the same backbon
 Importing it registers the ``avit_*`` models with timm.
 """
 
-from avit_lib.errors import UserError
-from avit_lib.halting import HaltingRule, HaltingTrace
-from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
-from avit_lib.merging import Adaptive, adapt
-from avit_lib.model import AViT
-from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
+import sys
+
+# Who asks `python -m avit_lib` for help (or for nothing, which is the same) need not wait for torch.
+if sys.argv[:1] != ["-m"] or sys.orig_argv[-1] not in ("avit_lib", "-h", "--help"):
+    from avit_lib.errors import UserError
+    from avit_lib.halting import HaltingRule, HaltingTrace
+    from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
+    from avit_lib.merging import Adaptive, adapt
+    from avit_lib.model import AViT
+    from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
 
 __all__ = [
     "AViT", "Adaptive", "AdaptiveLoss", "HaltingRule", "HaltingTrace", "TaskLoss", "Teacher", "UserError", "adapt",

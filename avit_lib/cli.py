@@ -1,4 +1,7 @@
-"""The command line, ``python -m avit_lib``: a function a command, whose options are read off it by cyclopts."""
+"""The command line, ``python -m avit_lib``: a function a command, whose options are read off it by cyclopts.
+
+What takes long to import, as torch does, is imported where it is used: ``--help`` needs none of it.
+"""
 
 import io
 import json
@@ -6,31 +9,21 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-import pandas as pd
-import torch
 from cyclopts import App, CycloptsError, Parameter
 
-from avit_lib import data as datasets
 from avit_lib.errors import UserError
-from avit_lib.evaluation import bootstrap_intervals, metrics
-from avit_lib.evaluation.speed import PRECISIONS, TASKS
-from avit_lib.merging import Adaptive
-from avit_lib.model import AViT
-from avit_lib.study import Study, get_profile
-from avit_lib.study.results import provenance, results_dir, stamp_pages, to_markdown, write_page
-from avit_lib.study.settings import changed
-from avit_lib.study.study import predict, train_run
-from avit_lib.training import load_checkpoint, pick_device, processes, read_json, write_atomically, write_json
 
 app = App(
     "python -m avit_lib", help="Train, test and look into A-ViT.", default_parameter=Parameter(negative=()),
     version_flags=[], result_action="return_value", suppress_keyboard_interrupt=False,
 )  # fmt: skip
 Several = Parameter(consume_multiple=1)
+Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
 @Parameter(name="*")
@@ -74,34 +67,19 @@ class Trained(Computing):
     ckpt: Path | None = None
     data_dir: Path | None = None
 
-    def load(self) -> tuple[torch.nn.Module, dict, Path]:
-        """The model, what its run was, and where it lies."""
-        study = Study(self.profile, self.seed, device=self.device)
-        path = self.ckpt or study.checkpoint(self.model.lower() if self.model else study.profile.focus)
-        model, description = load_checkpoint(path, study.device)
-        kind = "AViT" if isinstance(model, AViT) else "DeiT"
-        if self.model and self.model.lower() in {"avit", "deit"} - {kind.lower()}:
-            raise UserError(f"{path} is of kind {kind}, not {self.model}; correct --model or leave it out")
-        return model, description["run"], path
-
-    def test_images(self, model: torch.nn.Module, run: dict, decode: bool = True) -> datasets.Images:
-        """The test images of --data-dir, else of the profile; raises UserError when the model knows other classes."""
-        if self.data_dir:
-            size = model.patch_embed.img_size[0]
-            return datasets.folder_test_data(self.data_dir, size, model.in_chans, run["classes"], decode)
-        found = datasets.test_data(get_profile(self.profile).data, run["seed"], decode)
-        if list(found.classes) == run["classes"]:
-            return found
-        raise UserError(f"the model knows other classes than those of the profile {self.profile}; add --data-dir DIR")
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
     speaker = ""
     try:
+        command, given, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
+        if command.__module__ != __name__:  # cyclopts' own: --help
+            return command(*given.args, **given.kwargs) or 0
+        from avit_lib.training import processes
+
         with processes.processes():
             speaker = f"process {processes.rank()}: " if processes.count() > 1 else ""
-            return app(arguments, print_error=False, exit_on_error=False) or 0
+            return command(*given.args, **given.kwargs) or 0
     except (UserError, CycloptsError) as error:
         print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -129,6 +107,12 @@ def fit(
         batch_size: Images in a step. Default: the profile's.
         lr: Peak learning rate. Default: the profile's.
     """
+    from avit_lib.data import folder_training_data
+    from avit_lib.study import Study
+    from avit_lib.study.results import to_markdown
+    from avit_lib.study.settings import changed
+    from avit_lib.study.study import train_run
+
     study = Study(common.profile, common.seed, device=common.device)
     declared = study.profile.run(model.lower())
     wanted = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
@@ -140,7 +124,7 @@ def fit(
     else:
         run = msgspec.structs.replace(declared, training=changed(declared.training, "training", **wanted))
         settings = study.profile.data
-        found = datasets.folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
+        found = folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")
@@ -161,6 +145,7 @@ def adapt(
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
+    from avit_lib.training import pick_device
 
     found, described = adapting.trained_model(model, weights)
     adapting.adapt_files(found, described, images, saved, output, common.seed, pick_device(common.device))
@@ -182,24 +167,29 @@ def test(
         data: imagenet, to be tested there and not on the images of the profile.
         images: The folder with ImageNet's validation images, one folder a class; or with those in val/, and train/.
     """
+    import pandas as pd
+
+    from avit_lib.study import get_profile, inspecting
+    from avit_lib.study.results import provenance, to_markdown
+    from avit_lib.training import pick_device, processes, write_json
+
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
+    device = pick_device(common.device)
     if data:
         from avit_lib.study.adapting import imagenet_table, trained_model
 
         found, _ = trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
-        return print(to_markdown(imagenet_table(found, images, common.seed, pick_device(common.device), batch_size)))
-    model, run, path = common.load()
+        return print(to_markdown(imagenet_table(found, images, common.seed, device, batch_size)))
+    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
-    found = common.test_images(model, run)
-    predictions = predict(model, found, pick_device(common.device), batch_size)
-    values = {"images": len(found), **metrics(model, predictions)}
-    facts = values | {"intervals": bootstrap_intervals(predictions, common.seed)}
+    found = inspecting.test_images(common.profile, common.data_dir, model, run)
+    facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
     if processes.rank() == 0:
         write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
-        print(to_markdown(pd.DataFrame([values])), file=sys.stderr)
+        print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
     print(f"written to {target}", file=sys.stderr)
 
@@ -215,31 +205,18 @@ def visualize(
         output: The PNG to write.
         images: Numbers of test images, or paths of image files.
     """
-    from avit_lib.study import adapting, pictures
+    from avit_lib.merging import Adaptive
+    from avit_lib.model import AViT
+    from avit_lib.study import inspecting
+    from avit_lib.training import pick_device, write_atomically
 
-    model, run, path = common.load()
+    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     if not isinstance(model, AViT | Adaptive):
         raise UserError(f"{path} is a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
-    numbers, statistics = [int(name) for name in images if name.isdigit()], None
-    if numbers and (len(numbers) < len(images) or not run["classes"]):
-        raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
-    if numbers:
-        found = common.test_images(model, run, decode=False)
-        if max(numbers) >= len(found):
-            raise UserError(f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}")
-        pixels, labels = found[numbers]
-        names = [run["classes"][label] for label in labels]
-    else:
-        read, statistics = adapting.reader(model, run)
-        pixels = torch.stack([read(Path(name)) for name in images])
-        names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
-        if model.in_chans == 1:
-            print("this model sees little, and grey; in colour, without training: `python -m avit_lib adapt --help`")
-    with torch.inference_mode():
-        logits, trace = model.forward_with_trace(pixels.to(pick_device(common.device)))
-    depth = torch.nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
-    titles = adapting.titles(names, logits, trace.depth, run["classes"])
-    figure = pictures.depth_maps(datasets.to_pixels(pixels, statistics), depth, len(model.blocks), titles, columns=5)
+    test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
+    figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
+    if model.in_chans == 1 and not images[0].isdigit():
+        print("this model sees little, and grey; in colour, without training: `python -m avit_lib adapt --help`")
     figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")
@@ -248,6 +225,11 @@ def visualize(
 @app.command
 def data(*, common: Common = Common()) -> None:
     """Find, read and describe the data of a profile; compare their split with the one on record."""
+    from avit_lib import data as datasets
+    from avit_lib.study import get_profile
+    from avit_lib.study.results import results_dir
+    from avit_lib.training import read_json
+
     profile = get_profile(common.profile)
     found, tested = datasets.training_data(profile.data, common.seed), datasets.test_data(profile.data, common.seed)
     split, classes = found.split, len(found.train.classes)
@@ -267,8 +249,9 @@ def data(*, common: Common = Common()) -> None:
 @app.command
 def benchmark(
     *, common: Computing = Computing(), model: str = "avit_tiny_patch16_224", depth: float = 7.0,
-    batch: Annotated[list[int], Several] = [1, 8, 64, 256], task: Annotated[list[Literal[TASKS]], Several] = [*TASKS],
-    precision: Annotated[list[Literal[PRECISIONS]], Several] = [*PRECISIONS], repeats: int = 7, limit: float = 40.0,
+    batch: Annotated[list[int], Several] = [1, 8, 64, 256],
+    task: Annotated[list[Task], Several] = ["inference", "training"],
+    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: int = 7, limit: float = 40.0,
 ) -> None:  # fmt: skip
     """Time DeiT, masked and packed A-ViT side by side on synthetic halting; tables and figures in results/benchmark.
 
@@ -282,6 +265,8 @@ def benchmark(
         limit: Seconds of a timing after which, from the third round on, no more begins.
     """
     from avit_lib.study.benchmark import run_benchmark
+    from avit_lib.study.results import to_markdown
+    from avit_lib.training import pick_device
 
     device = pick_device(common.device)
     speed, page = run_benchmark(model, depth, batch, task, precision, repeats, limit, common.seed, device)
@@ -292,6 +277,8 @@ def benchmark(
 @app.command
 def search(*, common: Computing = Computing()) -> None:
     """Train the candidates of a profile and compare them on the validation images."""
+    from avit_lib.study import Study
+    from avit_lib.study.results import to_markdown
     from avit_lib.study.search import run_search
 
     study = Study(common.profile, common.seed, "search", common.device)
@@ -302,6 +289,8 @@ def search(*, common: Computing = Computing()) -> None:
 @app.command
 def sweep(*, common: Computing = Computing()) -> None:
     """Train and test the best runs of a profile from several seeds: mean and standard deviation."""
+    from avit_lib.study import get_profile
+    from avit_lib.study.results import results_dir, to_markdown
     from avit_lib.study.search import run_sweep
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))
@@ -315,10 +304,11 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
     Args:
         fresh: All of them, trained again too; goes on after an interruption.
     """
+    from avit_lib.data import project_root
     from avit_lib.study.notebooks import NotebookFailed, Runner
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be terminated is to be interrupted
-    runner = Runner(common.profile, common.seed, datasets.project_root() / "notebooks")
+    runner = Runner(common.profile, common.seed, project_root() / "notebooks")
     try:
         runner.run_fresh() if fresh else runner.run_stale()
     except NotebookFailed as error:
@@ -330,6 +320,9 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
 @app.command
 def readme(*, common: Common = Common()) -> int:
     """Write the page of a profile's results and the tables in README.md again."""
+    from avit_lib.study import get_profile
+    from avit_lib.study.results import stamp_pages, write_page
+
     print(f"results: {write_page(get_profile(common.profile))}")
     stamp_pages()
     return 0
@@ -342,9 +335,10 @@ def badges(*, check: bool = False) -> int:
     Args:
         check: Change nothing; exit 1 if a notebook is not up to date.
     """
+    from avit_lib.data import project_root
     from avit_lib.study.notebooks import repository_address, stamp
 
-    root = datasets.project_root()
+    root = project_root()
     outdated = stamp(root / "notebooks", repository_address(root), check)
     print(f"{'out of date' if check else 'stamped'}: {', '.join(outdated) or 'none'}")
     return int(check and bool(outdated))

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +164,15 @@ def test_help_says_what_there_is_and_does_nothing(command, tmp_path, monkeypatch
     wanted = COMMANDS if not command else ["--check"] if command == "badges" else ["--profile", "--seed"]
     assert all(word in shown.out for word in wanted) and not shown.err
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [[], ["--help"], ["visualize", "--help"]])
+def test_help_does_not_wait_for_torch(command):
+    python = [sys.executable, "-X", "importtime", "-m", "avit_lib"]
+    shown = subprocess.run([*python, *command], capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert "Usage" in shown.stdout and "avit_lib.cli" in imported
+    assert not imported & {"torch", "pandas", "matplotlib"}
 
 
 def test_a_run_with_other_settings_is_not_overwritten(trained, folder, capsys):

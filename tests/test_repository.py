@@ -4,12 +4,15 @@ import ast
 import hashlib
 import json
 import re
+import runpy
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import nbformat
 import pytest
+from nbformat.v4 import new_output
 from torchvision.datasets import FashionMNIST
 
 from avit_lib.study import notebooks
@@ -55,6 +58,25 @@ def test_a_notebook_is_valid_and_carries_no_outputs(path):
 
 
 @each_notebook
+def test_a_notebook_is_saved_without_what_running_it_added(path):
+    """In the JupyterLab of `make lab`; and so the file is as that one writes it."""
+    config = SimpleNamespace(FileContentsManager=SimpleNamespace())
+    runpy.run_path(ROOT / "notebooks/.jupyter/jupyter_server_config.py", {"get_config": lambda: config})
+    notebook = read(path)
+    assert notebook.metadata.accelerator == "GPU"  # asked for on Colab
+    notebook.metadata.language_info |= {"version": "3.99", "mimetype": "text/x-python"}
+    notebook.metadata |= {"kernelspec": {"display_name": "Python 3 (ipykernel)"}, "widgets": {}}
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [new_output("stream", text="words")], 7
+    model = {"type": "notebook", "content": notebook}
+    config.FileContentsManager.pre_save_hook(model=model, path="notebooks/my_own.ipynb")
+    assert "widgets" in notebook.metadata
+    config.FileContentsManager.pre_save_hook(model=model, path=f"notebooks/{path.name}")
+    assert nbformat.writes(notebook) + "\n" == path.read_text()
+
+
+@each_notebook
 def test_code_cells_are_short_plain_python(path):
     for code in code_cells(path):
         assert len(code.splitlines()) <= 15, code
@@ -88,11 +110,13 @@ def test_the_bootstrap_cell_and_badge_are_up_to_date(path):
     assert path.stem not in notebooks.stamp(path.parent, notebooks.repository_address(ROOT), check=True), "make badges"
 
 
-def test_all_notebooks_begin_with_the_same_short_bootstrap_cell():
-    cells = [tagged(path, "bootstrap") for path in SOURCES]
-    ((code,),) = {tuple(found) for found in cells}
-    assert len(SOURCES) >= 6 and len(code.splitlines()) <= 15
+def test_all_notebooks_begin_with_the_same_short_folded_bootstrap_cell():
+    cells = [cell for path in SOURCES for cell in read(path).cells if "bootstrap" in cell.metadata.get("tags", [])]
+    ((code, looks),) = {(cell.source, json.dumps(cell.metadata)) for cell in cells}
+    assert len(cells) == len(SOURCES) >= 6 and len(code.splitlines()) <= 15
     assert len(re.findall(r'^address = ".*"', code, re.MULTILINE)) == 1  # the line that is stamped
+    assert code.startswith("# @title ") and json.loads(looks)["cellView"] == "form"  # on Colab only the title is seen
+    assert json.loads(looks)["jupyter"] == {"source_hidden": True}
 
 
 @pytest.mark.parametrize("path", EXECUTED, ids=lambda path: f"{path.parts[-3]}-{path.stem}")

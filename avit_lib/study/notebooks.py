@@ -1,6 +1,7 @@
 """The notebooks as files: run them, tell which are out of date, stamp the repository's address into them."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -21,13 +22,12 @@ from tqdm import tqdm
 from avit_lib.errors import UserError
 from avit_lib.model import register
 from avit_lib.study.fingerprint import fingerprint, used_by
-from avit_lib.study.results import digest, provenance, results_dir
+from avit_lib.study.results import BY_NOTEBOOK, RUNNER, digest, provenance, results_dir
 from avit_lib.study.settings import Profile, get_profile
 from avit_lib.training import read_json, write_atomically, write_json
 
 RECORDS = Path("metrics", "notebooks.json")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
 ASIDE = ("search", "sweep", "sweep_seeds", "notes")  # settings of a profile that no notebook sees
 COLAB = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB += "(https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)"
@@ -123,13 +123,12 @@ class Runner:
         executed = self._executed(name)
         running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
         executed.parent.mkdir(parents=True, exist_ok=True)
-        parameter = os.path.relpath(self.source, self.folder) if self.source.endswith(".toml") else self.source
         os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, though the user may have others
+        os.environ[RUNNER] = "make"
         try:
             papermill.execute_notebook(
-                self.folder / f"{name}.ipynb", running, parameters={"PROFILE": parameter, "SEED": self.seed},
-                kernel_name="python3", language="python", cwd=self.folder, stdout_file=_Echo(),
-                progress_bar={"desc": name, "leave": False, "disable": None},
+                self._with_parameters(name), running, kernel_name="python3", language="python", cwd=self.folder,
+                stdout_file=_Echo(), progress_bar={"desc": name, "leave": False, "disable": None},
                 start_timeout=300,  # seconds, for busy machines
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log; errors of cells come by another way
             )  # fmt: skip
@@ -147,6 +146,15 @@ class Runner:
         write_atomically(running, tidy(running.read_text(), self.folder.parent).encode())
         running.replace(executed)
         failed.unlink(missing_ok=True)
+
+    def _with_parameters(self, name: str) -> nbformat.NotebookNode:
+        """The notebook with this profile and seed in its parameters cell, so that the copy says what was run."""
+        profile = os.path.relpath(self.source, self.folder) if self.source.endswith(".toml") else self.source
+        notebook = nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
+        for cell in notebook.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = f"PROFILE = {json.dumps(profile)}\nSEED = {self.seed}"
+        return notebook
 
     def _executed(self, name: str) -> Path:
         return self.results / "notebooks" / f"{name}.ipynb"

@@ -24,6 +24,8 @@ from avit_lib.study.settings import Profile
 from avit_lib.training import read_json, write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
+BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
+RUNNER = "AVIT_RUNNER"  # set while `make` runs a notebook; results of one that is run by hand go aside, not over those
 FIGURE_DPI = 120
 FOLDED = 40  # rows; in pages longer tables are folded away until a reader opens them
 
@@ -46,7 +48,8 @@ class Results:
     def __init__(self, name: str, seed: int, source: str):
         """``source`` names what makes these results, a notebook say; the clock of their duration starts here."""
         self.name, self.seed, self.source = name, seed, source
-        self.folder = results_dir(name)
+        by_hand = BY_NOTEBOOK.fullmatch(source) and RUNNER not in os.environ
+        self.folder = results_dir(name) / ("by_hand" if by_hand else "")
         self._started = time.perf_counter()
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:

@@ -102,6 +102,31 @@ def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environme
     assert "papermill" not in json.loads(copy)["metadata"]
 
 
+def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypatch):
+    """A notebook run by hand writes beside them, and uses the same checkpoints."""
+    use = """
+        from avit_lib.study import Study
+        study = Study(PROFILE, SEED, source="01_one")
+        study.results.finding(f"checkpoints in {study.checkpoints}", "01_words")
+    """
+    write(project, "01_one", use)
+    assert run() == 0
+    results = project / "results" / "smoke"
+    by_make = (results / "findings" / "01_words.md").read_text()
+    monkeypatch.delenv("AVIT_RUNNER")
+    exec(textwrap.dedent(use), {"PROFILE": "smoke", "SEED": 1})
+    assert json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
+    by_hand = results / "by_hand" / "findings" / "01_words.md"
+    assert by_hand.read_text().split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints")]
+
+
+def test_the_copy_says_in_one_place_what_was_run(project):
+    write(project, "01_one", "print(PROFILE)")
+    assert run("--seed", "3") == 0
+    codes = [cell.source for cell in nbformat.read(executed(project, "01_one"), as_version=4).cells]
+    assert 'PROFILE = "smoke"\nSEED = 3' in codes and "fashion" not in "".join(codes)
+
+
 def test_the_copy_is_without_progress_bars_that_are_over(project):
     bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), leave=False, desc='bar'): print('step')\n'value'"
     write(project, "01_one", bar)
@@ -125,7 +150,7 @@ def test_a_failing_cell_leaves_the_last_good_copy(project, capsys):
     assert executed(project, "01_one").read_text() == good
     assert "the remedy" in failed.read_text()
     assert captured.err.splitlines() == [
-        "error: 01_one failed in cell [5]:",
+        "error: 01_one failed in cell [4]:",
         "  the remedy",
         f"  the failed copy: {os.path.relpath(failed)}",
     ]
@@ -386,7 +411,7 @@ def test_the_address_is_that_of_pyproject(project):
     assert notebooks.repository_address(project) == ""
 
 
-def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsys):
+def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monkeypatch):
     readme = project / "README.md"
     stamp_page(readme)
     assert not readme.exists()
@@ -403,6 +428,7 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, capsy
     assert "old" not in text
     assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
     readme.write_text("In short: <!-- begin fashion/04_models -->\nold\n<!-- end fashion/04_models --> and so on\n")
+    monkeypatch.setenv("AVIT_RUNNER", "make")
     found = Results("fashion", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
     assert found == found._repr_markdown_() == "One model saves half."
     stamp_page(readme)
@@ -441,7 +467,7 @@ EXECUTE = """
 import sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
 nbclient.NotebookClient(notebook, kernel_name="python3", timeout=300).execute()
-print(notebook.cells[-1].outputs[0].text)
+print("".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])))
 """
 
 
@@ -462,13 +488,14 @@ def fresh_python(tmp_path, monkeypatch):
     return python
 
 
-def first_cells(folder: Path) -> Path:
-    """The cells of a real notebook up to its imports, and one that says what they imported."""
+def first_cells(folder: Path, address: str = "") -> Path:
+    """The cells of a real notebook up to its imports, and one that says what they brought."""
     notebook = nbformat.read(sorted((ROOT / "notebooks").glob("*.ipynb"))[0], as_version=4)
-    notebooks.stamp_notebook(notebook, "")
+    notebooks.stamp_notebook(notebook, address)
     last = next(i for i, cell in enumerate(notebook.cells) if "from avit_lib" in cell.source)
-    says = new_code_cell("import avit_lib, torch\nprint(avit_lib.__file__, torch.__version__)")
-    notebook.cells = [*notebook.cells[: last + 1], says]
+    says = "import avit_lib, torch\nfrom avit_lib.study import Study\n"
+    says += "print(avit_lib.__file__, torch.__version__, Study('fashion').checkpoint('deit'))"
+    notebook.cells = [*notebook.cells[: last + 1], new_code_cell(says)]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "first_cells.ipynb"
     nbformat.write(notebook, path)
@@ -480,30 +507,48 @@ def execute(python: Path, notebook: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=notebook.parent, capture_output=True, text=True, timeout=300)
 
 
-def test_on_colab_the_bootstrap_cell_installs_the_checkout_and_leaves_torch_alone(tmp_path, fresh_python):
-    checkout = tmp_path / "checkout"
-    for folder in ("avit_lib", "notebooks"):
+def committed(checkout: Path) -> str:
+    """A copy of what the first cell and a later notebook need of the repository, committed; returns its address."""
+    for folder in ("avit_lib", "notebooks", "results/fashion/checkpoints"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, checkout)
-    done = execute(fresh_python, first_cells(checkout / "notebooks"))
+    git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    return checkout.as_uri()
+
+
+@pytest.mark.parametrize("arrival", ["a bare notebook", "beside a clone", "in the notebooks folder"])
+def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(tmp_path, fresh_python, arrival):
+    content = tmp_path / "content"  # where notebooks run on Colab
+    if arrival == "a bare notebook":
+        notebook = first_cells(content, committed(tmp_path / "published"))
+    else:
+        committed(content / "study")
+        notebook = first_cells(content / ("study/notebooks" if arrival == "in the notebooks folder" else ""))
+    done = execute(fresh_python, notebook)
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("pip cannot reach a package index")
     assert done.returncode == 0, done.stderr
-    library, version = done.stdout.split()
+    assert "vanishes with the runtime" in done.stdout
+    library, version, checkpoint = done.stdout.split()[-3:]
     assert Path(library).is_relative_to(fresh_python.parents[1])
     assert version == torch.__version__
     assert not list(fresh_python.parents[1].glob("lib/python*/site-packages/torch"))
+    clone = content / ("avit" if arrival == "a bare notebook" else "study")
+    assert Path(checkpoint) == clone / "results/fashion/checkpoints/deit/last.safetensors"
 
 
-def test_on_colab_without_a_checkout_the_bootstrap_cell_says_how_to_bring_one(tmp_path, fresh_python):
+def test_on_colab_without_a_checkout_or_address_the_first_cell_says_how_to_bring_one(tmp_path, fresh_python):
     done = execute(fresh_python, first_cells(tmp_path / "elsewhere"))
     assert done.returncode != 0
-    assert "no checkout here: upload or clone the repository" in done.stderr
+    assert "Error" in done.stderr and ": not installed: run `make setup`" in done.stderr
+    assert "on Colab, clone the repository" in done.stderr
 
 
-def test_elsewhere_without_the_library_the_bootstrap_cell_names_make_setup(tmp_path, fresh_python):
+def test_elsewhere_without_the_library_the_first_cell_names_make_setup(tmp_path, fresh_python):
     shutil.rmtree(next(fresh_python.parents[1].glob("lib/python*/site-packages/google")))
-    done = execute(fresh_python, first_cells(tmp_path / "elsewhere"))
+    done = execute(fresh_python, first_cells(tmp_path / "elsewhere", ADDRESS))
     assert done.returncode != 0
-    assert "the library of the study is not installed: run `make setup`" in done.stderr
+    assert "Error" in done.stderr and ": not installed: run `make setup`" in done.stderr

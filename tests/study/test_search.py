@@ -215,8 +215,9 @@ def test_every_run_and_candidate_has_a_folder_of_its_own(name):
 
 
 @pytest.fixture
-def evaluated(results):
+def evaluated(results, monkeypatch):
     """What notebook 04 leaves for the study's own seed: the models, and those turned to other depths."""
+    monkeypatch.setenv("AVIT_RUNNER", "make")
     own, turned = ["DeiT", "A-ViT", "A-ViT fine-tuned"], ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
     for name, models in (("evaluation", own), ("operating_points", ["A-ViT fine-tuned", *turned])):
         table = pd.DataFrame({"model": models, "method": ["plain" if one == "DeiT" else "paper" for one in models]})

@@ -1,0 +1,94 @@
+"""What ``test`` and ``visualize`` do with one trained model: load it, its test images, its figures, its picture."""
+
+import math
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+from avit_lib import data
+from avit_lib.errors import UserError
+from avit_lib.evaluation import bootstrap_intervals, metrics
+from avit_lib.model import AViT
+from avit_lib.study import adapting, pictures
+from avit_lib.study.settings import get_profile
+from avit_lib.study.study import Study, predict
+from avit_lib.training import load_checkpoint
+
+KEY = """Depth is the number of layers that compute a token. Blue covers tokens that left the computation:
+the earlier, the bluer; in the last row, those that did not reach the last layer"""
+
+
+def load(profile: str, seed: int, device: str, name: str | None, path: Path | None) -> tuple[nn.Module, dict, Path]:
+    """The model in ``path``, else the run ``name`` of the profile; what its run was, and where it lies."""
+    study = Study(profile, seed, device=device)
+    path = path or study.checkpoint(name.lower() if name else study.profile.focus)
+    model, description = load_checkpoint(path, study.device)
+    kind = "AViT" if isinstance(model, AViT) else "DeiT"
+    if name and name.lower() in {"avit", "deit"} - {kind.lower()}:
+        raise UserError(f"{path} is of kind {kind}, not {name}; correct --model or leave it out")
+    return model, description["run"], path
+
+
+def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, decode: bool = True) -> data.Images:
+    """The test images of a folder, else of the profile; raises UserError when the model knows other classes."""
+    if folder:
+        size = model.patch_embed.img_size[0]
+        return data.folder_test_data(folder, size, model.in_chans, run["classes"], decode)
+    found = data.test_data(get_profile(profile).data, run["seed"], decode)
+    if list(found.classes) == run["classes"]:
+        return found
+    raise UserError(f"the model knows other classes than those of the profile {profile}; add --data-dir DIR")
+
+
+def figures_of(model: nn.Module, found: data.Images, seed: int, device: torch.device, batch: int) -> dict[str, Any]:
+    """Accuracy, depth, GFLOPs and so on of a model on test images, and their intervals."""
+    predictions = predict(model, found, device, batch)
+    values = {"images": len(found), **metrics(model, predictions)}
+    return values | {"intervals": bootstrap_intervals(predictions, seed)}
+
+
+def picture(
+    model: nn.Module, run: dict, images: list[str], test_images: Callable[[], data.Images], device: torch.device
+) -> Figure:
+    """Where a model stopped looking, in image files, or in ``test_images`` of these numbers.
+
+    Raises UserError when there is no such image.
+    """
+    numbers, classes, statistics, words = [int(name) for name in images if name.isdigit()], run["classes"], None, []
+    if numbers and (len(numbers) < len(images) or not classes):
+        raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
+    if numbers:
+        found = test_images()
+        if max(numbers) >= len(found):
+            raise UserError(f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}")
+        pixels, labels = found[numbers]
+        names = [f"true: {classes[label]}" for label in labels]
+    else:
+        read, statistics = adapting.reader(model, run)
+        pixels = torch.stack([read(Path(name)) for name in images])
+        names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
+        words = [what_it_sees(model, classes)]
+    with torch.inference_mode():
+        logits, trace = model.forward_with_trace(pixels.to(device))
+    depth = nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
+    titles = adapting.titles(names, logits, trace.depth, classes)
+    columns = math.ceil(len(images) / math.ceil(len(images) / 6))  # at most six, and as many in every row
+    figure = pictures.depth_maps(data.to_pixels(pixels, statistics), depth, len(model.blocks), titles, columns)
+    words += [f"{KEY}{', here all.' if trace.depth.max() < len(model.blocks) else '.'}"]
+    figure.suptitle("\n".join(textwrap.fill(line, 100) for line in words), fontsize=9)
+    return figure
+
+
+def what_it_sees(model: nn.Module, classes: list[str]) -> str:
+    """What becomes of a photograph, and among which classes it is put, in a sentence."""
+    size, colour = model.patch_embed.img_size[0], "grey pixels" if model.in_chans == 1 else "pixels"
+    known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
+    return (
+        f"Photographs are cropped to their centre and scaled to {size} x {size} {colour}, for that is what this model "
+        f"sees. It knows {len(classes) or 1000} classes{known}."
+    )

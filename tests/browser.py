@@ -1,0 +1,137 @@
+"""The notebooks in a real browser, in JupyterLab as `make lab` starts it: opened, run and saved like a reader does.
+
+Not among the tests of `make test`: run by `make test-browser`, which needs chromium and selenium.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+selenium = pytest.importorskip(
+    "selenium.webdriver", reason="selenium is missing: .venv/bin/pip install -e '.[browser]'"
+)
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+if not (CHROMIUM and DRIVER):
+    pytest.skip("no chromium: on Debian, apt install chromium chromium-driver", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+MINUTES = 5  # that a notebook may take
+
+# What a reader does by hand, by the commands behind the menus, which say when they are done.
+OPEN = """
+const [path, done] = arguments;
+const open = async () => {
+    if (!window.jupyterapp) return setTimeout(open, 100);
+    await jupyterapp.restored;
+    window.opened = await jupyterapp.commands.execute("docmanager:open", {path});
+    await opened.context.ready;
+    await opened.sessionContext.ready;
+    done();
+};
+open().catch(error => done(String(error)));
+"""
+SAVE = """
+const [done] = arguments;
+opened.context.save().then(() => done(), error => done(String(error)));
+"""
+RUN = """
+const [parameters, done] = arguments;
+const cells = [...opened.content.model.cells].filter(cell => cell.type === "code");
+const chosen = cells.find(cell => (cell.getMetadata("tags") || []).includes("parameters")).sharedModel;
+const before = chosen.getSource();
+chosen.setSource(parameters);
+jupyterapp.commands.execute("notebook:run-all-cells")
+    .then(() => done(cells.map(cell => [cell.sharedModel.getSource(), cell.executionCount, cell.outputs.toJSON()])),
+          error => done(String(error)))
+    .finally(() => chosen.setSource(before));
+"""
+
+
+def git(checkout: Path, *command: str) -> str:
+    identity = ["-c", "user.name=x", "-c", "user.email=x"]
+    done = subprocess.run(["git", *identity, *command], cwd=checkout, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the repository without results and data, all of it committed."""
+    folder = tmp_path_factory.mktemp("lab") / "checkout"
+    for name in ("avit_lib", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in (".gitignore", "Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder)
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "x"]):
+        git(folder, *command)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(checkout):
+    """Where `make lab` serves the copy; with this environment, and the embedded data."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    settings = {"open_browser": False, "port": port, "allow_root": True}
+    settings = {"ServerApp": settings, "LabApp": {"expose_app_in_browser": True}, "IdentityProvider": {"token": ""}}
+    config = checkout.parent / "config"
+    config.mkdir()
+    for name in ("server", "lab"):
+        (config / f"jupyter_{name}_config.json").write_text(json.dumps(settings))
+    known = {"JUPYTER_CONFIG_DIR": str(config), "PYTHONPATH": str(ROOT), "AVIT_DATA": str(ROOT / "data")}
+    environment = {key: value for key, value in os.environ.items() if key not in ("AVIT_RESULTS", "AVIT_RUNNER")}
+    command = ["make", "-o", "setup", "lab", f"VENV={sys.prefix}"]
+    with (checkout.parent / "lab.log").open("w") as log:
+        server = subprocess.Popen(
+            command, cwd=checkout, env=environment | known, stdout=log, stderr=log, start_new_session=True
+        )
+    address = f"http://localhost:{port}"
+    for _ in range(120):
+        with suppress(OSError):
+            urllib.request.urlopen(f"{address}/api")
+            break
+        assert server.poll() is None, (checkout.parent / "lab.log").read_text()
+        time.sleep(0.5)
+    yield address
+    os.killpg(server.pid, signal.SIGTERM)
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = selenium.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+        options.add_argument(argument)
+    driver = selenium.Chrome(options, selenium.ChromeService(DRIVER))
+    driver.set_script_timeout(60 * MINUTES)
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_without_a_fault_and_leaves_git_clean(name, checkout, address, browser):
+    """In order: the later notebooks use the models that the earlier ones train."""
+    browser.get(f"{address}/lab")
+    assert browser.execute_async_script(OPEN, f"notebooks/{name}") is None
+    assert browser.execute_async_script(SAVE) is None
+    assert git(checkout, "status", "--porcelain") == "", "saving it changed it"
+    cells = browser.execute_async_script(RUN, 'PROFILE = "smoke"\nSEED = 0')
+    assert isinstance(cells, list), cells
+    for source, count, outputs in cells:
+        assert count, f"did not run: {source}"
+        faults = [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+        assert not faults, f"{faults} in {source}"
+    assert browser.execute_async_script(SAVE) is None
+    assert git(checkout, "status", "--porcelain") == "", "running it changed it"
