@@ -18,7 +18,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks train search sweep benchmark test test-browser lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks train search sweep release benchmark test test-browser lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -68,6 +68,9 @@ search: setup  ## Compare the candidate settings of PROFILE on the validation im
 
 sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
 	@$(AVIT) sweep --profile "$(PROFILE)" --seed "$(SEED)"
+
+release: setup  ## Write the headline models of PROFILE in half precision, to be committed
+	@$(AVIT) release --profile "$(PROFILE)" --seed "$(SEED)"
 
 benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
 	@$(AVIT) benchmark --seed "$(SEED)"

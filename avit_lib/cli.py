@@ -58,11 +58,13 @@ class Trained(Computing):
     """What every command takes that looks at a trained model.
 
     Args:
+        profile: As elsewhere. Default: fashion; for photographs of your own caltech101, whose models are committed.
         model: DeiT, AViT or another run of the profile. Default: the one the notebooks look into.
         ckpt: A .safetensors that fit wrote, its .json beside it. Default: the profile's, of --model.
         data_dir: A folder of your own with test/, in it one folder of images a class. Default: the profile's data.
     """
 
+    profile: str = ""
     model: str | None = None
     ckpt: Path | None = None
     data_dir: Path | None = None
@@ -169,26 +171,24 @@ def test(
     """
     import pandas as pd
 
-    from avit_lib.study import get_profile, inspecting
+    from avit_lib.study import adapting, get_profile, inspecting
     from avit_lib.study.results import provenance, to_markdown
     from avit_lib.training import pick_device, processes, write_json
 
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
-    device = pick_device(common.device)
+    device, profile = pick_device(common.device), common.profile or "fashion"
     if data:
-        from avit_lib.study.adapting import imagenet_table, trained_model
-
-        found, _ = trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
-        return print(to_markdown(imagenet_table(found, images, common.seed, device, batch_size)))
-    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
+        found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
+        return print(to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size)))
+    model, run, path = inspecting.load(profile, common.seed, common.device, common.model, common.ckpt)
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
-    found = inspecting.test_images(common.profile, common.data_dir, model, run)
+    found = inspecting.test_images(profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
     if processes.rank() == 0:
-        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
+        write_json(target, facts | {"provenance": provenance(get_profile(profile).name, common.seed)})
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
     print(f"written to {target}", file=sys.stderr)
@@ -205,18 +205,13 @@ def visualize(
         output: The PNG to write.
         images: Numbers of test images, or paths of image files.
     """
-    from avit_lib.merging import Adaptive
-    from avit_lib.model import AViT
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device, write_atomically
 
-    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
-    if not isinstance(model, AViT | Adaptive):
-        raise UserError(f"{path} is a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
-    test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
+    profile = common.profile or ("fashion" if images[0].isdigit() or common.ckpt else "caltech101")
+    model, run, _ = inspecting.load(profile, common.seed, common.device, common.model, common.ckpt)
+    test_images = partial(inspecting.test_images, profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
-    if model.in_chans == 1 and not images[0].isdigit():
-        print("this model sees little, and grey; in colour, without training: `python -m avit_lib adapt --help`")
     figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
     print(f"written to {output}")
@@ -295,6 +290,15 @@ def sweep(*, common: Computing = Computing()) -> None:
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))
     print(f"written to {results_dir(get_profile(common.profile).name) / 'tables' / 'sweep.csv'}", file=sys.stderr)
+
+
+@app.command
+def release(*, common: Computing = Computing()) -> None:
+    """Write the headline models of a profile in half precision, to be committed, and what that costs them."""
+    from avit_lib.study import Study, releasing
+    from avit_lib.study.results import to_markdown
+
+    print(to_markdown(releasing.release(Study(common.profile, common.seed, "release", common.device))))
 
 
 @app.command

@@ -13,8 +13,10 @@ from torch import nn
 from avit_lib import data
 from avit_lib.errors import UserError
 from avit_lib.evaluation import bootstrap_intervals, metrics
+from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import adapting, pictures
+from avit_lib.study.releasing import released
 from avit_lib.study.settings import get_profile
 from avit_lib.study.study import Study, predict
 from avit_lib.training import load_checkpoint
@@ -24,9 +26,13 @@ the earlier, the bluer; in the last row, those that did not reach the last layer
 
 
 def load(profile: str, seed: int, device: str, name: str | None, path: Path | None) -> tuple[nn.Module, dict, Path]:
-    """The model in ``path``, else the run ``name`` of the profile; what its run was, and where it lies."""
+    """The model in ``path``, else the run ``name``, trained here or committed; its description; where it lies."""
     study = Study(profile, seed, device=device)
-    path = path or study.checkpoint(name.lower() if name else study.profile.focus)
+    run = study.profile.run(name.lower() if name else study.profile.focus).name
+    committed = released(study.profile.name, run)
+    if not path:
+        trained = (study.folder(run) / "last.safetensors").is_file() or not committed.is_file()
+        path = study.checkpoint(run) if trained else committed
     model, description = load_checkpoint(path, study.device)
     kind = "AViT" if isinstance(model, AViT) else "DeiT"
     if name and name.lower() in {"avit", "deit"} - {kind.lower()}:
@@ -57,8 +63,10 @@ def picture(
 ) -> Figure:
     """Where a model stopped looking, in image files, or in ``test_images`` of these numbers.
 
-    Raises UserError when there is no such image.
+    Raises UserError when there is no such image, and for a model whose tokens all go through.
     """
+    if not isinstance(model, AViT | Adaptive):
+        raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
     numbers, classes, statistics, words = [int(name) for name in images if name.isdigit()], run["classes"], None, []
     if numbers and (len(numbers) < len(images) or not classes):
         raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
