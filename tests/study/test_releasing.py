@@ -19,7 +19,7 @@ def test_a_committed_model_is_the_trained_one_in_half_precision(tmp_path, monkey
     study.train_chain(focus := study.profile.focus)
     table = release(study)
     assert list(table["model"]) == ["DeiT", "A-ViT fine-tuned"]
-    assert table["accuracy, as committed"].to_numpy() == pytest.approx(table["accuracy, as trained"].to_numpy(), abs=0.02)
+    assert (table["accuracy, as committed"] - table["accuracy, as trained"]).abs().max() <= 0.02
     path, trained = released("mine", focus), study.checkpoint(focus)
     assert path.stat().st_size < 0.6 * trained.stat().st_size
     model, described = load_checkpoint(path)
