@@ -16,6 +16,8 @@ LAUNCH := $(BIN)/$(if $(filter 1,$(NPROC)),python,torchrun --standalone --nproc-
 # glibc: keep freed memory, or every training step pays for large tensors with page faults.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
+# torch's profiler: no lines of its own in a notebook, such as that it found no GPU.
+export KINETO_LOG_LEVEL ?= 6
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab reproduce notebooks train search sweep release benchmark test test-browser lint readme badges lock clean clean-results

@@ -45,6 +45,10 @@ SAVE = """
 const [done] = arguments;
 opened.context.save().then(() => done(), error => done(String(error)));
 """
+CLOSE = """
+const [done] = arguments;
+opened.sessionContext.shutdown().then(() => opened.close()).then(() => done(), error => done(String(error)));
+"""
 RUN = """
 const [parameters, done] = arguments;
 const cells = [...opened.content.model.cells].filter(cell => cell.type === "code");
@@ -135,3 +139,4 @@ def test_a_notebook_runs_without_a_fault_and_leaves_git_clean(name, checkout, ad
         assert not faults, f"{faults} in {source}"
     assert browser.execute_async_script(SAVE) is None
     assert git(checkout, "status", "--porcelain") == "", "running it changed it"
+    assert browser.execute_async_script(CLOSE) is None  # its kernel too, for the memory

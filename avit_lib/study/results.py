@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +34,20 @@ FOLDED = 40  # rows; in pages longer tables are folded away until a reader opens
 def results_dir(name: str) -> Path:
     """Where the results of a profile lie: results/<profile>/ under $AVIT_RESULTS or in the checkout."""
     return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / name
+
+
+def show_tables_rounded() -> None:
+    """In a notebook, let data frames look as in the pages of results: rounded, without an index that only counts."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell:
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, to_html)
+
+
+def to_html(frame: pd.DataFrame) -> str:
+    """A data frame as an HTML table: numbers with four significant digits, an index only if it is no number."""
+    index = not pd.api.types.is_integer_dtype(frame.index)
+    with pd.option_context("display.max_colwidth", None):
+        return frame.map(_cell).to_html(index=index, border=0, max_rows=60)
 
 
 class Sentence(str):

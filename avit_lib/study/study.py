@@ -19,7 +19,7 @@ from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
 from avit_lib.starts import TARGETS, fit_start, scale_channel_rate
 from avit_lib.study.fingerprint import fingerprint
-from avit_lib.study.results import Results, results_dir
+from avit_lib.study.results import Results, results_dir, show_tables_rounded
 from avit_lib.study.settings import Run, get_profile
 from avit_lib.training import loop, processes, read_json
 
@@ -38,6 +38,7 @@ class Study:
         self.seed = seed
         self.device = training.pick_device(device)
         self.results = Results(self.profile.name, seed, source)
+        show_tables_rounded()
         self.checkpoints = results_dir(self.profile.name) / "checkpoints" / checkpoints
 
     @cached_property

@@ -127,6 +127,22 @@ def test_the_copy_says_in_one_place_what_was_run(project):
     assert 'PROFILE = "smoke"\nSEED = 3' in codes and "fashion" not in "".join(codes)
 
 
+def test_tables_are_shown_rounded_and_without_an_index_that_only_counts(project):
+    frames = """
+        import pandas as pd
+        from avit_lib.study import Study
+        Study(PROFILE, SEED, source="01_one")
+        counted = pd.DataFrame({"words": ["one"], "value": [0.123456]}, index=[77])
+        display(counted, counted.set_index("words"))
+    """
+    write(project, "01_one", frames)
+    assert run() == 0
+    outputs = nbformat.read(executed(project, "01_one"), as_version=4).cells[-1].outputs
+    counted, named = (output.data["text/html"] for output in outputs)
+    assert "0.1235" in counted and "one" in counted and "77" not in counted
+    assert "0.1235" in named and "one" in named
+
+
 def test_the_copy_is_without_progress_bars_that_are_over(project):
     bar = "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), leave=False, desc='bar'): print('step')\n'value'"
     write(project, "01_one", bar)
