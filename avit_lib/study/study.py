@@ -39,7 +39,7 @@ class Study:
         self.device = training.pick_device(device)
         self.results = Results(self.profile.name, seed, source)
         show_tables_rounded()
-        self.checkpoints = results_dir(self.profile.name) / "checkpoints" / checkpoints
+        self.checkpoints = Path("checkpoints", checkpoints)
 
     @cached_property
     def data(self) -> TrainingData:
@@ -52,24 +52,36 @@ class Study:
         return test_data(self.profile.data, self.seed)
 
     def folder(self, run: str) -> Path:
-        """Where the checkpoints of a run, or candidate of the search, lie."""
+        """Where the checkpoints of a run, or candidate of the search, lie: aside, if a notebook by hand trained it."""
+        aside, usual = self._folders(run)
+        return aside if aside.is_dir() else usual
+
+    def _folders(self, run: str) -> tuple[Path, Path]:
         found = self.profile.run(run)
-        return self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
+        place = self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
+        return self.results.folder / place, results_dir(self.profile.name) / place
 
     def train(self, name: str) -> pd.DataFrame:
         """Train the run called ``name``, or go on with it, or return the history of the finished one.
 
-        What was trained by other settings, or by other code, is trained again from scratch.
+        What was trained by other settings, or by other code, is trained again from scratch; in a notebook run by hand
+        aside, so that nothing committed is lost.
         """
-        run, folder = self.profile.run(name), self.folder(name)
+        run = self.profile.run(name)
         start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
         description = describe(run, self.data, start, teacher)
         description |= {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}
-        found = folder / "last.json"
-        if processes.rank() == 0 and found.is_file() and read_json(found).get("run") != description:
+        aside, usual = self._folders(name)
+
+        def another(folder: Path) -> bool:
+            found = folder / "last.json"
+            return found.is_file() and read_json(found).get("run") != description
+
+        if processes.rank() == 0 and another(self.folder(name)):
             print(f"{run.label}: settings or code changed since it was trained; training again", flush=True)
-            shutil.rmtree(folder)
+            shutil.rmtree(aside, ignore_errors=True)
         processes.barrier()  # the other processes see the folder as the first one left it
+        folder = aside if another(usual) else self.folder(name)
         return train_run(run, self.data, folder, start, teacher, self.seed, self.device, description)
 
     def train_chain(self, name: str) -> pd.DataFrame:

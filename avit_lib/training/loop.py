@@ -29,6 +29,7 @@ from avit_lib.training.checkpoints import save_checkpoint
 from avit_lib.training.files import make_writable, read_json, read_state, write_atomically, write_state
 
 NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
+_TOLD = ("train_loss", "val_accuracy", "val_mean_depth", "seconds")  # of an epoch, in one line; all: history.csv
 RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last finished epoch, and the one before it
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
@@ -145,8 +146,9 @@ def fit(
             parts = {name: thing.state_dict() for name, thing in state.stateful.items()}
             write_state(output / RESUME, parts | {"records": state.records, "run": run}, previous=output / PREVIOUS)
             _save_checkpoints(output, state, run)
-        values = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "epoch")
-        print(f"epoch {epoch}/{config.epochs}: {values}", flush=True)
+        label = description.get("settings", {}).get("label", description["model"])
+        values = ", ".join(f"{name.replace('train_', '')} {record[name]:.4g}" for name in _TOLD if name in record)
+        print(f"{label}, epoch {epoch}/{config.epochs}: {values}", flush=True)
     if processes.rank() == 0:
         _tidy(output)
     return pd.DataFrame(state.records)

@@ -107,7 +107,7 @@ def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypat
     use = """
         from avit_lib.study import Study
         study = Study(PROFILE, SEED, source="01_one")
-        study.results.finding(f"checkpoints in {study.checkpoints}", "01_words")
+        study.results.finding(f"checkpoints in {study.folder('deit')}", "01_words")
     """
     write(project, "01_one", use)
     assert run() == 0
@@ -116,8 +116,22 @@ def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypat
     monkeypatch.delenv("AVIT_RUNNER")
     exec(textwrap.dedent(use), {"PROFILE": "smoke", "SEED": 1})
     assert json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
-    by_hand = results / "by_hand" / "findings" / "01_words.md"
-    assert by_hand.read_text().split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints")]
+    by_hand = (results / "by_hand" / "findings" / "01_words.md").read_text()
+    assert by_hand.split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints" / "deit")]
+
+
+def test_training_by_hand_leaves_what_make_trained(monkeypatch, tmp_path):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    monkeypatch.setenv("AVIT_RUNNER", "make")
+    Study("smoke", 0, "02_deit").train("deit")
+    usual = tmp_path / "smoke" / "checkpoints" / "deit"
+    before = (usual / "last.safetensors").read_bytes()
+    monkeypatch.delenv("AVIT_RUNNER")
+    for seed, folder in ((0, usual), (1, tmp_path / "smoke" / "by_hand" / "checkpoints" / "deit"), (0, usual)):
+        study = Study("smoke", seed, "02_deit")
+        study.train("deit")
+        assert study.folder("deit") == folder and study.checkpoint("deit").is_file()
+    assert (usual / "last.safetensors").read_bytes() == before
 
 
 def test_the_copy_says_in_one_place_what_was_run(project):

@@ -28,7 +28,7 @@ def test_a_committed_model_is_the_trained_one_in_half_precision(tmp_path, monkey
     for name, value in model.state_dict().items():
         assert value.dtype == torch.float32 and torch.equal(value, whole[name].half().float())
     assert inspecting.load(profile, 0, "cpu", None, None)[2] == trained
-    shutil.rmtree(study.checkpoints)
+    shutil.rmtree(study.folder(focus))
     assert inspecting.load(profile, 0, "cpu", None, None)[2] == path
 
 
