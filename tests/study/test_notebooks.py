@@ -18,7 +18,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from avit_lib import cli
-from avit_lib.study import fingerprint, notebooks
+from avit_lib.study import Study, fingerprint, notebooks
 from avit_lib.study.figures import batch_axis
 from avit_lib.study.results import Results, stamp_page
 
