@@ -39,10 +39,10 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 def model_colour(label: str) -> tuple[float, float, float]:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
     if not label.startswith("A-ViT"):
-        kinds = {"ToMe": 4, "Adaptive": 2, "longer": 9}
+        kinds = {"ToMe": 4, "Adaptive": 5, "longer": 9}
         return PALETTE[next((number for word, number in kinds.items() if word in label), 0)]
-    kinds = {"half": 5, "halting trained": 3, "ImageNet": 6, "fine-tuned": 1, "halting held": 1}
-    return PALETTE[next((number for word, number in kinds.items() if word in label), 6)]
+    kinds = {"half": 8, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
+    return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]
 
 
 def percent(axis: Axes, which: str = "y") -> None:
