@@ -313,7 +313,8 @@ def test_accuracy_by_depth_of_fewer_images_than_groups(halting, plain):
 
 
 def analysed(halting: Predictions, plain: Predictions) -> Kept:
-    study = study_of(plain, load=lambda name: name, predict=lambda model, data: plain)
+    whole = timm.create_model("deit_nano_patch7_28", patch_size=14, num_classes=len(CLASSES)).eval()
+    study = study_of(plain, load=lambda name: whole, predict=lambda model, data: plain, device="cpu")
     return run_cells(
         "05_halting_analysis", "generator = torch", study=study, run=study.profile.run("avit_finetuned"),
         model=SimpleNamespace(eps=0.01), predictions=halting, depth=halting.depth, layers=LAYERS, classes=CLASSES,
