@@ -208,7 +208,8 @@ def visualize(
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device, write_atomically
 
-    profile = common.profile or ("fashion" if images[0].isdigit() or common.ckpt else "caltech101")
+    colour = inspecting.released("caltech101", "avit_finetuned").is_file() and not (images[0].isdigit() or common.ckpt)
+    profile = common.profile or ("caltech101" if colour else "fashion")
     model, run, _ = inspecting.load(profile, common.seed, common.device, common.model, common.ckpt)
     test_images = partial(inspecting.test_images, profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
 from avit_lib.merging import Adaptive, adapt
@@ -43,14 +44,17 @@ def adapted_like(plain: nn.Module, peers: Iterable[nn.Module], images: Tensor) -
     return {f"{ADAPTED}, {share:.0%} saved": adapt(plain, images, share) for share in shares}
 
 
-def first_images(study: Study, most: int) -> Tensor:
-    """The first test images [B, C, H, W], at ``most`` so many, on the device of the study."""
-    return study.test[torch.arange(min(most, len(study.test)))][0].to(study.device)
+def test_images(study: Study, most: int) -> Tensor:
+    """Test images [B, C, H, W], at ``most`` so many, drawn by the seed so that all classes take part."""
+    return _drawn(study, study.test, most)
 
 
 def validation_images(study: Study, most: int) -> Tensor:
-    """Validation images [B, C, H, W], at ``most`` so many, drawn by the seed, on the device of the study."""
-    data = study.data.validation
+    """Validation images [B, C, H, W], at ``most`` so many, drawn by the seed."""
+    return _drawn(study, study.data.validation, most)
+
+
+def _drawn(study: Study, data: Images, most: int) -> Tensor:
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(study.seed))[:most]
     return data[chosen][0].to(study.device)
 
@@ -71,7 +75,7 @@ def evaluation_table(
         figures = with_intervals(model.model if peer else model, predictions[name])
         if peer:
             figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # its tokens have no depth
-            figures["gflops_per_image"] = counted_flops(model, first_images(study, 8)) / 1e9  # the same for every image
+            figures["gflops_per_image"] = counted_flops(model, test_images(study, 8)) / 1e9  # the same for every image
         kind = {"method": "peer" if peer else "ours", "init": f"{plain.name}, not trained"}
         rows.append({"model": name} | kind | figures)
     table = pd.DataFrame(rows)
@@ -100,7 +104,7 @@ def speed_table(
         models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
     models |= {name: (model, "packed") for name, model in (others or {}).items()}
     batches = batches or [study.profile.plain.training.batch_size]
-    return pd.concat([throughput(models, first_images(study, batch)) for batch in batches], ignore_index=True)
+    return pd.concat([throughput(models, test_images(study, batch)) for batch in batches], ignore_index=True)
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
