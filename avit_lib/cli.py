@@ -58,13 +58,11 @@ class Trained(Computing):
     """What every command takes that looks at a trained model.
 
     Args:
-        profile: As elsewhere. Default: fashion; for photographs of your own caltech101, whose models are committed.
         model: DeiT, AViT or another run of the profile. Default: the one the notebooks look into.
         ckpt: A .safetensors that fit wrote, its .json beside it. Default: the profile's, of --model.
         data_dir: A folder of your own with test/, in it one folder of images a class. Default: the profile's data.
     """
 
-    profile: str = ""
     model: str | None = None
     ckpt: Path | None = None
     data_dir: Path | None = None
@@ -177,18 +175,18 @@ def test(
 
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
-    device, profile = pick_device(common.device), common.profile or "fashion"
+    device = pick_device(common.device)
     if data:
         found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
         return print(to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size)))
-    model, run, path = inspecting.load(profile, common.seed, common.device, common.model, common.ckpt)
+    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
-    found = inspecting.test_images(profile, common.data_dir, model, run)
+    found = inspecting.test_images(common.profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
     if processes.rank() == 0:
-        write_json(target, facts | {"provenance": provenance(get_profile(profile).name, common.seed)})
+        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
     print(f"written to {target}", file=sys.stderr)
@@ -208,10 +206,8 @@ def visualize(
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device, write_atomically
 
-    colour = inspecting.released("caltech101", "avit_finetuned").is_file() and not (images[0].isdigit() or common.ckpt)
-    profile = common.profile or ("caltech101" if colour else "fashion")
-    model, run, _ = inspecting.load(profile, common.seed, common.device, common.model, common.ckpt)
-    test_images = partial(inspecting.test_images, profile, common.data_dir, model, run, decode=False)
+    model, run, _ = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
+    test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
     figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
     write_atomically(output, png.getvalue())
