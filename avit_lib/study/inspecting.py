@@ -98,5 +98,5 @@ def what_it_sees(model: nn.Module, classes: list[str]) -> str:
     known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
     return (
         f"Photographs are cropped to their centre and scaled to {size} x {size} {colour}, for that is what this model "
-        f"sees. It knows {len(classes) or 1000} classes{known}."
+        f"sees. It knows {model.num_classes:,} classes{known}."
     )

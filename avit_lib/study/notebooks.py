@@ -160,12 +160,15 @@ class Runner:
         return self.results / "notebooks" / f"{name}.ipynb"
 
     def _state(self, name: str) -> dict:
-        """All that the results of a notebook depend on: its code, and the runs that it and those before it train."""
+        """All that the results of a notebook depend on: its code, the runs that it and those before it train, and the
+        tables of others that it reads."""
         runs = {run.name for run in self.profile.runs}
         trained = set().union(*(_trained(self._read(one)[1], runs) for one in self.names if one <= name))
         paths = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
         known = {run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"] for run, path in paths.items()}
-        return self._code(name) | {"checkpoints": known}
+        tables = {one: self.results / "tables" / f"{one}.csv" for one in _names_given(self._read(name)[1], "read")}
+        read = {one: path.is_file() and digest(path.read_text()) for one, path in tables.items()}
+        return self._code(name) | {"checkpoints": known} | ({"tables": read} if read else {})
 
     @cached_property
     def _library(self) -> Callable[..., str]:
@@ -260,11 +263,15 @@ def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
 
 def _trained(code: list[str], runs: set[str]) -> set[str]:
     """Those of ``runs`` that a notebook trains: the names it gives to ``train``, all if one is not written out."""
-    nodes = [node for piece in code for node in ast.walk(ast.parse(piece))]
-    calls = [node for node in nodes if isinstance(node, ast.Call) and node.args]
-    given = [call.args[0] for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "train"]
-    named = {argument.value for argument in given if isinstance(argument, ast.Constant)}
-    return runs & named if all(isinstance(argument, ast.Constant) for argument in given) else runs
+    named = _names_given(code, "train")
+    return runs if None in named else runs & named
+
+
+def _names_given(code: list[str], method: str) -> set[str | None]:
+    """What a notebook gives first to the calls of a method: names, and None for what is not written out."""
+    nodes = [node for piece in code for node in ast.walk(ast.parse(piece)) if isinstance(node, ast.Call) and node.args]
+    given = [call.args[0] for call in nodes if isinstance(call.func, ast.Attribute) and call.func.attr == method]
+    return {argument.value if isinstance(argument, ast.Constant) else None for argument in given}
 
 
 def _duration(seconds: float) -> str:

@@ -21,6 +21,7 @@ import torch
 from matplotlib.figure import Figure
 
 from avit_lib.data import project_root
+from avit_lib.errors import UserError
 from avit_lib.study.settings import Profile
 from avit_lib.training import read_json, write_atomically, write_json
 
@@ -74,6 +75,13 @@ class Results:
         write_atomically(path.with_suffix(".md"), (to_markdown(frame) + "\n").encode())
         self._describe(path, caption)
         return frame
+
+    def read(self, name: str) -> pd.DataFrame:
+        """The table that an earlier notebook wrote, by hand or by make; raises UserError when there is none."""
+        for folder in (self.folder, results_dir(self.name)):
+            if (path := folder / "tables" / f"{name}.csv").is_file():
+                return pd.read_csv(path)
+        raise UserError(f"{path} is missing; run the notebooks before this one: `make notebooks PROFILE={self.name}`")
 
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png; returns it, so that a cell can end in it."""

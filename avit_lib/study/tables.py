@@ -91,20 +91,20 @@ def with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, floa
     return row | values
 
 
-def speed_table(
-    study: Study, batches: Iterable[int] = (), masked: bool = False, others: Mapping[str, nn.Module] | None = None
-) -> pd.DataFrame:
-    """``throughput`` of the trained models on test images, one row a model and batch size (default: that of training).
+def speed_table(study: Study, others: Mapping[str, nn.Module] | None = None) -> pd.DataFrame:
+    """``throughput`` of all models of a study on test images, one row a model and batch size: its only measurement.
 
-    ``masked`` adds the models that halt as the paper executes them; ``others`` come last.
+    The trained ones run at batch sizes up to that of training, those that halt packed and, as the paper executes them,
+    masked; ``others`` only at the largest.
     """
-    runs = study.profile.runs
+    runs, most = study.profile.runs, min(study.profile.plain.training.batch_size, len(study.test))
     models = {run.label: (study.load(run.name), "packed") for run in runs}
-    if masked:
-        models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
+    models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
+    few = [batch for batch in ([1] if study.profile.smoke else [1, 8]) if batch < most]
+    measured = [throughput(models, test_images(study, batch)) for batch in few]
     models |= {name: (model, "packed") for name, model in (others or {}).items()}
-    batches = batches or [study.profile.plain.training.batch_size]
-    return pd.concat([throughput(models, test_images(study, batch)) for batch in batches], ignore_index=True)
+    measured.append(throughput(models, test_images(study, most)))
+    return pd.concat(measured, ignore_index=True)
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:

@@ -18,6 +18,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from avit_lib import cli
+from avit_lib.errors import UserError
 from avit_lib.study import Study, fingerprint, notebooks
 from avit_lib.study.figures import batch_axis
 from avit_lib.study.results import Results, stamp_page
@@ -252,6 +253,21 @@ def test_a_changed_checkpoint_makes_the_notebooks_from_its_training_on_stale(pro
     (checkpoints / "deit" / "last.safetensors").unlink()
     assert run() == 0
     assert ran(capsys) == ["02_train"]  # it trains the same weights again: those after it stand
+
+
+def test_a_changed_table_makes_the_notebook_that_reads_it_stale(project, capsys):
+    write(project, "01_read", "def never(study):\n    study.results.read('speed')")
+    table = project / "results" / "smoke" / "tables" / "speed.csv"
+    table.parent.mkdir(parents=True)
+    for content, again in (("one", ["01_read"]), ("one", []), ("two", ["01_read"])):
+        table.write_text(content)
+        assert run() == 0
+        assert ran(capsys) == again
+
+
+def test_a_table_that_no_notebook_has_written_is_named(project):
+    with pytest.raises(UserError, match=r"speed.csv is missing; run the notebooks before this one"):
+        Results("smoke", 0, "06_efficiency").read("speed")
 
 
 def test_what_a_notebook_uses_of_the_library_counts_and_nothing_else(project, monkeypatch, capsys):

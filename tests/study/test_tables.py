@@ -51,9 +51,10 @@ def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
     load = {"deit": plain, "deit_longer": plain, "avit": model, "avit_finetuned": model}.get
     study = SimpleNamespace(profile=SMOKE, load=load, device="cpu", test=files, seed=0)
     assert [tables.test_images(study, most).shape for most in (1, 9)] == [(1, 1, 28, 28), (6, 1, 28, 28)]
-    table = tables.speed_table(study, [1, 2], masked=True)
-    assert list(table["model"]) == 2 * [*LABELS, "A-ViT, masked", "A-ViT fine-tuned, masked"]
-    assert table["batch"].tolist() == [1] * 6 + [2] * 6
+    table = tables.speed_table(study, {"another": plain})
+    trained = [*LABELS, "A-ViT, masked", "A-ViT fine-tuned, masked"]
+    assert list(table["model"]) == [*trained, *trained, "another"]
+    assert table["batch"].tolist() == [1] * 6 + [6] * 7  # the largest: all test images, which are fewer than a batch
     assert (table.loc[table["model"] == "DeiT", "speedup"] == 1).all()
 
 
