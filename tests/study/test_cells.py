@@ -123,7 +123,7 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
     history = pd.DataFrame({"epoch": [1, 2], **{name: [2.0, 1.0] for name in columns}, "seconds": 3})
     study = OfRuns({run.name: history for run in SMOKE.runs})
     run_cells("03_train_avit", "rows = []", study=study)
-    settings = study.results["table 03_runs"].set_index("model")
+    settings = study.results["table 03_runs"].set_index("setting").T
     assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
     assert settings["starts from"].tolist() == ["random", "deit", "random", "deit"]
     assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [2, 2e-3, -3]
