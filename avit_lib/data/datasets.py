@@ -26,18 +26,23 @@ POOLS = {
 }
 DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError, KeyError, UnpicklingError)
 
-Count = Annotated[int, Meta(ge=1)]
+Count, Share = Annotated[int, Meta(ge=1)], Annotated[float, Meta(gt=0, lt=1)]
 
 
 class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which images, and how many of each class go where: the section ``data`` of a profile."""
+    """Which images, and how many of each class go where, or which share: the section ``data`` of a profile."""
 
     dataset: Literal["FashionMNIST", "CIFAR10", "CIFAR100", "Caltech101", "Caltech256", "ImageNet"]
     image_size: Count  # pixels
-    validation_per_class: Count
-    train_per_class: Count | Literal["all"] = "all"
+    validation_per_class: Count | Share  # a share only of a pool
+    train_per_class: Count | Share | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most
     augmentation: Literal["none", "standard"] = "none"  # of training images; "standard": random crops and mirroring
+
+    def __post_init__(self):
+        shares = [n for n in (self.train_per_class, self.validation_per_class) if isinstance(n, float)]
+        if shares and self.dataset not in POOLS:
+            raise ValueError(f"{shares[0]} images of each class: a share is only for {' and '.join(POOLS)}")
 
     @property
     def channels(self) -> int:

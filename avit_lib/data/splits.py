@@ -44,9 +44,10 @@ def hold_out(labels: Tensor, per_class: int, generator: torch.Generator) -> dict
 def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
     """Indices of the "train", "validation" and "test" images of a pool, drawn from each class by seed, each sorted.
 
-    A class gives ``train_per_class`` images to training, of the rest ``validation_per_class`` to validation, and up to
-    ``test_per_class`` of what is then left to the test. In a class too small for that, training still gets its number
-    as long as two images are left, and validation at most half of what is left: so every class is in every part.
+    A class gives ``train_per_class`` images (or that share of its own) to training, of the rest
+    ``validation_per_class`` to validation, and up to ``test_per_class`` of what is then left to the test. In a class
+    too small for that, training still gets its number as long as two images are left, and validation at most half of
+    what is left: so every class is in every part.
     With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of 31, gives 29, 1 and 1.
     Raises UserError for a class of fewer than three images.
     """
@@ -57,8 +58,10 @@ def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
         if len(members) < 3:
             raise UserError(f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it")
         most = len(members) - 2
-        train = most if data.train_per_class == "all" else min(data.train_per_class, most)
-        validation = min(data.validation_per_class, (len(members) - train) // 2)
+        wanted = most if data.train_per_class == "all" else data.train_per_class, data.validation_per_class
+        train, validation = (round(n * len(members)) if isinstance(n, float) else n for n in wanted)
+        train = min(train, most)
+        validation = min(max(validation, 1), (len(members) - train) // 2)
         rest = members[train + validation :]
         parts["train"].append(members[:train])
         parts["validation"].append(members[train : train + validation])

@@ -126,6 +126,16 @@ def caltech(tmp_path, monkeypatch, no_network):
     return folder
 
 
+def test_of_a_pool_a_share_of_each_class_can_be_asked_for(caltech):
+    whole = replace(COLOUR, train_per_class=0.8, validation_per_class=0.1, test_per_class="all")
+    data, held_out = training_data(whole, seed=0), test_data(whole, seed=0)
+    assert data.train.labels.bincount().tolist() == [10, 32, 7, 1]  # of 12, 40, 9 and 3
+    assert data.validation.labels.bincount().tolist() == [1, 4, 1, 1]
+    assert held_out.labels.bincount().tolist() == [1, 4, 1, 1]
+    with pytest.raises(ValueError, match=r"0.8 images of each class: a share is only for Caltech101 and Caltech256"):
+        replace(SMOKE, train_per_class=0.8)
+
+
 def test_a_pool_gives_training_validation_and_test_images(caltech):
     data, held_out = training_data(COLOUR, seed=0), test_data(COLOUR, seed=0)
     assert data.train.classes == held_out.classes == ("Faces", "ant", "bass", "emu")  # sorted as torchvision sorts
