@@ -168,7 +168,7 @@ class Runner:
         known = {run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"] for run, path in paths.items()}
         tables = {one: self.results / "tables" / f"{one}.csv" for one in _names_given(self._read(name)[1], "read")}
         read = {one: path.is_file() and digest(path.read_text()) for one, path in tables.items()}
-        return self._code(name) | {"checkpoints": known} | ({"tables": read} if read else {})
+        return self._code(name) | {"checkpoints": known, "tables": read}
 
     @cached_property
     def _library(self) -> Callable[..., str]:

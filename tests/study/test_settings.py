@@ -44,15 +44,8 @@ def test_a_profile_of_the_library_is_whole(name):
 
 def test_there_is_a_profile_for_every_study():
     assert profile_names() == [
-        "caltech101",
-        "caltech101_whole",
-        "caltech256",
-        "cifar10",
-        "cifar100",
-        "fashion",
-        "imagenet",
-        "smoke",
-    ]
+        "caltech101", "caltech101_whole", "caltech256", "cifar10", "cifar100", "fashion", "imagenet", "smoke",
+    ]  # fmt: skip
 
 
 def test_defaults_are_those_of_the_method():
