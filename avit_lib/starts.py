@@ -25,7 +25,7 @@ from avit_lib.model import AViT, masked_block
 TOLERANCE = 0.05  # layers by which a calibrated depth may miss the wish
 SPREAD = 0.7  # standard deviation over patches that channel 0 is fitted to: with gamma 5, logits of several units
 LEAD = 2.0  # how much lower channel 0 of the class token starts: it halts by its own score, but late
-REDUNDANCY_WEIGHT = 0.8  # beside 1 for unimportance
+REDUNDANCY_WEIGHT = 0.4  # beside 1 for unimportance
 RIDGE = 2.0  # in units of the mean square of the features: small weights, so that training moves no score far
 
 
