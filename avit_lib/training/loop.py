@@ -77,8 +77,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def gains_by_bfloat16(device: torch.device) -> bool:
-    """Whether the device is faster in bfloat16: a CPU only by its matrix unit (AMX), not by its vector instructions."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    """Whether the device is faster in bfloat16: a CPU only if it multiplies in it (AMX or AVX512-BF16)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 @dataclass(frozen=True)
