@@ -8,12 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class HaltingRule:
-    """When a token halts; the last setting goes past the paper."""
+    """When a token halts; the last two settings go past the paper."""
 
     gamma: float  # scales channel 0 into a halting score
     beta: float  # shifts it
     eps: float  # a token halts when its scores add up to 1 - eps
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
+    direction: Tensor | None = None  # [D]; the score is read from it, a learned projection, in place of channel 0
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ def executed_depth(depth: Tensor) -> Tensor:
     return torch.minimum(depth, depth[:, :1])
 
 
-def halting_score(tokens: Tensor, gamma: float, beta: float) -> Tensor:
+def halting_score(tokens: Tensor, rule: HaltingRule) -> Tensor:
     """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3): no parameter is added."""
-    channel = tokens[..., 0].to(torch.promote_types(tokens.dtype, torch.float32))
-    return torch.sigmoid(gamma * channel + beta)  # h = sigmoid(gamma * t_0 + beta)
+    channel = tokens[..., 0] if rule.direction is None else tokens @ rule.direction  # t_0
+    channel = channel.to(torch.promote_types(tokens.dtype, torch.float32))
+    return torch.sigmoid(rule.gamma * channel + rule.beta)  # h = sigmoid(gamma * t_0 + beta)
 
 
 def initial_state(like: Tensor) -> HaltingState:

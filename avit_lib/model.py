@@ -21,7 +21,7 @@ class AViT(VisionTransformer):
 
     def __init__(
         self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
-        class_token_halts: bool = True, **kwargs,
+        class_token_halts: bool = True, projection: bool = False, **kwargs,
     ):  # fmt: skip
         """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
         needed = {"class_token": True, "global_pool": "token", "reg_tokens": 0, "patch_drop_rate": 0}
@@ -31,11 +31,13 @@ class AViT(VisionTransformer):
         super().__init__(*args, **kwargs)
         self.gamma, self.beta, self.eps, self.class_token_halts = gamma, beta, eps, class_token_halts
         self.execution = "auto"
+        # A learned projection adds D parameters; it starts as what it replaces, channel 0.
+        self.direction = nn.Parameter(torch.eye(self.embed_dim)[0]) if projection else None
 
     @property
     def rule(self) -> HaltingRule:
         """When a token halts."""
-        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts)
+        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.direction)
 
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
@@ -58,6 +60,11 @@ class AViT(VisionTransformer):
         """The tokens [B, N, D] that enter the first layer, class token first, of images [B, C, H, W]."""
         return self.norm_pre(self._pos_embed(self.patch_embed(images)))
 
+    def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
+        if self.direction is not None:  # a plain model's weights have no projection
+            weights.setdefault(f"{prefix}direction", self.direction.detach())
+        super()._load_from_state_dict(weights, prefix, *args)
+
     def _packs(self) -> bool:
         if self.execution not in ("masked", "packed", "auto"):
             raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
@@ -66,13 +73,13 @@ class AViT(VisionTransformer):
 
 def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace."""
-    state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
+    state = initial_state(halting_score(tokens, rule))
     representation, scores, weights = 0.0, [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
         tokens = masked_block(block, tokens, active)
-        score = halting_score(tokens, rule.gamma, rule.beta)  # h
+        score = halting_score(tokens, rule)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
         elif not rule.class_token_halts:

@@ -159,10 +159,10 @@ def packed_layers(
     """
     (images, count, _), buffer = tokens.shape, tokens.flatten(0, 1)
     layout = whole_layout(images, count, buffer.device)
-    cumulative = torch.zeros_like(halting_score(buffer, rule.gamma, rule.beta))  # cumul
+    cumulative = torch.zeros_like(halting_score(buffer, rule))  # cumul
     for layer, block in enumerate(blocks, start=1):
         buffer = packed_block(block, buffer, layout)
-        score = halting_score(buffer, rule.gamma, rule.beta)  # h
+        score = halting_score(buffer, rule)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)
         elif not rule.class_token_halts:

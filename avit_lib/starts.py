@@ -187,7 +187,7 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Target = bot
     wish = SPREAD * standardised(target(_seen(model.blocks[1], first, everyone, rank)), everyone[:, 1:])
     model.pos_embed[0, 1:, 0] = wish.mean(dim=0)
     tokens = model.embed(images)
-    state = initial_state(halting_score(tokens, rule.gamma, rule.beta))
+    state = initial_state(halting_score(tokens, rule))
     for block, following, share in zip(model.blocks[:-1], model.blocks[1:], halting.tolist(), strict=False):
         active = state.active
         entered = []
@@ -202,11 +202,12 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Target = bot
         # A token halts now if gamma * (t_0 + bias) + beta brings its sum to 1 - eps: who needs the least halts.
         missing = torch.logit(1 - rule.eps - state.cumulative[patches])
         needed = (missing - rule.beta) / rule.gamma - tokens[..., 0][patches]
-        number = round(share * len(images) * len(rank))
-        bias = needed.kthvalue(min(max(number, 1), len(needed))).values
+        number = min(max(round(share * len(images) * len(rank)), 1), len(needed))
+        needed = needed.sort().values
+        bias = needed[number - 1 : number + 1].mean()  # between two tokens: on one of them, rounding would decide
         block.mlp.fc2.weight[0], block.mlp.fc2.bias[0] = row, bias
         tokens[..., 0] += bias
-        score = halting_score(tokens, rule.gamma, rule.beta)
+        score = halting_score(tokens, rule)
         if not rule.class_token_halts:
             score[:, 0] = 0.0
         state, _ = halting_step(state, score, rule.eps)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.halting import executed_depth, halting_score, halting_step, initial_state
+from avit_lib.halting import HaltingRule, executed_depth, halting_score, halting_step, initial_state
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -157,7 +157,7 @@ def test_gradient_of_ponder():
 
 def test_score_is_the_sigmoid_of_channel_zero_only():
     tokens = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    score = halting_score(tokens, gamma=5.0, beta=-10.0)
+    score = halting_score(tokens, HaltingRule(gamma=5.0, beta=-10.0, eps=0.01))
     torch.testing.assert_close(score, 1 / (1 + torch.exp(-(5 * tokens[..., 0] - 10))))
     score.sum().backward()
     assert (tokens.grad[..., 0] > 0).all() and (tokens.grad[..., 1:] == 0).all()
@@ -165,7 +165,7 @@ def test_score_is_the_sigmoid_of_channel_zero_only():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_score_of_half_precision_tokens_is_float32(dtype):
-    assert halting_score(torch.ones(1, 2, 3, dtype=dtype), 1.0, 0.0).dtype == torch.float32
+    assert halting_score(torch.ones(1, 2, 3, dtype=dtype), HaltingRule(1.0, 0.0, 0.01)).dtype == torch.float32
 
 
 def test_executed_depth_ends_with_the_class_token():

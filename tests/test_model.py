@@ -174,3 +174,16 @@ def test_another_head_keeps_the_backbone():
 def test_a_wrong_image_size_is_named():
     with pytest.raises(AssertionError, match=r"height \(32\).*28"):
         timm.create_model("avit_nano_patch7_28")(torch.zeros(1, 1, 32, 32))
+
+
+def test_a_learned_projection_starts_as_channel_zero_and_learns():
+    plain = varied_model().double().eval()
+    projected = timm.create_model("avit_nano_patch7_28", projection=True, gamma=2.0, beta=-1.0, depth=6).double()
+    projected.load_state_dict(plain.state_dict())
+    images = bright_and_dark()
+    logits, trace = projected.forward_with_trace(images)
+    torch.testing.assert_close(logits, plain(images))
+    trace.ponder.mean().backward()
+    assert (projected.direction.grad[1:] != 0).any()
+    added = sum(p.numel() for p in projected.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert added == projected.embed_dim

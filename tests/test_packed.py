@@ -24,6 +24,8 @@ def make_model(gamma=5.0, beta=-2.0, eps=0.01, spread=1.0, seed=0, **kwargs):
     model = timm.create_model("avit_nano_patch7_28", depth=6, gamma=gamma, beta=beta, eps=eps, **kwargs).double().eval()
     with torch.no_grad():
         model.pos_embed[..., 0].normal_(std=spread)
+        if model.direction is not None:
+            model.direction.normal_(std=0.5)
         for block in model.blocks:
             block.attn.proj.weight.normal_(std=0.3)
             block.mlp.fc2.weight.normal_(std=0.3)
@@ -172,7 +174,7 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
         model(images)
 
 
-VARIANTS = [{"class_token_halts": False}]
+VARIANTS = [{"class_token_halts": False}, {"projection": True}]
 
 
 class Operators(TorchDispatchMode):

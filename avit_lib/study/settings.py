@@ -36,6 +36,7 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     target_std: Positive = 1.0
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
     class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
+    projection: bool = False  # true (not in the paper): the score is a learned projection, not channel 0
     # "beta": channel 0 as the backbone has it; else (not in the paper) fitted to this one of ``starts.TARGETS``.
     start: Literal["beta", "unimportance", "redundancy", "both"] = "beta"
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
@@ -48,7 +49,7 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def model_arguments(self) -> dict[str, Any]:
         """What the model itself needs, as arguments of ``timm.create_model``."""
-        names = ("gamma", "beta", "eps", "class_token_halts")
+        names = ("gamma", "beta", "eps", "class_token_halts", "projection")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -84,7 +85,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Whose it is: "plain", "paper" (the published rule, no parameter added) or "ours"."""
         if self.halting is None:
             return "ours" if self.saved else "plain"
-        return "paper" if self.halting.class_token_halts else "ours"
+        return "paper" if self.halting.class_token_halts and not self.halting.projection else "ours"
 
     @property
     def start(self) -> str:

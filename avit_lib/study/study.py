@@ -118,7 +118,8 @@ def ingredients(run: Run) -> list[Any]:
     code += [training.load_pretrained] if run.init == "pretrained" else []
     code += [training.seed_everything, loop.prepared, loop.train_epoch, AdaptiveLoss if run.halting else TaskLoss]
     if run.halting:
-        code += [AViT.__init__, AViT.embed, AViT.rule, run_packed if run.training.execution == "packed" else run_masked]
+        code += [AViT.__init__, AViT.embed, AViT.rule]
+        code += [AViT._load_from_state_dict, run_packed if run.training.execution == "packed" else run_masked]
         if run.halting.fitted:
             code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, fit_images]
     code += [adapt, Adaptive, fit_images] if run.saved else []

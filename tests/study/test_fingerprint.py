@@ -103,7 +103,7 @@ def test_there_are_runs_of_every_kind():
 @pytest.mark.parametrize(
     ("thing", "before", "after", "concerned"),
     [
-        (halting.halting_score, "gamma * channel + beta", "gamma * channel - beta", halts),
+        (halting.halting_score, "channel + rule.beta", "channel - rule.beta", halts),
         (halting.halting_step, ">= 1 - eps", "> 1 - eps", lambda run: halts_masked(run) or fitted(run)),
         (halting.trace_of, "1 - before", "2 - before", halts_packed),
         (losses.ponder_loss, "ponder.mean()", "ponder.sum()", halts),
