@@ -177,7 +177,7 @@ def test_what_only_evaluates_trains_nobody_again(rewrite, thing, before, after):
         (halting.halting_score, "# h = sigmoid(gamma * t_0 + beta)", "# equation 3"),
         (halting.halting_score, "    channel = tokens", "\n    # the first\n    channel = tokens"),
         (halting.halting_score, "Halting scores h", "The scores"),
-        (halting.halting_score, "gamma: float", "gamma: Tensor"),
+        (halting.halting_score, "rule: HaltingRule", "rule: object"),
         (halting.halting_score, ") -> Tensor", ") -> object"),
         (halting.HaltingState, "active: Tensor", "active: object"),
         (halting.HaltingRule, "When a token halts", "If a token halts"),
@@ -210,7 +210,7 @@ def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(rewrite, t
         told = [line for line in capsys.readouterr().out.splitlines() if "training again" in line]
         assert told == (["A-ViT: settings or code changed since it was trained; training again"] if again else [])
         if not again:
-            rewrite(halting.halting_score, "gamma * channel + beta", "beta + gamma * channel")
+            rewrite(halting.halting_score, "rule.gamma * channel + rule.beta", "rule.beta + rule.gamma * channel")
 
 
 # --- modules: their names don't count, what is in them does -----------------------------------------------------------
