@@ -8,13 +8,18 @@ import seaborn as sns
 from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
 
 WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
 SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[1]}
+CURVES = {"ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "thresholds")}  # marker, line, what is varied
+BY_BETA = ("o", "--", "beta")
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
 
 
@@ -36,25 +41,28 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def model_colour(label: str) -> tuple[float, float, float]:
+def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
     if not label.startswith("A-ViT"):
-        kinds = {"ToMe": 4, "Adaptive": 5, "longer": 9}
-        return PALETTE[next((number for word, number in kinds.items() if word in label), 0)]
+        kinds = {"ToMe": PALETTE[4], "Adaptive": INK, "longer": PALETTE[9]}
+        return next((colour for word, colour in kinds.items() if word in label), PALETTE[0])
     kinds = {"half": 8, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
     return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]
 
 
 def percent(axis: Axes, which: str = "y") -> None:
     """Write the fractions of an axis as percentages."""
-    getattr(axis, f"{which}axis").set_major_formatter(PercentFormatter(1, decimals=None))
+    getattr(axis, f"{which}axis").set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
 
 
 def legend_above(figure: Figure, axis: Axes) -> Figure:
     """``figure`` with the legend of ``axis`` above it, in as many lines as it takes."""
     handles, labels = axis.get_legend_handles_labels()
-    rows = 1 + sum(len(label) + 7 for label in labels) // 110  # what fits beside each other
-    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
+    for rows in range(1, len(labels) + 1):
+        columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
+        if sum(max(map(len, column)) + 7 for column in columns) <= 110:  # what fits beside each other
+            break
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(columns))
     return figure
 
 
@@ -66,6 +74,8 @@ def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) 
             if column in history:
                 axis.plot(history["epoch"], history[column], marker="o", color=model_colour(model), label=model)
         axis.set(xlabel="epoch", ylabel=label)
+        if "accuracy" in column:
+            percent(axis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     return legend_above(figure, axes[0, 0])
 
@@ -76,21 +86,20 @@ def accuracy_against(
     """Column ``accuracy`` of the evaluation ``table`` with its interval against column ``x``, in the colours of models.
 
     What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of each model at several
-    depths.
+    depths; beside a point stands which.
     """
     figure, [[axis]] = subplots(height=4.0)
-    merged = table["model"].str.contains("ToMe, |Adaptive merging, .* saved", regex=True)
-    curves = pd.concat([table[merged], points])
-    for name, curve in curves.groupby(curves["model"].str.split(", ").str[0], sort=False):
-        styles = {"ToMe": ("s:", "r"), "Adaptive merging": ("D:", "thresholds")}
-        style, parameter = styles.get(name, ("o--", "beta"))
-        look = {"color": model_colour(name), "linewidth": 1.2, "alpha": 0.8, "label": f"{name}, by {parameter}"}
-        axis.plot(*curve.sort_values(x)[[x, accuracy]].to_numpy().T, style, **look)
-    for model, row in table[~merged].set_index("model").iterrows():
-        value, low, high = row[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]]
-        look = {"color": model_colour(model), "fmt": "o", "markersize": 9, "capsize": 4, "label": model}
-        axis.errorbar(row[x], value, [[value - low], [high - value]], **look)
-    axis.set(xlabel=xlabel, ylabel=accuracy.replace("_macro", ", mean over classes"))
+    rows = pd.concat([table, points]).drop_duplicates("model")
+    for name, curve in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
+        curve, colour, (marker, line, varied) = curve.sort_values(x), model_colour(name), CURVES.get(name, BY_BETA)
+        value, low, high = curve[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]].to_numpy().T
+        label = f"{name}, by {varied}" if len(curve) > 1 else name
+        axis.plot(curve[x], value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
+        axis.vlines(curve[x], low, high, color=colour, linewidth=1.2, alpha=0.45)
+        words = {"textcoords": "offset points", "fontsize": 8, "color": colour, "path_effects": HALO}
+        for model, *point in zip(curve["model"], curve[x], value, strict=True):
+            axis.annotate(model.partition(", ")[2], point, (6, 5), **words)
+    axis.set(xlabel=xlabel, ylabel="accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy")
     percent(axis)
     return legend_above(figure, axis)
 
@@ -104,9 +113,11 @@ def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
     highest = 1.06 * max(sweep["flops_ratio"].max(), sweep["speedup"].max())
     axis.plot([1, highest], [1, highest], color=MUTED, linestyle="--", label="ideal: time follows FLOPs")
     axis.axhline(1, color=SPEED_COLOURS["DeiT"], linewidth=1.2, label="DeiT")
-    axis.plot(sweep["flops_ratio"], sweep["speedup"], "o-", color=SPEED_COLOURS["A-ViT packed"], label="A-ViT packed")
+    look = {"color": SPEED_COLOURS["A-ViT packed"], "label": "A-ViT packed, synthetic halting"}
+    axis.plot(sweep["flops_ratio"], sweep["speedup"], "o-", **look)
     for row in sweep.itertuples():
-        axis.annotate(f"{row.mean_depth:g}", (row.flops_ratio, row.speedup), (6, -11), textcoords="offset points")
+        place = (row.flops_ratio, row.speedup), (7, -12)
+        axis.annotate(f"{row.mean_depth:g}", *place, textcoords="offset points", path_effects=HALO)
     axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
     axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup"].min()), highest))
     return legend_above(figure, axis)

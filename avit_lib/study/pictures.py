@@ -36,7 +36,7 @@ def mosaic(rows: list[Row], layers: int = 0) -> Figure:
         for axis, title in zip(row, titles, strict=False):
             width, parts = max(8, 100 // columns), title.replace("_", " ").split("\n")
             wrapped = [textwrap.fill(part, width, break_long_words=False) for part in parts]
-            axis.set_title("\n".join(wrapped), fontsize=9)
+            axis.set_title("\n".join(wrapped), fontsize=9 if columns <= 8 else 8)
     if layers:
         _depth_key(figure, axes, layers)
     return figure
@@ -82,7 +82,7 @@ def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], la
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
     rows = []
     for name, (images, depth, titles) in groups.items():
-        rows += [(name, rgb(images), titles), ("", coloured(grids(depth), layers), [])]
+        rows += [(name, rgb(images), titles), ("depth", coloured(grids(depth), layers), [])]
     return mosaic(rows, layers)
 
 

@@ -336,7 +336,7 @@ def test_extremes_are_the_extremes(analysis):
     images = {name: rows["image"].tolist() for name, rows in table.groupby("group")}
     assert images["shallowest"] == [0, 5, 1, 4, 3, 2]
     assert images["deepest"] == [2, 3, 4, 1, 5, 0]
-    assert images["widest spread"][:2] == [4, 5]
+    assert images["most uneven"][:2] == [4, 5]
     first_bee = table[table["image"] == 2].iloc[0]
     assert first_bee[["class", "predicted", "mean_depth", "spread"]].tolist() == ["bee", "cat", 4, 0]
 
@@ -369,7 +369,7 @@ def test_classes_are_sorted_by_depth(analysis):
     assert table["mean_depth"].tolist() == pytest.approx([3.5, 1.9, 1.5])
     assert table["accuracy"].tolist() == [0.5, 1, 1] and table["images"].tolist() == [2] * 3
     ticks = [tick.get_text() for tick in analysis["figure 05_depth_by_class"].axes[0].get_yticklabels()]
-    assert ticks == ["bee", "cat", "ant"]
+    assert ticks == ["bee (2)", "cat (2)", "ant (2)"]
 
 
 def test_accuracy_by_class_of_two_models(analysis):
@@ -386,12 +386,14 @@ def arrows(changes: pd.DataFrame):
 
 
 def test_classes_that_lose_and_gain_most_are_shown():
-    changes = pd.DataFrame({"class": [f"class_{number}" for number in range(25)], "images": 4, "before": 0.5})
+    changes = pd.DataFrame({"class": [f"class_{number}" for number in range(25)], "images": 14, "before": 0.5})
     changes["change"] = np.arange(-12, 13) / 32
     changes["after"] = changes["before"] + changes["change"]
+    few = pd.DataFrame({"class": ["of_nine"], "images": 9, "before": 1.0, "after": 0.0, "change": -1.0})  # say little
+    changes = pd.concat([few, changes], ignore_index=True)
     axis = arrows(changes)
-    shown = [*range(24, 14, -1), *range(9, -1, -1)]
-    assert texts(axis.get_yticklabels()) == [f"class {number} (4)" for number in shown]
+    shown = [*range(25, 15, -1), *range(10, 0, -1)]
+    assert texts(axis.get_yticklabels()) == [f"class {number - 1} (14)" for number in shown]
     before, after = axis.collections[1:3]
     np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(20)])
     np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(20), strict=True)))
@@ -401,7 +403,7 @@ def test_classes_that_lose_and_gain_most_are_shown():
 
 
 def test_a_figure_draws_when_no_class_changes():
-    axis = arrows(pd.DataFrame({"class": ["ant"], "images": 4, "before": 1.0, "after": 1.0, "change": 0.0}))
+    axis = arrows(pd.DataFrame({"class": ["ant"], "images": 14, "before": 1.0, "after": 1.0, "change": 0.0}))
     FigureCanvasAgg(axis.figure).draw()
     assert texts(axis.get_yticklabels()) == []
 
@@ -414,7 +416,7 @@ def test_figures_of_few_and_of_many_classes_keep_their_labels_on_the_page(monkey
     guesses, labels = torch.randint(classes, (2, 4 * classes), generator=generator).tolist()
     found, plain = (predictions(one, labels, torch.full((len(labels), 5), LAYERS)) for one in (guesses, labels))
     before, after = torch.rand(2, classes, generator=generator).numpy()
-    changes = pd.DataFrame({"class": names, "images": 9, "before": before, "after": after, "change": after - before})
+    changes = pd.DataFrame({"class": names, "images": 19, "before": before, "after": after, "change": after - before})
     shown = {"05_class_change": arrows(changes.sort_values("change")).figure}
     shown |= {name: value for name, value in evaluated(found, plain).items() if name.startswith("figure")}
     assert len(shown) == (4 if classes <= 20 else 2)  # no matrix of many
