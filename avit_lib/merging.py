@@ -28,6 +28,7 @@ from avit_lib.packed import Layout, packed_attending, packed_mlp, split_off, who
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that can be saved
 IMPORTANCE_WEIGHT = 0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
+SPREAD = 1.0  # of the merges over the layers: how much more the later ones merge (notebook 07 compares)
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -110,17 +111,18 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
-def planned(model: VisionTransformer, count: int, saved: float) -> list[float]:
+def planned(model: VisionTransformer, count: int, saved: float, spread: float = SPREAD) -> list[float]:
     """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs.
 
-    Layer l merges a share of the patches left that is proportional to l + 1, at most every second one; the last none.
+    Layer l merges a share of the patches left that is proportional to (l + 1) ** ``spread``, at most every second one;
+    the last none.
     """
     layers, prefix, whole = len(model.blocks), model.num_prefix_tokens, plain_flops(model, count)
 
     def share(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
         for layer in range(1, layers + 1):
-            numbers.append(min(scale * (layer + 1), 0.5) * (left - prefix) if layer < layers else 0.0)
+            numbers.append(min(scale * (layer + 1) ** spread, 0.5) * (left - prefix) if layer < layers else 0.0)
             done += block_flops(model, left, left - numbers[-1], merges=layer < layers)
             left -= numbers[-1]
         return 1 - done / whole, numbers
@@ -140,6 +142,7 @@ class Adaptive(VisionTransformer):
 
     thresholds: Tensor
     importance_weight: float
+    spread: float = SPREAD
 
     def embed(self, images: Tensor) -> Tensor:
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
@@ -249,7 +252,7 @@ class Adaptive(VisionTransformer):
         states = [unmerged(self.embed(part)) for part in images.split(64)]
         count = len(states[0].tokens) // len(states[0].layout.lengths)
         done, self.thresholds[:] = fixed_flops(self), torch.inf
-        for layer, number in enumerate(planned(self, count, wish)):
+        for layer, number in enumerate(planned(self, count, wish, self.spread)):
             block, before = self.blocks[layer], torch.cat([state.layout.counts for state in states]).double()
             states, seen = zip(*(self._attend(block, state, count) for state in states), strict=True)
             if number > 0:

@@ -158,6 +158,20 @@ def test_as_much_is_saved_as_was_wished_for(saved):
     assert counted_flops(adaptive, one) == pytest.approx(done[0].item(), rel=0.03)
 
 
+def test_the_spread_moves_merges_to_later_layers_and_saves_as_much():
+    model, means = make(depth=6, embed_dim=96), {}
+    images = photographs(model, 32)
+    for spread in (0.0, 1.0, 2.0):
+        adaptive = without_thresholds(model)
+        adaptive.spread = spread
+        adaptive.calibrate(images, 0.3)
+        depth = adaptive.forward_with_trace(images)[1].depth
+        done = flops_per_image(adaptive, depth).mean() / flops_per_image(model, torch.full_like(depth, 6)).mean()
+        assert 1 - done.item() == pytest.approx(0.3, abs=0.005)
+        means[spread] = (depth == 1).sum().item(), (depth == 5).sum().item()  # merged in the first layer, in the last
+    assert means[0.0][0] > means[1.0][0] > means[2.0][0] and means[0.0][1] < means[1.0][1] < means[2.0][1]
+
+
 def test_weights_and_thresholds_are_saved_and_loaded_together():
     model = make()
     adaptive = adapted(model)
