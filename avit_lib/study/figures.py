@@ -17,7 +17,10 @@ WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
 SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[1]}
-CURVES = {"ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "thresholds")}  # marker, line, what is varied
+CURVES = {  # marker, line, what is varied
+    "ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "thresholds"),
+    "Adaptive merging trained": ("P", "-", "thresholds"),
+}  # fmt: skip
 BY_BETA = ("o", "--", "beta")
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
@@ -44,7 +47,7 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
     if not label.startswith("A-ViT"):
-        kinds = {"ToMe": PALETTE[4], "Adaptive": INK, "longer": PALETTE[9]}
+        kinds = {"ToMe": PALETTE[4], "merging trained": INK, "Adaptive": PALETTE[7], "longer": PALETTE[9]}
         return next((colour for word, colour in kinds.items() if word in label), PALETTE[0])
     kinds = {"half": 8, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
     return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]

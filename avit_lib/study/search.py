@@ -112,7 +112,7 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
         study = Study(profile, k, "sweep", device, f"seed{k}")  # one for all runs: it decodes its images once
         for run in map(chosen.run, chosen.sweep):
             entry = f"{run.name}, seed {k}"
-            facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated)
+            facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated, chosen.budgets)
             wanted = digest([msgspec.to_builtins(part) for part in facts])
             on_record = record.get(entry, {}).get("settings") == wanted
             print(f"seed {k}: {run.label}{': on record' if on_record else ''}", flush=True)
@@ -133,7 +133,7 @@ def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
     """The test figures of a run, trained if need be, and of its model at the depths to which it is recalibrated."""
     study.train_chain(run.name)
     models = {run.label: study.load(run.name)}
-    models |= recalibrated_models(study, run.name) if run.name in study.profile.recalibrated else {}
+    models |= recalibrated_models(study, run.name)
     facts = {"method": run.method, "seed": study.seed}
     return [
         {"model": label} | facts | figures(model, study.predict(model, study.test)) for label, model in models.items()
@@ -149,7 +149,7 @@ def evaluated(study: Study) -> list[dict[str, Any]]:
         command = f"make notebooks PROFILE={study.profile.name} SEED={study.seed}"
         raise UserError(f"the study's own figures of seed {study.seed} are missing in {folder}: run `{command}` first")
     table = pd.concat(map(pd.read_csv, paths)).drop_duplicates("model")
-    wanted = table[table["model"].str.split(", depth").str[0].isin([run.label for run in runs])]
+    wanted = table[table["model"].str.split(", ").str[0].isin([run.label for run in runs])]
     return wanted.assign(seed=study.seed)[["model", "method", "seed", *FIGURES]].to_dict("records")
 
 

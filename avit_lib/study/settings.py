@@ -20,6 +20,7 @@ from avit_lib.training.loop import NotNegative, Positive
 
 PROFILES = Path(__file__).resolve().with_name("profiles")
 Layers, Fraction = Annotated[float, Meta(ge=1)], Annotated[float, Meta(ge=0, le=1)]
+Saved = Annotated[float, Meta(ge=0, le=MOST)]  # share of the FLOPs
 Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
 
 
@@ -75,7 +76,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     init: str  # "random", "pretrained", or the name of the run whose weights it starts from
     training: Training
     halting: Halting | None = None  # None: a plain transformer
-    saved: Annotated[float, Meta(ge=0, le=MOST)] = 0.0  # share of FLOPs that a plain one saves by ``merging.adapt``
+    saved: Saved = 0.0  # share of FLOPs that a plain one saves by ``merging.adapt``
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
     teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
     distillation: Distillation = Distillation()  # of the teacher, if there is one
@@ -113,6 +114,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
     smoke: bool = False  # only a check that everything runs
     recalibrated: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which beta of a run is set after training
+    budgets: dict[Name, tuple[Saved, ...]] = {}  # shares of FLOPs to which a run that merges is set after training
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
     sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
@@ -125,10 +127,15 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"{both[0]} both halts and merges; leave out halting or saved")
         names = [run.name for run in self.runs]
         meant = {"focus": (self.focus,), "sweep": self.sweep, "recalibrated": tuple(self.recalibrated)}
+        meant |= {"budgets": tuple(self.budgets)}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
             if missing := [name for name in wanted if name not in names]:
                 raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
+        kinds = {"recalibrated": "halting", "budgets": "saved"}
+        for key, kind in kinds.items():
+            if wrong := [name for name in getattr(self, key) if not getattr(self.run(name), kind)]:
+                raise ValueError(f"{key} names {wrong[0]!r}, a run without {kind}")
         try:
             TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
         except CycleError as error:

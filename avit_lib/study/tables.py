@@ -15,7 +15,6 @@ from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
 from avit_lib.merging import Adaptive, adapt
-from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
 from avit_lib.study.study import Study
@@ -135,11 +134,17 @@ def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
     return pd.Series([form.format(*row) for row in 100 * fractions.to_numpy()], fractions.index)
 
 
-def recalibrated_models(study: Study, name: str) -> dict[str, AViT]:
-    """The model of a run at other depths, by a beta recalibrated on 64 validation images; nothing is trained."""
-    run = study.profile.run(name)
-    model, pixels, models = study.load(run.name), validation_images(study, 64), {}
-    for wish in study.profile.recalibrated[name]:
-        at_depth = models[f"{run.label}, depth {wish:g}"] = deepcopy(model)
-        at_depth.beta = calibrated_beta(model, pixels, model.gamma, model.eps, wish)
+def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
+    """The model of a run at the other depths or budgets that the profile names; nothing is trained.
+
+    Beta is set on 64 validation images, thresholds are set on 256.
+    """
+    run, models = study.profile.run(name), {}
+    model = study.load(run.name)
+    for depth in study.profile.recalibrated.get(name, ()):
+        deeper = models[f"{run.label}, depth {depth:g}"] = deepcopy(model)
+        deeper.beta = calibrated_beta(model, validation_images(study, 64), model.gamma, model.eps, depth)
+    for saved in study.profile.budgets.get(name, ()):
+        cheaper = models[f"{run.label}, {saved:.0%} saved"] = deepcopy(model)
+        cheaper.calibrate(validation_images(study, 256), saved)
     return models

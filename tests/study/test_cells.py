@@ -16,6 +16,8 @@ from matplotlib.colors import to_rgb
 from msgspec import structs
 
 from avit_lib.evaluation import Predictions, metrics, predict
+from avit_lib.flops import plain_flops
+from avit_lib.merging import adapt
 from avit_lib.model import AViT
 from avit_lib.study import figures, get_profile, tables
 from avit_lib.study.settings import Profile
@@ -217,6 +219,20 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
     right, wrong = (predictions([0, 0, 0, last], [0, 0, 0, 1], torch.full((4, 5), LAYERS)) for last in (1, 0))
     row = differences(SMOKE, {"deit": right, "deit_longer": right, "avit": wrong}).iloc[1]
     assert row[["model", "difference", "difference_macro"]].tolist() == ["A-ViT", -0.25, -0.5]
+
+
+@pytest.mark.usefixtures("one_round")
+def test_a_model_that_merges_is_set_to_other_budgets():
+    run = structs.replace(SMOKE.plain, name="merging", label="Adaptive merging trained", init="deit", saved=0.3)
+    study = of_models(varied_model(depth=4).float(), runs=(*SMOKE.runs, run), budgets={"merging": (0.1, 0.2)})
+    plain = timm.create_model("deit_nano_patch7_28").eval()
+    study.load = lambda name: adapt(plain, study.data.validation[:][0], 0.3)
+    models = tables.recalibrated_models(study, "merging")
+    assert list(models) == ["Adaptive merging trained, 10% saved", "Adaptive merging trained, 20% saved"]
+    for model, saved in zip(models.values(), (0.1, 0.2), strict=True):
+        found = metrics(model, study.predict(model, study.data.validation))
+        full = plain_flops(model, model.patch_embed.num_patches + 1) / 1e9
+        assert 1 - found["gflops_per_image"] / full == pytest.approx(saved, abs=0.01)
 
 
 @pytest.mark.usefixtures("one_round")

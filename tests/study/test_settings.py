@@ -136,6 +136,8 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("[halting]\ntarget_depth = 0.5", "halting.target_depth: .*>= 1"),
         ("recalibrated.avit = [2.0, 0.5]", r"recalibrated\[.*\]: .*>= 1"),
         ("recalibrated.nobody = [2.0]", "recalibrated names 'nobody', but the runs are deit"),
+        ("recalibrated.deit = [2.0]", "recalibrated names 'deit', a run without halting"),
+        ("budgets.avit = [0.4]", "budgets names 'avit', a run without saved"),
         ("merging = [-1]", r"merging\[.*\]: .*>= 0"),
         ("runs.Two.label = 'x'", "runs.Two"),
         ("data.dataset = 'SVHN'", "data.dataset: .*'SVHN'"),
