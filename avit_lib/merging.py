@@ -111,7 +111,7 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
-def planned(model: VisionTransformer, count: int, saved: float, spread: float = SPREAD) -> list[float]:
+def planned(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
     """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs.
 
     Layer l merges a share of the patches left that is proportional to (l + 1) ** ``spread``, at most every second one;

@@ -126,13 +126,12 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if both := [run.name for run in (*self.runs, *self.search) if run.halting and run.saved]:
             raise ValueError(f"{both[0]} both halts and merges; leave out halting or saved")
         names = [run.name for run in self.runs]
-        meant = {"focus": (self.focus,), "sweep": self.sweep, "recalibrated": tuple(self.recalibrated)}
-        meant |= {"budgets": tuple(self.budgets)}
+        kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
+        meant = {"focus": (self.focus,), "sweep": self.sweep} | {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
             if missing := [name for name in wanted if name not in names]:
                 raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
-        kinds = {"recalibrated": "halting", "budgets": "saved"}
         for key, kind in kinds.items():
             if wrong := [name for name in getattr(self, key) if not getattr(self.run(name), kind)]:
                 raise ValueError(f"{key} names {wrong[0]!r}, a run without {kind}")

@@ -140,11 +140,11 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     Beta is set on 64 validation images, thresholds are set on 256.
     """
     run, models = study.profile.run(name), {}
-    model = study.load(run.name)
+    model, pixels = study.load(run.name), validation_images(study, 64 if run.halting else 256)
     for depth in study.profile.recalibrated.get(name, ()):
         deeper = models[f"{run.label}, depth {depth:g}"] = deepcopy(model)
-        deeper.beta = calibrated_beta(model, validation_images(study, 64), model.gamma, model.eps, depth)
+        deeper.beta = calibrated_beta(model, pixels, model.gamma, model.eps, depth)
     for saved in study.profile.budgets.get(name, ()):
         cheaper = models[f"{run.label}, {saved:.0%} saved"] = deepcopy(model)
-        cheaper.calibrate(validation_images(study, 256), saved)
+        cheaper.calibrate(pixels, saved)
     return models

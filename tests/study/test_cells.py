@@ -221,7 +221,6 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
     assert row[["model", "difference", "difference_macro"]].tolist() == ["A-ViT", -0.25, -0.5]
 
 
-@pytest.mark.usefixtures("one_round")
 def test_a_model_that_merges_is_set_to_other_budgets():
     run = structs.replace(SMOKE.plain, name="merging", label="Adaptive merging trained", init="deit", saved=0.3)
     study = of_models(varied_model(depth=4).float(), runs=(*SMOKE.runs, run), budgets={"merging": (0.1, 0.2)})
