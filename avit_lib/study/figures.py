@@ -17,11 +17,11 @@ WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
 SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[1]}
-CURVES = {  # marker, line, what is varied
-    "ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "thresholds"),
-    "Adaptive merging trained": ("P", "-", "thresholds"),
+CURVES = {  # marker, line, what is varied and stands beside the points
+    "ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "FLOPs saved"),
+    "Adaptive merging trained": ("P", "-", "FLOPs saved"),
 }  # fmt: skip
-BY_BETA = ("o", "--", "beta")
+BY_BETA = ("o", "--", "mean depth")
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
 
@@ -83,25 +83,33 @@ def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) 
     return legend_above(figure, axes[0, 0])
 
 
+def curve(axis: Axes, name: str, x: ArrayLike, value: ArrayLike, low: ArrayLike, high: ArrayLike, label: str) -> None:
+    """A curve in the look of the model ``name``, with a bar from ``low`` to ``high`` at each point."""
+    colour, (marker, line, _) = model_colour(name), CURVES.get(name, BY_BETA)
+    axis.plot(x, value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
+    axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.45)
+
+
 def accuracy_against(
     table: pd.DataFrame, x: str, xlabel: str, accuracy: str = "accuracy", points: pd.DataFrame | None = None
 ) -> Figure:
     """Column ``accuracy`` of the evaluation ``table`` with its interval against column ``x``, in the colours of models.
 
     What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of each model at several
-    depths; beside a point stands which.
+    depths; beside a point of a curve stands its r, share of FLOPs saved or mean depth.
     """
-    figure, [[axis]] = subplots(height=4.0)
+    figure, [[axis]] = subplots(height=4.4)
     rows = pd.concat([table, points]).drop_duplicates("model")
-    for name, curve in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
-        curve, colour, (marker, line, varied) = curve.sort_values(x), model_colour(name), CURVES.get(name, BY_BETA)
-        value, low, high = curve[[accuracy, f"{accuracy}_low", f"{accuracy}_high"]].to_numpy().T
-        label = f"{name}, by {varied}" if len(curve) > 1 else name
-        axis.plot(curve[x], value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
-        axis.vlines(curve[x], low, high, color=colour, linewidth=1.2, alpha=0.45)
-        words = {"textcoords": "offset points", "fontsize": 8, "color": colour, "path_effects": HALO}
-        for model, *point in zip(curve["model"], curve[x], value, strict=True):
-            axis.annotate(model.partition(", ")[2], point, (6, 5), **words)
+    for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
+        part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
+        label = f"{name}, by {varied}" if len(part) > 1 else name
+        curve(axis, name, part[x], part[accuracy], part[f"{accuracy}_low"], part[f"{accuracy}_high"], label)
+        words = {"textcoords": "offset points", "fontsize": 8, "color": model_colour(name), "path_effects": HALO}
+        for row in part.itertuples() if len(part) > 1 else ():
+            beside = {"r": row.model.split()[-1], "mean depth": f"{row.mean_depth:.1f}"}
+            beside["FLOPs saved"] = f"{row.flops_saved:.0%}"
+            axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), (6, 5), **words)
+    axis.margins(x=0.07)
     axis.set(xlabel=xlabel, ylabel="accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy")
     percent(axis)
     return legend_above(figure, axis)

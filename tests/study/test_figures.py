@@ -13,7 +13,7 @@ from avit_lib.study import figures, get_profile
 from avit_lib.study.settings import profile_names
 
 LAYERS = (4, 12)
-HELPERS = {"subplots", "model_colour", "percent", "legend_above", "batch_axis", "NotebookFigure"}
+HELPERS = {"subplots", "model_colour", "percent", "legend_above", "curve", "batch_axis", "NotebookFigure"}
 
 
 @functools.cache
@@ -24,7 +24,8 @@ def drawn(layers: int) -> dict[str, Figure]:
         "model": ["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"], "gflops_per_image": [1.2, 0.8, 0.7],
         "accuracy": [0.9, 0.8, 0.85], "accuracy_low": [0.88, 0.77, 0.83], "accuracy_high": [0.92, 0.82, 0.87],
     })  # fmt: skip
-    points = models[1:2].assign(model="A-ViT fine-tuned, depth 4")
+    models = models.assign(mean_depth=[12, 7, np.nan], flops_saved=[0, 0.4, 0.3])
+    points = models[1:2].assign(model="A-ViT fine-tuned, depth 4", mean_depth=4)
     speeds = pd.DataFrame([
         {"task": task, "precision": "float32", "batch": batch, "model": model, "images_per_second": 10.0,
          "images_per_second_low": 9.0, "images_per_second_high": 12.0}
@@ -68,15 +69,20 @@ def test_accuracy_stands_with_its_interval_and_merged_models_on_a_curve():
     table = pd.DataFrame({
         "model": ["DeiT", "ToMe, r = 4", "ToMe, r = 2"], "speedup": [1.0, 1.5, 1.2], "accuracy_macro": [0.9, 0.8, 0.85],
         "accuracy_macro_low": [0.88, 0.7, 0.8], "accuracy_macro_high": [0.93, 0.9, 0.9],
+        "mean_depth": [12, np.nan, np.nan], "flops_saved": [0, 0.5, 0.3],
     })  # fmt: skip
-    points = table[:2].assign(model=["A-ViT fine-tuned, depth 4", "A-ViT fine-tuned"])
+    points = table[:2].assign(model=["A-ViT fine-tuned, depth 4", "A-ViT fine-tuned"], mean_depth=[4.02, 6.5])
+    table.loc[3] = ["Adaptive merging, 44% saved", 1.4, 0.85, 0.8, 0.9, 6.8, 0.441]
+    table.loc[4] = ["Adaptive merging, 55% saved", 1.6, 0.85, 0.8, 0.9, 5.8, 0.553]
     axis = figures.accuracy_against(table, "speedup", "speed-up", "accuracy_macro", points).axes[0]
-    merged, turned = (line for line in axis.lines if line.get_label() in ("ToMe, by r", "A-ViT fine-tuned, by beta"))
+    merged, turned = (
+        line for line in axis.lines if line.get_label() in ("ToMe, by r", "A-ViT fine-tuned, by mean depth")
+    )
     np.testing.assert_allclose(merged.get_xydata(), [(1.2, 0.85), (1.5, 0.8)])
     np.testing.assert_allclose(turned.get_xydata(), [(1.0, 0.9), (1.5, 0.8)])
     intervals = [segment for bars in axis.collections for segment in bars.get_segments()]
-    assert len(intervals) == 5 and [(1, 0.88), (1, 0.93)] in [list(map(tuple, segment)) for segment in intervals]
-    assert sorted(texts(axis.texts)) == ["", "", "depth 4", "r = 2", "r = 4"]
+    assert len(intervals) == 7 and [(1, 0.88), (1, 0.93)] in [list(map(tuple, segment)) for segment in intervals]
+    assert sorted(texts(axis.texts)) == ["2", "4", "4.0", "44%", "55%", "6.5"]
     assert axis.get_ylabel() == "accuracy, mean over classes" and axis.get_xlabel() == "speed-up"
 
 
