@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        print("\nstopped; run the same command again to resume", file=sys.stderr)
         return 130
 
 
@@ -94,7 +94,7 @@ def fit(
     ckpt: Path | None = None, teacher: Path | None = None, epochs: int | None = None, batch_size: int | None = None,
     lr: float | None = None,
 ) -> None:  # fmt: skip
-    """Train a model; the same --output goes on where it stopped.
+    """Train a model; the same command resumes where it stopped.
 
     Args:
         model: DeiT, AViT or another run of the profile.
@@ -303,7 +303,7 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
     """Run those notebooks of a profile whose results are out of date, by papermill, then write the pages of results.
 
     Args:
-        fresh: All of them, trained again too; goes on after an interruption.
+        fresh: Run all of them, and train again; resumes after an interruption.
     """
     from avit_lib.data import project_root
     from avit_lib.study.notebooks import NotebookFailed, Runner

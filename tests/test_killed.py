@@ -109,7 +109,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 
     at_batch(monkeypatch, AdaptiveLoss, 9, interrupted)  # of six batches an epoch
     assert cli.main(command) == 130
-    assert "run the same command again to go on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert cli.main(command) == 0
     assert "going on after epoch 1" in capsys.readouterr().out
     assert cli.main([*command[:-1], str(tmp_path / "whole")]) == 0

@@ -108,7 +108,8 @@ def accuracy_against(
         for row in part.itertuples() if len(part) > 1 else ():
             beside = {"r": row.model.split()[-1], "mean depth": f"{row.mean_depth:.1f}"}
             beside["FLOPs saved"] = f"{row.flops_saved:.0%}"
-            axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), (6, 5), **words)
+            place = (6, -13) if varied == "r" else (6, 5)
+            axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), place, **words)
     axis.margins(x=0.07)
     axis.set(xlabel=xlabel, ylabel="accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy")
     percent(axis)

@@ -96,7 +96,7 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
     """Train the runs of a profile's sweep, once a seed, and test them, also at the depths to which it is recalibrated.
 
     Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what
-    other seeds give is written down run by run, and an interrupted sweep goes on where training stopped; their
+    other seeds give is written down run by run, and an interrupted sweep resumes where training stopped; their
     checkpoints lie in checkpoints/seed<k>. Raises UserError for an empty sweep, or before notebook 04 has run.
     """
     main = Study(profile, seed, "sweep", device)

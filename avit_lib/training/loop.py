@@ -113,7 +113,7 @@ def fit(
     """Train ``model`` and return its history, one row an epoch.
 
     ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and best.safetensors
-    (best by validation accuracy), history.csv and the resume state; an interrupted run goes on from there, a finished
+    (best by validation accuracy), history.csv and the resume state; an interrupted run resumes from there, a finished
     one returns at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint. ``adjust`` gets
     the optimizer before the first step. Raises UserError when another description lies in ``output``, when nothing can
     be written there, when memory does not suffice and when the loss is no longer finite: then the checkpoints of the

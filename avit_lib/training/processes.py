@@ -105,5 +105,5 @@ def _others_alive() -> Iterator[None]:
     except RuntimeError as error:
         raise UserError(
             f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again: "
-            f"it goes on after the last finished epoch"
+            f"it resumes after the last finished epoch"
         ) from None

@@ -394,7 +394,7 @@ def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
     process.terminate()  # taken like Ctrl-C, which a process started in the background would not get
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert error.strip().splitlines()[-1] == "stopped; run the same command again to go on"
+    assert error.strip().splitlines()[-1] == "stopped; run the same command again to resume"
     assert "Traceback" not in error
     assert not list(executed(project, "x").parent.glob("*"))
     deadline = time.monotonic() + 60
