@@ -139,14 +139,17 @@ def _timed(function: Step, calls: int = 1) -> float:
 
 
 def compared(functions: dict[str, Step], batch: int, repeats: int, limit: float = math.inf) -> pd.DataFrame:
-    """The ``functions``, each a step on ``batch`` images, interleaved: a row each, with median and quartiles."""
-    rows, samples = [], interleaved(functions, repeats, limit=limit)
+    """The ``functions``, each a step on ``batch`` images, interleaved: a row each, with median and quartiles.
+
+    ``speedup`` is the ratio of medians, against the first: within a round the first may be a minute away.
+    """
+    samples = interleaved(functions, repeats, limit=limit)
+    rows, first = [], batch / np.median(next(iter(samples.values())))
     for name, seconds in samples.items():
-        low, middle, high = np.percentile(batch / np.array(seconds), (25, 50, 75))
-        speedup = np.median(np.divide(next(iter(samples.values())), seconds))  # against the first, within each round
+        low, middle, high = batch / np.percentile(seconds, (75, 50, 25))
         rows.append({
             "model": name, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
-            "images_per_second_high": high, "speedup": speedup, "rounds": len(seconds),
+            "images_per_second_high": high, "speedup": middle / first, "rounds": len(seconds),
         })  # fmt: skip
     return pd.DataFrame(rows)
 
