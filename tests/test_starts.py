@@ -6,10 +6,12 @@ spared, what the fit changes and what it must not, and how fast it then learns.
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import bright_and_dark, varied_model
 
 from avit_lib import starts
 from avit_lib.errors import UserError
+from avit_lib.model import masked_block
 from avit_lib.starts import calibrated_beta, channel_parameters, fit_start, mean_depth, scale_channel_rate
 
 # --- beta, calibrated -------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def untouched_model(**settings):
     return varied_model(name="avit_micro_patch4_28", gamma=5.0, **settings)
 
 
-def fitted_model(halting=HALTING, target=starts.both, pixels=None, **settings):
+def fitted_model(halting=HALTING, target=starts.unimportance, pixels=None, **settings):
     model = untouched_model(**settings)
     fit_start(model, images() if pixels is None else pixels, halting, target)
     return model
@@ -87,58 +89,38 @@ def untouched(model):
     return found
 
 
-def seen(keys, rank, active=None, query=None, values=None):
-    """What a target sees, of a single head."""
-    active = torch.ones(keys.shape[:2], dtype=torch.bool) if active is None else active
-    query = torch.ones(len(keys), 1, keys.shape[-1]) if query is None else query[:, None]
-    values = torch.ones_like(keys) if values is None else values
-    return starts.Seen(query, keys[:, :, None], values[:, :, None], active, torch.tensor(rank))
-
-
-@pytest.mark.parametrize(("height", "width"), [(14, 14), (7, 7), (2, 1), (1, 5), (3, 8)])
-def test_ranks_tell_all_positions_apart_and_the_highest_lie_far_from_each_other(height, width):
-    rank = starts.spread_rank(height, width)
-    assert sorted(rank.tolist()) == list(range(1, height * width + 1))
-    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).double()
-    highest = places[rank > 0.75 * len(rank)]
-    if len(highest) > 4:
-        assert torch.pdist(highest).min() > 1  # no two of them are neighbours
-
-
-def test_a_patch_is_as_redundant_as_its_best_stand_in():
-    keys = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [1.0, 1.0]]])
-    half = 0.5**0.5
-    found = starts.redundancy(seen(keys, [0, 1, 1, 2]))
-    assert found[0].tolist() == pytest.approx([1.0, half, half, -torch.inf])
-    gone = torch.tensor([[True, False, True, True]])  # a token that is gone stands for nobody
-    assert starts.redundancy(seen(keys, [0, 1, 1, 2], gone))[0, 0].item() == pytest.approx(half)
-
-
 def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
-    keys, values = torch.tensor([[[2.0], [0.0], [2.0]]]), torch.tensor([[[1.0], [1.0], [3.0]]])
-    found = starts.unimportance(seen(keys, [1, 2, 3], query=torch.tensor([[1.0]]), values=values))[0]
-    attention = torch.tensor([2.0, 0.0, 2.0]).softmax(0)
-    assert found.tolist() == pytest.approx((-(attention * torch.tensor([1.0, 1.0, 3.0])).log()).tolist())
-    active = torch.tensor([[True, True, False]])
-    attention = torch.tensor([2.0, 0.0]).softmax(0)
-    found = starts.unimportance(seen(keys, [1, 2, 3], active, torch.tensor([[1.0]]), values))[0]
-    assert found.tolist() == pytest.approx([*(-attention.log()).tolist(), torch.inf])
+    """Against the attention that the block computes."""
+    model = untouched_model()
+    block, tokens = model.blocks[1], model.embed(images())
+    active = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    active[:, 5] = False
+    block.attn.fused_attn, seen = False, []
+    hook = block.attn.attn_drop.register_forward_hook(lambda *parts: seen.append(parts[-1]))
+    masked_block(block, tokens, active)
+    hook.remove()
+    attention = F.normalize(seen[0][:, :, 0, 1:], p=1, dim=-1)  # [B, heads, P] of the class token, among the patches
+    value = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][:, 1:]
+    length = torch.stack([part.norm(dim=-1) for part in value.chunk(block.attn.num_heads, dim=-1)], dim=1)
+    found = starts.class_attention(block, tokens, active)
+    assert torch.allclose(found, (attention * length).mean(dim=1), atol=1e-12)
+    assert (found[:, 4] == 0).all() and starts.unimportance(block, tokens, active).isfinite().all()
 
 
-@pytest.mark.parametrize("target", starts.TARGETS.values(), ids=starts.TARGETS)
 @pytest.mark.parametrize("class_token_halts", [True, False])
-def test_as_many_patches_halt_in_each_layer_as_wished_for(target, class_token_halts):
-    model = fitted_model(target=target, class_token_halts=class_token_halts)
+def test_as_many_patches_halt_in_each_layer_as_wished_for(class_token_halts):
+    model = fitted_model(class_token_halts=class_token_halts)
     depth = model.forward_with_trace(images())[1].depth[:, 1:]
     halted = depth.flatten().bincount(minlength=7)[1:] / depth.numel()
     assert halted.tolist() == pytest.approx(HALTING.tolist(), abs=0.01)
 
 
 def test_a_target_of_ones_own():
-    """Who lies in the upper half of the image can be spared."""
-    model = fitted_model(target=lambda seen: seen.rank.new_tensor([1.0] * 21 + [0.0] * 28).expand_as(seen.active) * 1.0)
-    depth = model.forward_with_trace(images())[1].depth[:, 1:].float()
-    assert depth[:, :21].mean() < depth[:, 21:].mean() - 1
+    """Who lies in the upper half of the image can be spared; those of a half are alike, and halt together."""
+    upper = (torch.arange(49) < 21).double()
+    model = fitted_model(target=lambda block, tokens, active: upper.expand(len(tokens), -1))
+    depth = model.forward_with_trace(images())[1].depth[:, 1:]
+    assert depth[:, :21].max() < depth[:, 21:].min()
 
 
 def test_patches_halt_first_that_can_be_spared_on_images_that_the_fit_never_saw():
@@ -146,7 +128,7 @@ def test_patches_halt_first_that_can_be_spared_on_images_that_the_fit_never_saw(
     new = images().flip(0, 2).roll(3, dims=3)
     tokens = model.blocks[0](model.embed(new))
     everyone = torch.ones(8, 50, dtype=torch.bool)
-    wish = starts.both(starts._seen(model.blocks[1], tokens, everyone, starts.spread_rank(7, 7)))
+    wish = starts.unimportance(model.blocks[1], tokens, everyone)
     together = torch.stack([wish.flatten(), tokens[:, 1:, 0].flatten()])
     assert torch.corrcoef(together)[0, 1] > 0.4
 
@@ -178,11 +160,10 @@ def test_masked_and_packed_agree_on_a_fitted_model():
     assert trace.depth.unique().numel() > 3
 
 
-@pytest.mark.parametrize("target", starts.TARGETS.values(), ids=starts.TARGETS)
 @pytest.mark.parametrize("pixels", [images()[:1], torch.zeros(2, 1, 28, 28, dtype=torch.float64)], ids=["one", "equal"])
-def test_a_poor_choice_of_images_gives_a_model_that_computes(target, pixels):
+def test_a_poor_choice_of_images_gives_a_model_that_computes(pixels):
     """A single image, or images all of whose patches are equal."""
-    model = fitted_model(target=target, pixels=pixels)
+    model = fitted_model(pixels=pixels)
     logits, trace = model.forward_with_trace(images())
     assert logits.isfinite().all() and all(parameter.isfinite().all() for parameter in model.parameters())
     assert trace.depth.min() >= 1 and trace.depth.max() <= 6

@@ -38,8 +38,8 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
     class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
     projection: bool = False  # true (not in the paper): the score is a learned projection, not channel 0
-    # "beta": channel 0 as the backbone has it; else (not in the paper) fitted to this one of ``starts.TARGETS``.
-    start: Literal["beta", "unimportance", "redundancy", "both"] = "beta"
+    # "beta": channel 0 as the backbone has it; "class_attention" (not in the paper): fitted to that, see ``starts.py``.
+    start: Literal["beta", "class_attention"] = "beta"
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
 
     @property

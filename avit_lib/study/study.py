@@ -17,7 +17,7 @@ from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
-from avit_lib.starts import TARGETS, fit_start, scale_channel_rate
+from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.fingerprint import fingerprint
 from avit_lib.study.results import Results, results_dir, show_tables_rounded
 from avit_lib.study.settings import Run, get_profile
@@ -121,7 +121,7 @@ def ingredients(run: Run) -> list[Any]:
         code += [AViT.__init__, AViT.embed, AViT.rule]
         code += [AViT._load_from_state_dict, run_packed if run.training.execution == "packed" else run_masked]
         if run.halting.fitted:
-            code += [fit_start, TARGETS[run.halting.start], scale_channel_rate, fit_images]
+            code += [fit_start, scale_channel_rate, fit_images]
     code += [adapt, Adaptive, fit_images] if run.saved else []
     return code
 
@@ -160,7 +160,7 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
         model = adapt(model, fit_images(data, seed).to(device), run.saved)
     if run.halting and run.halting.fitted:
         halting = target_distribution(run.halting.target_depth, run.halting.target_std, len(model.blocks))
-        fit_start(model, fit_images(data, seed).to(device), halting, TARGETS[run.halting.start])
+        fit_start(model, fit_images(data, seed).to(device), halting)
     return model
 
 

@@ -117,7 +117,7 @@ def test_there_are_runs_of_every_kind():
         (model.AViT.__init__, "beta, eps", "eps, beta", halts),
         (model.run_masked, "tokens * active[..., None]", "tokens", halts_masked),
         (model.masked_block, "keys = active", "keys = ~active", lambda run: halts_masked(run) or fitted(run)),
-        (starts.redundancy, "[None, :] > seen", "[None, :] < seen", fitted),
+        (starts.class_attention, "~active[:, 1:, None]", "active[:, 1:, None]", fitted),
         (starts.scale_channel_rate, "torch.lerp(old,", "torch.lerp(-old,", fitted),
         (model.register, 'size.endswith("_28")', 'size.endswith("_224")', everyone),
         (images.Images, "self.transform(self.images[index])", "self.images[index]", everyone),
