@@ -10,15 +10,12 @@ from typing import Any
 
 import msgspec
 import pandas as pd
-from torch import nn
 
 from avit_lib.errors import UserError
-from avit_lib.evaluation import Predictions, metrics
-from avit_lib.flops import plain_flops
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
-from avit_lib.study.tables import percentages, recalibrated_models
+from avit_lib.study.tables import ADAPTED, figures, merged_models, percentages, recalibrated_models, untrained_method
 from avit_lib.training import read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
@@ -55,20 +52,13 @@ def run_search(study: Study) -> pd.DataFrame:
             history, model = study.train_chain(run.name), study.load(run.name)
             record[run.name] = {
                 "images": images, "label": run.label, "run": msgspec.to_builtins(run),
-                "figures": figures(model, study.predict(model, data.validation)),
+                "figures": figures(study, model, study.predict(model, data.validation)),
                 "minutes": history["seconds"].sum() / 60,
                 "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
             }  # fmt: skip
             study.results.table(search_table(study, record), "search", CAPTION)
             study.results.metrics({"candidates": record}, "search")
     return search_table(study, record)
-
-
-def figures(model: nn.Module, predictions: Predictions) -> dict[str, float]:
-    """The metrics of a model and the share of FLOPs that it saves against itself at full depth."""
-    values = metrics(model, predictions)
-    full = plain_flops(model, predictions.depth.shape[1]) / 1e9
-    return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
 
 
 def recorded(entry: dict[str, Any], **changes: str) -> Run:
@@ -93,7 +83,7 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
 
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
-    """Train the runs of a profile's sweep, once a seed, and test them, also at the depths to which it is recalibrated.
+    """Train the runs of a profile's sweep, once a seed, and test them as notebook 04 does.
 
     Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what
     other seeds give is written down run by run, and an interrupted sweep resumes where training stopped; their
@@ -112,7 +102,7 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
         study = Study(profile, k, "sweep", device, f"seed{k}")  # one for all runs: it decodes its images once
         for run in map(chosen.run, chosen.sweep):
             entry = f"{run.name}, seed {k}"
-            facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated, chosen.budgets)
+            facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated, chosen.budgets, chosen.merging)
             wanted = digest([msgspec.to_builtins(part) for part in facts])
             on_record = record.get(entry, {}).get("settings") == wanted
             print(f"seed {k}: {run.label}{': on record' if on_record else ''}", flush=True)
@@ -130,26 +120,32 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
 
 
 def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
-    """The test figures of a run, trained if need be, and of its model at the depths to which it is recalibrated."""
+    """The test figures of a run, trained if need be, and of what follows from it without training."""
     study.train_chain(run.name)
-    models = {run.label: study.load(run.name)}
-    models |= recalibrated_models(study, run.name)
-    facts = {"method": run.method, "seed": study.seed}
+    models = {run.label: study.load(run.name)} | recalibrated_models(study, run.name)
+    methods = dict.fromkeys(models, run.method)
+    if run == study.profile.plain:
+        models |= (untrained := merged_models(study))
+        methods |= {label: untrained_method(model) for label, model in untrained.items()}
     return [
-        {"model": label} | facts | figures(model, study.predict(model, study.test)) for label, model in models.items()
+        {"model": label, "method": methods[label], "seed": study.seed}
+        | figures(study, model, study.predict(model, study.test))
+        for label, model in models.items()
     ]
 
 
 def evaluated(study: Study) -> list[dict[str, Any]]:
     """The figures of the runs of the sweep by the study's own seed, as notebook 04 wrote them."""
-    folder, runs = study.results.folder / "tables", [study.profile.run(name) for name in study.profile.sweep]
+    folder, labels = study.results.folder / "tables", [study.profile.run(name).label for name in study.profile.sweep]
+    if study.profile.plain.label in labels:
+        labels += ["ToMe", ADAPTED]  # which follow from it without training
     paths = [folder / f"{name}.csv" for name in ("evaluation", "operating_points")]
     facts = [read_json(path.with_suffix(".json"))["provenance"]["seed"] for path in paths if path.is_file()]
     if facts != [study.seed] * len(paths):
         command = f"make notebooks PROFILE={study.profile.name} SEED={study.seed}"
         raise UserError(f"the study's own figures of seed {study.seed} are missing in {folder}: run `{command}` first")
     table = pd.concat(map(pd.read_csv, paths)).drop_duplicates("model")
-    wanted = table[table["model"].str.split(", ").str[0].isin([run.label for run in runs])]
+    wanted = table[table["model"].str.split(", ").str[0].isin(labels)]
     return wanted.assign(seed=study.seed)[["model", "method", "seed", *FIGURES]].to_dict("records")
 
 
@@ -176,6 +172,6 @@ def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFra
         difference = percentages(sweep[[f"minus_{name}", f"minus_{name}_std"]], "{:+.2f} ± {:.2f}")
         table[f"minus {label} [points]"] = difference.mask(sweep["model"] == label, "")
     table["accuracy [%]"] = percentages(sweep[["accuracy", "accuracy_std"]], form)
-    table["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format)
+    table["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format).replace("nan", "")
     table["FLOPs saved [%]"] = percentages(sweep[["flops_saved", "flops_saved_std"]], form)
     return table

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
+from avit_lib.flops import plain_flops
 from avit_lib.merging import Adaptive, adapt
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
@@ -67,24 +68,33 @@ def evaluation_table(
     """
     plain, rows = study.profile.plain, []
     for run in study.profile.runs:
-        figures = with_intervals(study.load(run.name), predictions[run.name])
-        rows.append({"model": run.label, "method": run.method, "init": run.init} | figures)
+        facts = {"model": run.label, "method": run.method, "init": run.init}
+        rows.append(facts | with_intervals(study, study.load(run.name), predictions[run.name]))
     for name, model in (others or {}).items():
-        peer = isinstance(model, TokenMerging)
-        figures = with_intervals(model.model if peer else model, predictions[name])
-        if peer:
-            figures |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # its tokens have no depth
-            figures["gflops_per_image"] = counted_flops(model, test_images(study, 8)) / 1e9  # the same for every image
-        kind = {"method": "peer" if peer else "ours", "init": f"{plain.name}, not trained"}
-        rows.append({"model": name} | kind | figures)
-    table = pd.DataFrame(rows)
-    full = table.set_index("model").loc[plain.label, "gflops_per_image"]
-    return table.assign(flops_saved=1 - table["gflops_per_image"] / full)
+        facts = {"model": name, "method": untrained_method(model), "init": f"{plain.name}, not trained"}
+        rows.append(facts | with_intervals(study, model, predictions[name]))
+    return pd.DataFrame(rows)
 
 
-def with_intervals(model: nn.Module, predictions: Predictions) -> dict[str, float]:
-    """The metrics of a model; after those that have a 95 % interval its ends, _low and _high."""
-    values, row = metrics(model, predictions), {}
+def untrained_method(model: nn.Module) -> str:
+    """Whose one of ``merged_models`` is: "peer" or "ours"."""
+    return "peer" if isinstance(model, TokenMerging) else "ours"
+
+
+def figures(study: Study, model: nn.Module, predictions: Predictions) -> dict[str, float]:
+    """The metrics of a model and the share of FLOPs that it saves against itself without halting or merging."""
+    plain = model.model if isinstance(model, TokenMerging) else model
+    values = metrics(plain, predictions)
+    if plain is not model:
+        values |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # its tokens have no depth
+        values["gflops_per_image"] = counted_flops(model, test_images(study, 8)) / 1e9  # the same for every image
+    full = plain_flops(plain, predictions.depth.shape[1]) / 1e9
+    return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
+
+
+def with_intervals(study: Study, model: nn.Module, predictions: Predictions) -> dict[str, float]:
+    """The ``figures`` of a model; after those that have a 95 % interval its ends, _low and _high."""
+    values, row = figures(study, model, predictions), {}
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
     return row | values

@@ -13,7 +13,7 @@ import pytest
 from avit_lib import halting, losses, model, packed, starts
 from avit_lib.data import images
 from avit_lib.evaluation import metrics
-from avit_lib.study import figures, fingerprint, get_profile, search, study, tables
+from avit_lib.study import figures, fingerprint, get_profile, study, tables
 from avit_lib.study.fingerprint import fingerprint as hash_of
 from avit_lib.study.fingerprint import used_by
 from avit_lib.study.study import ingredients
@@ -162,7 +162,7 @@ def test_a_changed_constant_trains_those_again_that_use_it(monkeypatch, module, 
     [
         (packed.predict_packed, "0.0 * tokens", "1.0 * tokens"),  # inference
         (metrics, ".mean()", ".sum()"),
-        (search.figures, "1 - values", "2 - values"),
+        (tables.figures, "1 - values", "2 - values"),
         (loop.finished_history, "!=", "=="),
     ],
 )

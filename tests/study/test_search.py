@@ -213,14 +213,17 @@ def test_every_run_and_candidate_has_a_folder_of_its_own(name):
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
 
+UNTRAINED = ["ToMe, r = 2", "Adaptive merging, 22% saved"]  # what follows from the DeiT
+
 
 @pytest.fixture
 def evaluated(results, monkeypatch):
     """What notebook 04 leaves for the study's own seed: the models, and those turned to other depths."""
     monkeypatch.setenv("AVIT_RUNNER", "make")
     own, turned = ["DeiT", "A-ViT", "A-ViT fine-tuned"], ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
-    for name, models in (("evaluation", own), ("operating_points", ["A-ViT fine-tuned", *turned])):
-        table = pd.DataFrame({"model": models, "method": ["plain" if one == "DeiT" else "paper" for one in models]})
+    methods = {"DeiT": "plain"} | dict(zip(UNTRAINED, ("peer", "ours"), strict=True))
+    for name, models in (("evaluation", [*own, *UNTRAINED]), ("operating_points", ["A-ViT fine-tuned", *turned])):
+        table = pd.DataFrame({"model": models, "method": [methods.get(one, "paper") for one in models]})
         saved = table["model"].map({"DeiT": 0.0}).fillna(0.25)
         table = table.assign(**dict.fromkeys(search.FIGURES, 0.5)).assign(flops_saved=saved)
         table["mean_depth"] = table["model"].map(dict(zip(turned, (2.0, 3.0), strict=True))).fillna(3.5)
@@ -243,12 +246,13 @@ def test_the_sweep_trains_every_other_seed_once(results, trained, tmp_path):
     assert not (results / "checkpoints" / "seed0").exists()
     table = pd.read_csv(results / "tables" / "sweep.csv")
     turned = ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
-    assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned", *turned] and set(table["seeds"]) == {"0 1"}
-    assert table["method"].tolist() == ["plain", *["paper"] * 3]
-    assert table["accuracy_std"].gt(0).any() and table["flops_saved"][0] == 0 < table["flops_saved"][1]
-    assert table["mean_depth"][2] < table["mean_depth"][3]
+    table = table.set_index("model")
+    assert set(table.index) == {"DeiT", "A-ViT fine-tuned", *turned, *UNTRAINED} and set(table["seeds"]) == {"0 1"}
+    assert table["method"].value_counts().to_dict() == {"paper": 3, "plain": 1, "peer": 1, "ours": 1}
+    assert table["accuracy_std"].gt(0).any() and table["flops_saved"]["DeiT"] == 0
+    assert table["flops_saved"].drop("DeiT").gt(0).all() and table.loc[turned, "mean_depth"].is_monotonic_increasing
     seeds = pd.read_csv(results / "tables" / "sweep_seeds.csv")
-    assert len(seeds) == 8 and set(seeds["minus_deit"][seeds["model"] == "DeiT"]) == {0.0}
+    assert len(seeds) == 12 and set(seeds["minus_deit"][seeds["model"] == "DeiT"]) == {0.0}
     before = (results / "tables" / "sweep.csv").read_bytes()
     del trained[:]
     assert main(command) == 0
