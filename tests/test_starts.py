@@ -102,9 +102,11 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     attention = F.normalize(seen[0][:, :, 0, 1:], p=1, dim=-1)  # [B, heads, P] of the class token, among the patches
     value = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][:, 1:]
     length = torch.stack([part.norm(dim=-1) for part in value.chunk(block.attn.num_heads, dim=-1)], dim=1)
-    found = starts.class_attention(block, tokens, active)
+    found, spared = (target(block, tokens, active) for target in (starts.class_attention, starts.unimportance))
     assert torch.allclose(found, (attention * length).mean(dim=1), atol=1e-12)
-    assert (found[:, 4] == 0).all() and starts.unimportance(block, tokens, active).isfinite().all()
+    left = active[:, 1:]
+    assert torch.allclose(spared[left], -found[left].log()) and (found[:, 4] == 0).all()
+    assert spared.isfinite().all() and (spared[:, 4] > 2 * spared[left].max()).all()
 
 
 @pytest.mark.parametrize("class_token_halts", [True, False])
@@ -116,7 +118,15 @@ def test_as_many_patches_halt_in_each_layer_as_wished_for(class_token_halts):
 
 
 def test_a_target_of_ones_own():
-    """Who lies in the upper half of the image can be spared; those of a half are alike, and halt together."""
+    """The higher a patch lies in the image, the better it can be spared."""
+    rank = torch.arange(49, 0, -1).double()
+    model = fitted_model(target=lambda block, tokens, active: rank.expand(len(tokens), -1))
+    depth = model.forward_with_trace(images())[1].depth[:, 1:].float()
+    assert depth[:, :21].mean() < depth[:, 21:].mean() - 1
+
+
+def test_patches_that_are_all_alike_halt_together():
+    """Those of the upper half first, which can be spared."""
     upper = (torch.arange(49) < 21).double()
     model = fitted_model(target=lambda block, tokens, active: upper.expand(len(tokens), -1))
     depth = model.forward_with_trace(images())[1].depth[:, 1:]

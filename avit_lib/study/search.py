@@ -122,16 +122,14 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
 def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
     """The test figures of a run, trained if need be, and of what follows from it without training."""
     study.train_chain(run.name)
-    models = {run.label: study.load(run.name)} | recalibrated_models(study, run.name)
-    methods = dict.fromkeys(models, run.method)
-    if run == study.profile.plain:
-        models |= (untrained := merged_models(study))
-        methods |= {label: untrained_method(model) for label, model in untrained.items()}
-    return [
-        {"model": label, "method": methods[label], "seed": study.seed}
-        | figures(study, model, study.predict(model, study.test))
-        for label, model in models.items()
-    ]
+    untrained = merged_models(study) if run == study.profile.plain else {}
+    models = {run.label: study.load(run.name)} | recalibrated_models(study, run.name) | untrained
+    rows = []
+    for label, model in models.items():
+        method = untrained_method(model) if label in untrained else run.method
+        found = figures(study, model, study.predict(model, study.test))
+        rows.append({"model": label, "method": method, "seed": study.seed} | found)
+    return rows
 
 
 def evaluated(study: Study) -> list[dict[str, Any]]:

@@ -116,9 +116,14 @@ def speed_table(study: Study, others: Mapping[str, nn.Module] | None = None) -> 
     return pd.concat(measured, ignore_index=True)
 
 
+def even_classes(evaluation: pd.DataFrame) -> bool:
+    """Whether all classes are equally large, so that accuracy and its mean over classes are one figure."""
+    return np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])
+
+
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
-    even = np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])  # classes are equally large
+    even = even_classes(evaluation)
     table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
 
     def with_interval(name: str) -> pd.Series:

@@ -246,11 +246,11 @@ def test_the_sweep_trains_every_other_seed_once(results, trained, tmp_path):
     assert not (results / "checkpoints" / "seed0").exists()
     table = pd.read_csv(results / "tables" / "sweep.csv")
     turned = ["A-ViT fine-tuned, depth 2", "A-ViT fine-tuned, depth 3"]
-    table = table.set_index("model")
-    assert set(table.index) == {"DeiT", "A-ViT fine-tuned", *turned, *UNTRAINED} and set(table["seeds"]) == {"0 1"}
-    assert table["method"].value_counts().to_dict() == {"paper": 3, "plain": 1, "peer": 1, "ours": 1}
-    assert table["accuracy_std"].gt(0).any() and table["flops_saved"]["DeiT"] == 0
-    assert table["flops_saved"].drop("DeiT").gt(0).all() and table.loc[turned, "mean_depth"].is_monotonic_increasing
+    assert table["model"].tolist() == ["DeiT", "A-ViT fine-tuned", *UNTRAINED, *turned]
+    assert table["method"].tolist() == ["plain", "paper", "peer", "ours", "paper", "paper"]
+    assert set(table["seeds"]) == {"0 1"} and table["accuracy_std"].gt(0).any()
+    assert table["flops_saved"][0] == 0 and table["flops_saved"][1:].gt(0).all()
+    assert table["mean_depth"][4] < table["mean_depth"][5]
     seeds = pd.read_csv(results / "tables" / "sweep_seeds.csv")
     assert len(seeds) == 12 and set(seeds["minus_deit"][seeds["model"] == "DeiT"]) == {0.0}
     before = (results / "tables" / "sweep.csv").read_bytes()
