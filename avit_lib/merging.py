@@ -1,13 +1,14 @@
-"""Tokens that decide for themselves, without training (not in the paper): any timm VisionTransformer runs adaptively.
+"""Any VisionTransformer of timm's, adaptive without training (ours, not in the paper of A-ViT).
 
 Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv 2210.09461), but not
-the same number in every image. In the paper's words: a token's halting score is its similarity to the token that can
-stand for it, less what it is worth to the class token; it halts where that exceeds a threshold of its layer, and merges
-instead of vanishing. ``adapt`` sets the thresholds on a few hundred images, without labels, for a wanted share of FLOPs
-saved.
+the same number in every image. The score of a token is its similarity to the token that can stand for it, minus a
+weight times the logarithm of its importance to the class token; it merges where the score exceeds the threshold of the
+layer. As in A-ViT, each token decides how deep it is computed, but its scores don't add up over the layers. ``adapt``
+sets the thresholds on a few hundred images, without labels, for a wanted share of FLOPs saved.
 
-Thresholds are known: learned (LTMP; Bonnaerens and Dambre 2023), calibrated (DyMU, 2025), set by a formula (ATM, arXiv
-2505.15160). New is that the merged tokens are really gone, though every image then has another number.
+Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated (DyMU, 2025) and set
+by a formula (ATM, arXiv 2505.15160). New is that images with different numbers of tokens run as one packed batch, so
+that a merged token costs no time.
 """
 
 import math
@@ -32,10 +33,10 @@ SPREAD = 1.0  # of the merges over the layers: how much more the later ones merg
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Similarity (cosine of keys [T, d]) to, and row of, the patch of its image that is most like each; [T] each.
+    """Of each token [T]: its similarity (cosine of keys [T, d]) to its partner, and the row of that partner.
 
-    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens, every second asks,
-    and those between are asked. Who does not ask gets -inf.
+    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens, every second looks
+    for the most similar one among those between. All other tokens have similarity -inf.
     """
     longest, images = layout.lengths[0], len(layout.lengths)
     place = torch.arange(len(keys), device=keys.device) - layout.starts[layout.segment]
@@ -46,17 +47,19 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
     table, there = table.view(images, longest, -1)[:, prefix:], there.view(images, longest)[:, prefix:]
     similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
     best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
-    if not best.values.shape[1]:  # nobody is left to ask
+    if not best.values.shape[1]:  # no patch is left that could be a partner
         return torch.full_like(keys[:, 0], -torch.inf), layout.starts[layout.segment]
-    asks = patches & ((place - prefix) % 2 == 1)
+    looks = patches & ((place - prefix) % 2 == 1)
     found = layout.segment, ((place - prefix) // 2).clamp(0, best.values.shape[1] - 1)
-    score = torch.where(asks, best.values[found], -torch.inf)
+    score = torch.where(looks, best.values[found], -torch.inf)
     return score, layout.starts[layout.segment] + prefix + 2 * best.indices[found]
 
 
 def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Tensor:
-    """What the class token, first of its image, takes from each token [T]: attention times norm of the value, mean over
-    heads; its logarithm, with mean 1 over the patches of an image before."""
+    """The logarithm of what the class token takes from each token [T], relative to the mean patch of its image.
+
+    That is attention times norm of the value, mean over heads. The class token is the first of its image.
+    """
     query, key, value = qkv.unbind(1)  # [T, heads, d]
     query = query[layout.starts].index_select(0, layout.segment)  # of the class token
     logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]
@@ -112,10 +115,9 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
 
 
 def planned(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
-    """Tokens to merge in each layer, on average over images, that save about ``saved`` of the FLOPs.
+    """How many tokens each layer merges, on average over images, to save about ``saved`` of the FLOPs.
 
-    Layer l merges a share of the patches left that is proportional to (l + 1) ** ``spread``, at most every second one;
-    the last none.
+    Layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at most half; the last layer merges none.
     """
     layers, prefix, whole = len(model.blocks), model.num_prefix_tokens, plain_flops(model, count)
 
@@ -205,7 +207,7 @@ class Adaptive(VisionTransformer):
             raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
 
     def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
-        """What is left of embedded tokens [B, N, D], and of each [B * N] who stands for it at last, and its depth."""
+        """What is left of embedded tokens [B, N, D]; of each [B * N], which one stands for it at last, and its depth."""
         batch, count, _ = tokens.shape
         into = torch.arange(batch * count, device=tokens.device)
         depth, packed = torch.full_like(into, len(self.blocks)), unmerged(tokens)
@@ -217,12 +219,12 @@ class Adaptive(VisionTransformer):
                 into[index[merges]], depth[index[merges]] = index[partner[merges]], layer
                 packed = merged(packed, merges, partner[merges])
             packed = feed_forward(block, packed)
-        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # who stands for the one that stands for me
+        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # its partner may have merged later
             into = into[into]
         return packed, into, depth
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised tokens [B, N, D] and depth [B, N] of images: a merged token is what stands for it."""
+        """Normalised tokens [B, N, D] and depth [B, N] of images; of a merged token, those it became part of."""
         batch, count, _ = (tokens := self.embed(images)).shape
         packed, into, depth = self._layers(tokens)
         row = torch.empty_like(into)
@@ -245,9 +247,9 @@ class Adaptive(VisionTransformer):
         return score, partner
 
     def _set_thresholds(self, images: Tensor, wish: float) -> float:
-        """Thresholds by which about ``wish`` of the FLOPs is saved on images; returns the share that really is.
+        """Set the thresholds by which about ``wish`` of the FLOPs is saved on images; returns the share really saved.
 
-        In each layer as many tokens merge, in all images together, as is ``planned``.
+        In each layer as many tokens merge, over all images together, as ``planned`` says.
         """
         states = [unmerged(self.embed(part)) for part in images.split(64)]
         count = len(states[0].tokens) // len(states[0].layout.lengths)
@@ -269,7 +271,7 @@ class Adaptive(VisionTransformer):
 
 
 def _edge(scores: Tensor, wanted: int) -> float:
-    """The threshold that so many of the finite scores exceed: halfway to the next, if there is one."""
+    """The threshold that ``wanted`` of the finite scores exceed: halfway to the next lower score, if there is one."""
     ranked = scores[scores.isfinite()].sort(descending=True).values
     if not (wanted := min(wanted, len(ranked))):
         return math.inf

