@@ -207,7 +207,7 @@ class Adaptive(VisionTransformer):
             raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
 
     def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
-        """What is left of embedded tokens [B, N, D]; of each [B * N], which one stands for it at last, and its depth."""
+        """What is left of embedded tokens [B, N, D]; of each [B * N], which one stands for it and its depth."""
         batch, count, _ = tokens.shape
         into = torch.arange(batch * count, device=tokens.device)
         depth, packed = torch.full_like(into, len(self.blocks)), unmerged(tokens)
