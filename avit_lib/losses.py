@@ -43,7 +43,7 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
     if direction not in ("paper", "code"):
         raise ValueError(f"direction must be 'paper' or 'code', not {direction!r}")
     p, q = (distribution, target) if direction == "paper" else (target, distribution)
-    tiny = torch.finfo(p.dtype).tiny  # a layer in which nothing halts has H = 0
+    tiny = torch.finfo(p.dtype).tiny  # a layer that no patch reaches has H = 0
     return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum()
 
 

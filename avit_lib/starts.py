@@ -4,8 +4,8 @@ With beta too low, epochs pass before anything halts; too high, and the first st
 beta is calibrated to a depth of one's choice (``calibrated_beta``). But channel 0 of a trained backbone is arbitrary,
 and so are the tokens that halt first. ``fit_start`` (not in the paper) writes into it, in closed form, what the
 backbone knows of its tokens already: ridge regression on training images finds the weights with which channel 0 says,
-layer by layer, how well each patch can be spared. A ``Target`` defines that: how little the class token attends to it
-in the next layer (``unimportance``), or a function of your own. No parameter is added: channel 0 is freed of what it
+layer by layer, how well each patch can be spared. A ``Redundancy`` defines that: how little the class token attends to
+it in the next layer (``unimportance``), or a function of your own. No parameter is added: channel 0 is freed of what it
 meant to the backbone, and learns at a rate of its own (``scale_channel_rate``).
 """
 
@@ -35,11 +35,8 @@ def calibrated_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish:
     """The beta, by bisection, with which ``model`` reaches a mean depth of ``wish`` layers on images [B, C, H, W].
 
     Stops within ``TOLERANCE`` of the wish, or where the depth jumps over it; the model is left as it is. Raises
-    UserError unless the wish lies between the first layer and the last.
+    UserError unless the wish lies between the least depth and the greatest that any beta gives.
     """
-    layers = len(model.blocks)
-    if not 1 < wish < layers:
-        raise UserError(f"a mean depth of {wish} is out of reach; choose one between 1 and {layers} layers")
     probe = deepcopy(model).eval()
     probe.gamma, probe.eps = gamma, eps
 
@@ -47,7 +44,12 @@ def calibrated_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish:
         probe.beta = beta
         return mean_depth(probe, images)
 
-    low, high = -1.0, 1.0  # the higher beta, the sooner tokens halt
+    shallowest, deepest = depth(1e4), depth(-1e4)  # the higher beta, the sooner tokens halt
+    if not shallowest < wish < deepest:
+        raise UserError(
+            f"a mean depth of {wish} is out of reach; choose one between {shallowest:g} and {deepest:g} layers"
+        )
+    low, high = -1.0, 1.0
     while depth(low) < wish:
         low *= 2
     while depth(high) > wish:
@@ -65,7 +67,7 @@ def calibrated_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish:
 
 # How well each patch can be spared, [B, N - 1], higher halts sooner; of the next block, the tokens [B, N, D] that enter
 # it and which of them are active [B, N].
-Target = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Redundancy = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def class_attention(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
 
 
 @torch.no_grad()
-def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Target = unimportance) -> None:
+def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy = unimportance) -> None:
     """Fit channel 0 of ``model``, in place, so that on images [B, C, H, W] the patches halt first that can be spared.
 
     ``halting`` [L] says which part of all patches halts in which layer, the paper's target distribution say. Channel 0

@@ -15,7 +15,7 @@ from avit_lib.errors import UserError
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Run, checked
 from avit_lib.study.study import Study
-from avit_lib.study.tables import ADAPTED, figures, merged_models, percentages, recalibrated_models, untrained_method
+from avit_lib.study.tables import figures, merged_models, percentages, recalibrated_models, untrained_method
 from avit_lib.training import read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
@@ -85,21 +85,19 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
     """Train the runs of a profile's sweep, once a seed, and test them as notebook 04 does.
 
-    Writes tables/sweep and returns it. ``seed`` is that of the study, whose figures are those of notebook 04; what
-    other seeds give is written down run by run, and an interrupted sweep resumes where training stopped; their
-    checkpoints lie in checkpoints/seed<k>. Raises UserError for an empty sweep, or before notebook 04 has run.
+    Writes tables/sweep and returns it. What a seed gives is written down run by run, and an interrupted sweep resumes
+    where training stopped; checkpoints of other seeds than the study's own ``seed`` lie in checkpoints/seed<k>. Raises
+    UserError for an empty sweep.
     """
     main = Study(profile, seed, "sweep", device)
     chosen, results = main.profile, main.results
     if not chosen.sweep:
         raise UserError(f"profile {chosen.name} has no runs to repeat; name some in its file, as sweep = [...]")
-    rows = evaluated(main)
-    path = results.folder / "metrics" / "sweep.json"
+    rows, path = [], results.folder / "metrics" / "sweep.json"
     record = read_json(path)["record"] if path.is_file() else {}
     for k in chosen.sweep_seeds:
-        if k == seed:
-            continue
-        study = Study(profile, k, "sweep", device, f"seed{k}")  # one for all runs: it decodes its images once
+        # One for all runs: it decodes its images once.
+        study = main if k == seed else Study(profile, k, "sweep", device, f"seed{k}")
         for run in map(chosen.run, chosen.sweep):
             entry = f"{run.name}, seed {k}"
             facts = (*chosen.chain(run.name), chosen.data, chosen.recalibrated, chosen.budgets, chosen.merging)
@@ -130,21 +128,6 @@ def sweep_rows(study: Study, run: Run) -> list[dict[str, Any]]:
         found = figures(study, model, study.predict(model, study.test))
         rows.append({"model": label, "method": method, "seed": study.seed} | found)
     return rows
-
-
-def evaluated(study: Study) -> list[dict[str, Any]]:
-    """The figures of the runs of the sweep by the study's own seed, as notebook 04 wrote them."""
-    folder, labels = study.results.folder / "tables", [study.profile.run(name).label for name in study.profile.sweep]
-    if study.profile.plain.label in labels:
-        labels += ["ToMe", ADAPTED]  # which follow from it without training
-    paths = [folder / f"{name}.csv" for name in ("evaluation", "operating_points")]
-    facts = [read_json(path.with_suffix(".json"))["provenance"]["seed"] for path in paths if path.is_file()]
-    if facts != [study.seed] * len(paths):
-        command = f"make notebooks PROFILE={study.profile.name} SEED={study.seed}"
-        raise UserError(f"the study's own figures of seed {study.seed} are missing in {folder}: run `{command}` first")
-    table = pd.concat(map(pd.read_csv, paths)).drop_duplicates("model")
-    wanted = table[table["model"].str.split(", ").str[0].isin(labels)]
-    return wanted.assign(seed=study.seed)[["model", "method", "seed", *FIGURES]].to_dict("records")
 
 
 def with_differences(rows: pd.DataFrame, references: dict[str, str]) -> pd.DataFrame:
