@@ -45,7 +45,7 @@ def executed_depth(depth: Tensor) -> Tensor:
 
 def halting_score(tokens: Tensor, rule: HaltingRule) -> Tensor:
     """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3): no parameter is added."""
-    channel = tokens[..., 0] if rule.direction is None else (tokens * rule.direction).sum(-1)  # t_0
+    channel = tokens[..., 0] if rule.direction is None else tokens @ rule.direction  # t_0
     channel = channel.to(torch.promote_types(tokens.dtype, torch.float32))
     return torch.sigmoid(rule.gamma * channel + rule.beta)  # h = sigmoid(gamma * t_0 + beta)
 

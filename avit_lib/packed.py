@@ -11,7 +11,6 @@ ones lie side by side. Results, trace and gradients are those of masked executio
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -19,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, trace_of
-
-HAS_VARLEN = find_spec("torch.nn.attention.varlen") is not None  # since torch 2.10
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def attend_padded(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | No
 
 
 def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
-    """One ragged flash-attention kernel (NVIDIA GPUs since Ampere, half precision, neither dropout nor bias)."""
+    """One ragged flash-attention kernel (CUDA, half precision, neither dropout nor bias)."""
     from torch.nn.attention.varlen import varlen_attn  # here, because it exists for CUDA only
 
     ends, longest = F.pad(layout.counts.cumsum(0), (1, 0)).int(), layout.lengths[0]
@@ -77,8 +74,8 @@ def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable
     """The fastest way to attend for the device and type of ``qkv``."""
     if qkv.device.type != "cuda":
         return attend_buckets
-    flash = qkv.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
-    return attend_varlen if HAS_VARLEN and flash and dropout == 0 and bias is None else attend_padded
+    half = qkv.dtype in (torch.float16, torch.bfloat16)
+    return attend_varlen if half and dropout == 0 and bias is None else attend_padded
 
 
 # --- one transformer block on the buffer ------------------------------------------------------------------------------

@@ -103,11 +103,11 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     own = model.state_dict()
-    if missing := sorted(own.keys() - weights.keys() - {"direction"}):  # without it, an A-ViT keeps its own
+    if missing := sorted(own.keys() - weights.keys()):
         raise UserError(f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more")
     if surplus := sorted(weights.keys() - own.keys()):
         raise UserError(f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare")
-    for key, value in ((key, own[key]) for key in own if key in weights):
+    for key, value in own.items():
         found, wanted = list(weights[key].shape), list(value.shape)
         if found != wanted:
             what = "number of classes" if key.startswith("head.") else "shape"

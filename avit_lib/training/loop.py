@@ -79,7 +79,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def gains_by_bfloat16(device: torch.device) -> bool:
     """Whether the device is faster in bfloat16: a CPU only if it multiplies in it (AMX or AVX512-BF16)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_bf16_supported()
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
