@@ -49,9 +49,9 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
     best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
     if not best.values.shape[1]:  # no patch is left that could be a partner
         return torch.full_like(keys[:, 0], -torch.inf), layout.starts[layout.segment]
-    looks = patches & ((place - prefix) % 2 == 1)
+    asks = patches & ((place - prefix) % 2 == 1)
     found = layout.segment, ((place - prefix) // 2).clamp(0, best.values.shape[1] - 1)
-    score = torch.where(looks, best.values[found], -torch.inf)
+    score = torch.where(asks, best.values[found], -torch.inf)
     return score, layout.starts[layout.segment] + prefix + 2 * best.indices[found]
 
 
