@@ -28,6 +28,7 @@ SWEEP_CAPTION = (
     "decides on the split (of official data, only on the validation images), the order of the training images and all "
     "random weights. minus_...: difference in mean per-class accuracy, of the same seed."
 )
+SHORT_CAPTION = "The sweep over seeds: mean ± standard deviation"
 
 
 def run_search(study: Study) -> pd.DataFrame:
@@ -87,12 +88,13 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
 
     Writes tables/sweep and returns it. What a seed gives is written down run by run, and an interrupted sweep resumes
     where training stopped; checkpoints of other seeds than the study's own ``seed`` lie in checkpoints/seed<k>. Raises
-    UserError for an empty sweep.
+    UserError for an empty sweep, or before notebook 04 has measured speeds.
     """
     main = Study(profile, seed, "sweep", device)
     chosen, results = main.profile, main.results
     if not chosen.sweep:
         raise UserError(f"profile {chosen.name} has no runs to repeat; name some in its file, as sweep = [...]")
+    speed = results.read("speed").query(f"batch == {chosen.plain.training.batch_size}").set_index("model")["speedup"]
     rows, path = [], results.folder / "metrics" / "sweep.json"
     record = read_json(path)["record"] if path.is_file() else {}
     for k in chosen.sweep_seeds:
@@ -113,7 +115,11 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
     table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)
-    results.table(summary_table(table, plain), "sweep_summary", "The sweep over seeds: mean ± standard deviation.")
+    summary = results.table(summary_table(table, plain), "sweep_summary", f"{SHORT_CAPTION}.")
+    results.table(short_table(summary, chosen.plain.label, speed), "sweep_short", f"{SHORT_CAPTION}, and speed-up.")
+    for run in map(chosen.run, chosen.sweep):
+        if run.halting and run.label in speed:
+            results.finding(headline(run.label, figures_by_seed, chosen.plain.label, speed), f"sweep_{run.name}")
     return table
 
 
@@ -156,3 +162,26 @@ def summary_table(sweep: pd.DataFrame, references: dict[str, str]) -> pd.DataFra
     table["mean depth [layers]"] = sweep["mean_depth"].map("{:.2f}".format).replace("nan", "")
     table["FLOPs saved [%]"] = percentages(sweep[["flops_saved", "flops_saved_std"]], form)
     return table
+
+
+def short_table(summary: pd.DataFrame, reference: str, speed: pd.Series) -> pd.DataFrame:
+    """Of the models whose ``speed`` over the ``reference`` was measured, the columns that matter most."""
+    shown = ["model", "mean per-class accuracy [%]", f"minus {reference} [points]", "FLOPs saved [%]"]
+    table = summary.loc[summary["model"].isin(speed.index), shown]
+    return table.assign(**{"speed-up, measured": table["model"].map(speed).map("{:.2f}".format)})
+
+
+def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series) -> str:
+    """What the model ``label`` saves and costs, beside the ``reference`` and the ToMe that is nearest in ``speed``."""
+    figures = by_seed.pivot(index="seed", columns="model")
+    accuracy, saved = figures["accuracy_macro"], 100 * figures["flops_saved", label]
+    peers = [model for model in speed.index if model.startswith("ToMe") and model in accuracy]
+    others = {reference: ""}
+    if peers:
+        others[min(peers, key=lambda peer: abs(speed[peer] - speed[label]))] = ", the nearest in speed"
+    minus = {f"that of {one}{why}": 100 * (accuracy[label] - accuracy[one]) for one, why in others.items()}
+    differences = (f"minus {one}: {gap.mean():+.1f} ± {gap.std():.1f} points" for one, gap in minus.items())
+    return (
+        f"*{label}* saves {saved.mean():.0f} % of the FLOPs and is {speed[label]:.2f} times as fast as {reference}. "
+        f"Mean per-class accuracy {'; '.join(differences)} (mean ± standard deviation over {len(saved)} seeds)."
+    )

@@ -216,6 +216,20 @@ def test_every_run_and_candidate_has_a_folder_of_its_own(name):
 UNTRAINED = ["ToMe, r = 2", "Adaptive merging, 22% saved"]  # what follows from the DeiT
 
 
+@pytest.fixture
+def speeds(results):
+    """What notebook 04 measures before: that the fine-tuned A-ViT is twice as fast as the DeiT."""
+    models = pd.DataFrame({"model": ["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"] * 2, "batch": [1] * 3 + [32] * 3})
+    (results / "tables").mkdir(exist_ok=True)
+    models.assign(speedup=[1.0, 9.0, 9.0, 1.0, 2.0, 1.5]).to_csv(results / "tables" / "speed.csv", index=False)
+
+
+def test_the_sweep_asks_for_the_speeds_first(results, tmp_path, trained, capsys):
+    assert main(["sweep", "--profile", declare(tmp_path)]) == 2
+    assert "speed.csv is missing; run the notebooks before" in capsys.readouterr().err and trained == []
+
+
+@pytest.mark.usefixtures("speeds")
 def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
     command = ["sweep", "--profile", declare(tmp_path)]
     assert main(command) == 0
@@ -230,6 +244,11 @@ def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
     assert table["flops_saved"][0] == 0 and table["flops_saved"][1:].gt(0).all()
     assert table["mean_depth"][4] < table["mean_depth"][5]
     seeds = pd.read_csv(results / "tables" / "sweep_seeds.csv")
+    short = pd.read_csv(results / "tables" / "sweep_short.csv")
+    assert short["model"].tolist() == ["DeiT", "ToMe, r = 2", "A-ViT fine-tuned"]
+    assert short["speed-up, measured"].tolist() == [1.0, 1.5, 2.0]
+    found = (results / "findings" / "sweep_avit_finetuned.md").read_text()
+    assert "2.00 times as fast as DeiT" in found and "ToMe, r = 2, the nearest in speed" in found
     assert len(seeds) == 12 and set(seeds["minus_deit"][seeds["model"] == "DeiT"]) == {0.0}
     before = (results / "tables" / "sweep.csv").read_bytes()
     del trained[:]
