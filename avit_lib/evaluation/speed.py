@@ -229,7 +229,7 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     """Where the time goes, layer by layer, in plain inference: one row a layer.
 
     Columns: layer, tokens (mean per image that A-ViT computes in it), deit and packed (milliseconds an image, medians
-    over rounds; packed includes all of the bookkeeping), ideal (DeiT's time times the share of tokens left).
+    over rounds; packed includes all of the bookkeeping), ideal (the mean of DeiT's, times the share of tokens left).
     """
     plain, adaptive, images = workload.plain.eval(), workload.adaptive.eval(), workload.images
     layers = len(plain.blocks)
@@ -245,7 +245,7 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
             before, times["packed"][turn, layer] = timer(), timer() - before
     per_image = {name: 1e3 * np.median(values[1:], axis=0) / len(images) for name, values in times.items()}
     table = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": tokens, **per_image})
-    return table.assign(ideal=table["deit"] * tokens / tokens[0])
+    return table.assign(ideal=table["deit"].mean() * tokens / tokens[0])
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

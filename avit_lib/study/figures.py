@@ -163,7 +163,8 @@ def layer_times(table: pd.DataFrame) -> Figure:
     figure, [[axis]] = subplots(height=3.4)
     for offset, column, label in ((-0.19, "deit", "DeiT"), (0.19, "packed", "A-ViT packed")):
         axis.bar(table["layer"] + offset, table[column], 0.38, color=SPEED_COLOURS[label], label=label)
-    axis.plot(table["layer"], table["ideal"], "_", color=INK, markersize=14, mew=2, label="DeiT x share of tokens left")
+    ideal = "mean of DeiT x share of tokens left"
+    axis.plot(table["layer"], table["ideal"], "_", color=INK, markersize=14, mew=2, label=ideal)
     axis.set(xlabel="layer, and below it the tokens of an image that are left in it", ylabel="time [ms an image]")
     axis.set_xticks(table["layer"], [f"{row.layer}\n{row.tokens:.0f}" for row in table.itertuples()])
     axis.grid(axis="x", visible=False)

@@ -82,4 +82,4 @@ def test_tokens_by_layer_are_those_of_the_trace():
         depth = executed_depth(workload.adaptive.forward_with_trace(workload.images)[1].depth)
     table = layer_times(workload, repeats=1)
     expected = [(depth >= layer).sum().item() / 8 for layer in table["layer"]]
-    assert table["tokens"].tolist() == expected and table["ideal"][0] == table["deit"][0]
+    assert table["tokens"].tolist() == expected and table["ideal"][0] == pytest.approx(table["deit"].mean())
