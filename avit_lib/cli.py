@@ -175,6 +175,8 @@ def test(
 
     if batch_size < 1:
         raise UserError(f"--batch-size must be positive, not {batch_size}")
+    if bool(data) != bool(images):
+        raise UserError("--data imagenet and --images DIR go together: name both, or neither")
     device = pick_device(common.device)
     if data:
         found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)

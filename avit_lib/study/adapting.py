@@ -11,9 +11,10 @@ import torch
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import normalize
 from tqdm.auto import tqdm
 
-from avit_lib.data import loader, read_image
+from avit_lib.data import loader, read_image, to_pixels
 from avit_lib.data.datasets import folder_images
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import counted_flops, flops_per_image
@@ -85,7 +86,7 @@ def adapt_files(
         adaptive = adapt(model.to(device), torch.stack(pixels).to(device), saved, report=_tell)
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", seed)}
     arguments = described["name"], described["arguments"]
-    save_checkpoint(output, adaptive, *arguments, run=described["run"] | {"seed": seed}, adapted=facts)
+    save_checkpoint(output, adaptive, *arguments, run={"seed": seed} | described["run"], adapted=facts)
     return adaptive
 
 
@@ -94,18 +95,19 @@ def _tell(share: float) -> None:
 
 
 @torch.inference_mode()
-def imagenet_table(
-    model: nn.Module, folder: Path | None, seed: int, device: torch.device, batch_size: int
-) -> pd.DataFrame:
+def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.device, batch_size: int) -> pd.DataFrame:
     """A trained ``model`` on the validation images of ImageNet: plain, ToMe, and adapted to as many FLOPs as ToMe.
 
     ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on train/, if it is there;
     else on ``CALIBRATION`` of the validation images, without their labels. An ``Adaptive`` model is measured as it is.
-    Raises UserError without a folder, and unless there are 1,000 classes.
+    Raises UserError unless there are 1,000 classes.
     """
-    if folder is None:
-        raise UserError("name the folder with ImageNet's validation images, by --images DIR")
+    model, config = model.to(device), resolve_model_data_config(model)
     size = model.patch_embed.img_size[0]
+
+    def as_wanted(images: Tensor) -> Tensor:
+        return normalize(to_pixels(images), config["mean"], config["std"]).to(device)
+
     val, train = folder / "val", folder / "train"
     data = folder_images(val if val.is_dir() else folder, size, 3)
     if len(data.classes) != CLASSES or model.num_classes != CLASSES:
@@ -116,13 +118,13 @@ def imagenet_table(
     else:
         source = folder_images(train, size, 3) if train.is_dir() else data
         chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
-        pixels = source[chosen][0].to(device)
+        pixels = as_wanted(source[chosen][0])
         models = {"plain": model} | {f"ToMe, r = {r}": TokenMerging(model, r) for r in PEERS}
         models |= adapted_like(model, [models[f"ToMe, r = {r}"] for r in PEERS], pixels)
     right, flops = dict.fromkeys(models, 0), {}
     with fitting_memory(batch_size, "lower --batch-size"):
         for images, labels in tqdm(loader(data, batch_size), desc="testing", unit="batch", disable=None):
-            images = images.to(device)
+            images = as_wanted(images)
             for name, one in models.items():
                 if isinstance(one, Adaptive):
                     logits, trace = one.forward_with_trace(images)

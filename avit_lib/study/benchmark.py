@@ -22,7 +22,7 @@ COLLECTION = Collection(
     notes=(
         "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, the class token in "
         "the last. Times depend on how many tokens are left where, not on what the weights have learnt.",
-        "Ratios are medians of the ratios within each round. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
+        "Ratios are ratios of medians over interleaved rounds. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
         "bfloat16 means weights and activations in inference, autocast in training.",
     ),
 )
@@ -40,20 +40,20 @@ def run_benchmark(
     """
     if name not in timm.list_models("avit_*"):
         raise UserError(f"no A-ViT is called {name!r}; timm.list_models('avit_*') names them")
-    if not 1 <= depth <= 12:
-        raise UserError(f"the mean depth must lie between 1 and 12 layers, not {depth}")
     if min(*batches, repeats, limit) <= 0:
         raise UserError("batch sizes, repeats and limit must be positive")
     results = Results(COLLECTION.name, seed, COLLECTION.command)
     kind, timing = device.type, (repeats, device, limit)
     middle = sorted(batches)[len(batches) // 2]
     workload = speed.synthetic_workload(name, middle, depth, seed=seed)
+    if not 1 <= depth <= (layers := len(workload.adaptive.blocks)):
+        raise UserError(f"the mean depth must lie between 1 and {layers} layers, not {depth}")
     about = f"{name} on {hardware()}; {workload.describe()}."
     single = f"Batch {middle}, inference, float32. {about}"
 
     speeds, overheads, peaks = [], [], []
     for task, precision, batch in tqdm(list(product(tasks, precisions, batches)), desc="benchmark", disable=None):
-        measured = speed.benchmark(speed.synthetic_workload(name, batch, depth), task, precision, *timing)
+        measured = speed.benchmark(speed.synthetic_workload(name, batch, depth, seed=seed), task, precision, *timing)
         tqdm.write(f"{task}, {precision}, batch {batch}: packed A-ViT {measured['speedup'].iloc[-1]:.2f} x DeiT")
         speeds.append(measured)
     table = pd.concat(speeds, ignore_index=True)
@@ -68,7 +68,7 @@ def run_benchmark(
     caption = f"Packed inference when no token halts, as a share above DeiT. {about}"
     results.table(pd.DataFrame(overheads), f"overhead_{kind}", caption)
 
-    depths = [round(share * len(workload.adaptive.blocks), 1) for share in SWEEP]
+    depths = [round(share * layers, 1) for share in SWEEP]
     sweep = speed.depth_sweep(name, depths, middle, *timing)
     results.table(sweep, f"depth_sweep_{kind}", f"Packed A-ViT at several mean depths. {single}")
     results.figure(figures.speedup_against_flops(sweep), f"speedup_{kind}", f"Speed-up against FLOPs. {single}")

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from avit_lib.cli import main
+from avit_lib.data import to_pixels
 from avit_lib.merging import Adaptive, adapt
 from avit_lib.study import adapting
 from avit_lib.training import load_checkpoint
@@ -48,6 +49,8 @@ def test_a_model_of_timm_s_is_adapted_and_drawn(folder, weights, tmp_path, capsy
     assert main(["visualize", "--ckpt", str(output), "--images", "3"]) == 2
     assert main(["test", "--ckpt", str(output)]) == 2
     assert "--data imagenet" in capsys.readouterr().err
+    assert main(["test", "--ckpt", str(output), "--images", str(folder)]) == 2
+    assert "go together" in capsys.readouterr().err
     assert main(["test", "--ckpt", str(output), "--data", "imagenet", "--images", str(folder)]) == 2
     assert "val has 2 classes, the model 1000" in capsys.readouterr().err
 
@@ -117,6 +120,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops_and_what_is_published(
     with torch.inference_mode():
         source = adapting.folder_images(folder / "val", 32, 3)
         images, labels = source[torch.arange(16)]
+        images = (to_pixels(images) - 0.5) / 0.5  # as this model was trained
         expected = (model(images).argmax(dim=1) == labels).float().mean().item()
     assert table.loc["plain", "accuracy"] == pytest.approx(expected)
     assert table["images"].isna().sum() == len(adapting.IMAGENET)
