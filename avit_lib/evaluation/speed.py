@@ -17,6 +17,7 @@ import pandas as pd
 import timm
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
@@ -215,13 +216,32 @@ def step_of(workload: Workload, name: str, task: str, precision: str) -> Step:
 def depth_sweep(
     name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf
 ) -> pd.DataFrame:
-    """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload: rows of ``benchmark``."""
-    rows = []
-    for depth in tqdm(depths, desc="depths", unit="depth", leave=False, disable=None):
-        workload = synthetic_workload(name, batch, depth)
-        table = benchmark(workload, "inference", "float32", repeats, device, limit, TIMED)
-        rows.append(table.assign(mean_depth=depth).query("model == 'A-ViT packed'"))
-    return pd.concat(rows, ignore_index=True)
+    """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload, float32: a row a depth.
+
+    One DeiT and all depths take turns in each round. ``speedup`` is the median over rounds of the ratio within a round,
+    ``speedup_low`` and ``speedup_high`` are its quartiles. The further columns are those of ``benchmark``; ``limit`` is
+    in seconds a depth.
+    """
+    workloads = [prepared(synthetic_workload(name, batch, depth), device=device) for depth in depths]
+    functions = {"DeiT": step_of(workloads[0], "DeiT", "inference", "float32")}
+    for depth, workload in zip(depths, workloads, strict=True):
+        functions[f"{depth}"] = step_of(workload, "A-ViT packed", "inference", "float32")
+    samples = interleaved(functions, repeats, limit=limit * len(depths))
+    rows, deit = [], np.array(samples["DeiT"])
+    plain = counted_flops(workloads[0].plain.eval(), workloads[0].images[:8])
+    for depth, workload in zip(depths, workloads, strict=True):
+        seconds = np.array(samples[f"{depth}"])
+        low, middle, high = batch / np.percentile(seconds, (75, 50, 25))
+        ratio_low, ratio, ratio_high = np.percentile(deit / seconds, (25, 50, 75))
+        workload.adaptive.execution = "packed"
+        flops = counted_flops(workload.adaptive.eval(), workload.images)
+        rows.append({
+            "mean_depth": depth, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
+            "images_per_second_high": high, "speedup": ratio, "speedup_low": ratio_low, "speedup_high": ratio_high,
+            "gflops_per_image": flops / 1e9, "flops_ratio": plain / flops, "efficiency": ratio * flops / plain,
+            "rounds": len(seconds),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 @torch.inference_mode()
@@ -246,6 +266,50 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     per_image = {name: 1e3 * np.median(values[1:], axis=0) / len(images) for name, values in times.items()}
     table = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": tokens, **per_image})
     return table.assign(ideal=table["deit"].mean() * tokens / tokens[0])
+
+
+@torch.inference_mode()
+def operator_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
+    """What the layers take in plain inference, by operator of torch: one row an operator, the longest first.
+
+    Columns: operator, deit and packed (milliseconds an image, medians over passes), ideal (DeiT's, times the share of
+    tokens left, as in ``layer_times``), above (packed - ideal), above_low and above_high (its quartiles over passes).
+    On a GPU the time is that of its kernels. What lies between operators, such as Python, is in none of them.
+    """
+    plain, adaptive, images = workload.plain.eval(), workload.adaptive.eval(), workload.images
+    x, passes, gpu = adaptive.embed(images), [], images.device.type == "cuda"
+
+    def packed() -> int:
+        ways = packed_layers(adaptive.blocks, x, adaptive.rule, every_token=False)
+        return sum(len(layout.index) for layout, *_ in ways)
+
+    share = packed() / (x.shape[0] * x.shape[1] * len(plain.blocks))
+    for _ in range(repeats + 1):  # the first is for warming up
+        passes.append({"deit": _by_operator(lambda: plain.blocks(x), gpu), "packed": _by_operator(packed, gpu)})
+    counted = [pd.DataFrame(one) for one in passes[1:]]
+    names = pd.Index(sorted(set().union(*(one.index for one in counted))), name="operator")
+    values = np.stack([one.reindex(names).fillna(0.0) for one in counted]) / len(images)  # [passes, operators, 2]
+    deit, packed_time = np.median(values, axis=0).T
+    low, middle, high = np.percentile(values[..., 1] - share * values[..., 0], (25, 50, 75), axis=0)
+    columns = {"deit": deit, "packed": packed_time, "ideal": share * deit}
+    table = pd.DataFrame({**columns, "above": middle, "above_low": low, "above_high": high}, index=names)
+    return table.sort_values("packed", ascending=False).reset_index()
+
+
+def _by_operator(step: Callable[[], object], gpu: bool) -> pd.Series:
+    """Milliseconds that ``step`` spends in each operator itself, under a name that people can read."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
+    with profile(activities=activities, acc_events=True) as recorded:
+        step()
+        timer()
+    found = {}
+    for event in recorded.key_averages():
+        if event.key.startswith("aten::"):
+            name = event.key.removeprefix("aten::").strip("_")  # in place or not: index_add_, index_add
+            name = "attention" if "attention" in name else name  # there are several, by device and type
+            seconds = event.self_device_time_total if gpu else event.self_cpu_time_total
+            found[name] = found.get(name, 0.0) + seconds / 1e3
+    return pd.Series(found)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ from avit_lib.evaluation import counted_flops
 from avit_lib.evaluation.speed import (
     MODELS,
     benchmark,
+    depth_sweep,
     interleaved,
     layer_times,
+    operator_times,
     synthetic_workload,
     throughput,
     without_halting,
@@ -83,3 +85,22 @@ def test_tokens_by_layer_are_those_of_the_trace():
     table = layer_times(workload, repeats=1)
     expected = [(depth >= layer).sum().item() / 8 for layer in table["layer"]]
     assert table["tokens"].tolist() == expected and table["ideal"][0] == pytest.approx(table["deit"].mean())
+
+
+def test_depths_are_compared_with_one_deit_in_the_same_rounds():
+    table = depth_sweep("avit_nano_patch7_28", [1.5, 3.0], batch=4, repeats=3, device=CPU)
+    assert table["mean_depth"].tolist() == [1.5, 3.0] and table["flops_ratio"].is_monotonic_decreasing
+    assert table["speedup"].between(table["speedup_low"], table["speedup_high"]).all() and (table["rounds"] == 3).all()
+    assert table["efficiency"].tolist() == pytest.approx((table["speedup"] / table["flops_ratio"]).tolist())
+
+
+def test_operators_are_compared_with_deit_times_the_tokens_left():
+    workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
+    table, layers = operator_times(workload, repeats=2).set_index("operator"), layer_times(workload, repeats=1)
+    share = layers["tokens"].mean() / layers["tokens"][0]
+    assert table["ideal"].tolist() == pytest.approx((share * table["deit"]).tolist())
+    assert {"addmm", "attention", "index_select"} <= {*table.index} and not [
+        n for n in table.index if n != n.strip("_")
+    ]
+    assert table.loc["index_select", "deit"] == 0 and table.loc["index_select", "above"] > 0
+    assert table["above"].between(table["above_low"], table["above_high"]).all()
