@@ -98,7 +98,8 @@ def fit(
 
     Args:
         model: DeiT, AViT or another run of the profile.
-        output: Folder for checkpoints and history.csv. Default: where the notebooks look for those of the profile.
+        output: Folder for checkpoints and history.csv. Default: where the notebooks look for those of the profile;
+            the runs that this one starts or learns from are then trained first.
         data_dir: A folder of your own with train/ and perhaps val/, in each one folder of images a class.
             Default: the data of the profile.
         ckpt: The .safetensors to start from. Default: the profile's.
@@ -120,7 +121,7 @@ def fit(
     if output is None:
         if data_dir or ckpt or teacher or wanted:
             raise UserError("data, weights or settings of your own need a folder of their own: add --output DIR")
-        output, history = study.folder(declared.name), study.train(declared.name)
+        output, history = study.folder(declared.name), study.train_chain(declared.name)
     else:
         run = msgspec.structs.replace(declared, training=changed(declared.training, "training", **wanted))
         settings = study.profile.data

@@ -16,6 +16,7 @@ from avit_lib import data
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
+from avit_lib.training import read_json, write_json
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,16 @@ def test_a_checkpoint_of_the_other_kind_is_refused(trained, folder, capsys):
 def test_without_a_checkpoint_the_profile_s_is_taken(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     assert main(["visualize", "--profile", "smoke", "--images", "0", "--output", str(tmp_path / "a.png")]) == 2
-    assert "A-ViT fine-tuned has not been trained in profile smoke" in capsys.readouterr().err
-    assert main(["fit", "--profile", "smoke", "--model", "DeiT"]) == 0
+    assert "A-ViT fine-tuned has not been trained to the end in profile smoke" in capsys.readouterr().err
+    assert main(["fit", "--profile", "smoke", "--model", "deit_longer"]) == 0  # starts from DeiT, trained first
     capsys.readouterr()
     assert main(["test", "--profile", "smoke", "--model", "DeiT", "--batch-size", "64"]) == 0
     assert json.loads(capsys.readouterr().out)["mean_depth"] == 4
-    assert (tmp_path / "smoke" / "checkpoints" / "deit" / "last_test.json").is_file()
+    deit = tmp_path / "smoke" / "checkpoints" / "deit"
+    assert (deit / "last_test.json").is_file()
+    write_json(deit / "last.json", read_json(deit / "last.json") | {"epoch": 1})  # of two: it was interrupted
+    assert main(["test", "--profile", "smoke", "--model", "DeiT"]) == 2
+    assert "DeiT has not been trained to the end" in capsys.readouterr().err
 
 
 def test_visualize_draws_images_of_the_user(trained, folder, tmp_path):

@@ -68,6 +68,7 @@ class Study:
         aside, so that nothing committed is lost.
         """
         run = self.profile.run(name)
+        processes.barrier()  # what the first process trained before is there
         start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
         description = describe(run, self.data, start, teacher)
         description |= {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}
@@ -102,11 +103,11 @@ class Study:
         return predict(model, data, self.device)
 
     def checkpoint(self, name: str) -> Path:
-        """The trained weights of a run; raises UserError naming the command when they are missing."""
-        path = self.folder(name) / "last.safetensors"
-        if not path.is_file():
+        """The weights of a run after its last epoch; raises UserError naming the command when they are missing."""
+        run, path = self.profile.run(name), self.folder(name) / "last.safetensors"
+        if not path.is_file() or read_json(path.with_suffix(".json"))["epoch"] != run.training.epochs:
             raise UserError(
-                f"{self.profile.run(name).label} has not been trained in profile {self.profile.name}: "
+                f"{run.label} has not been trained to the end in profile {self.profile.name}: "
                 f"run `make notebooks PROFILE={self.profile.name}`"
             )
         return path
