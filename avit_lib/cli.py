@@ -123,7 +123,7 @@ def fit(
             raise UserError("data, weights or settings of your own need a folder of their own: add --output DIR")
         output, history = study.folder(declared.name), study.train_chain(declared.name)
     else:
-        run = msgspec.structs.replace(declared, training=changed(declared.training, "training", **wanted))
+        run = changed(declared, declared.name, training=msgspec.to_builtins(declared.training) | wanted)
         settings = study.profile.data
         found = folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)

@@ -42,6 +42,10 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     start: Literal["beta", "class_attention"] = "beta"
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
 
+    def __post_init__(self):
+        if self.channel_rate != 1 and not self.fitted:
+            raise ValueError("channel_rate is of a fitted channel 0; leave it out, or set start to class_attention")
+
     @property
     def fitted(self) -> bool:
         """Whether channel 0 is fitted before training."""
@@ -80,6 +84,17 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
     teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
     distillation: Distillation = Distillation()  # of the teacher, if there is one
+
+    def __post_init__(self):
+        if self.halting and self.saved:
+            raise ValueError("it both halts and merges; leave out halting or saved")
+        if bool(self.halting) != self.model.startswith("avit_"):
+            raise ValueError(f"model {self.model!r} and halting: a model avit_* has that section, and no other has")
+        if self.init == "pretrained" and not self.pretrained:
+            raise ValueError("init is pretrained; name the weights of timm's, as pretrained")
+        warmup, epochs = self.training.warmup_epochs, self.training.epochs
+        if warmup >= epochs:
+            raise ValueError(f"warmup_epochs must be fewer than epochs, not {warmup:g} of {epochs}; change either")
 
     @property
     def method(self) -> str:
@@ -123,9 +138,11 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
-        if both := [run.name for run in (*self.runs, *self.search) if run.halting and run.saved]:
-            raise ValueError(f"{both[0]} both halts and merges; leave out halting or saved")
-        names = [run.name for run in self.runs]
+        names, labels = [run.name for run in self.runs], [run.label for run in self.runs]
+        if wrong := [label for label in labels if ", " in label or labels.count(label) > 1]:
+            raise ValueError(f"label {wrong[0]!r}: tables need one without a comma, that no other run has")
+        if wrong := [run.name for run in self.search if run.name in names and run not in self.runs]:
+            raise ValueError(f"search.{wrong[0]} differs from the run of that name; give it another name")
         kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
         meant = {"focus": (self.focus,), "sweep": self.sweep} | {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
@@ -223,8 +240,9 @@ def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[
     extends = table.pop("extends", None)
     if extends not in (None, *runs):
         raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
-    common = shared if "halting" in table else {"training": shared["training"]}
-    base = common if extends is None else runs[extends]
+    base = {"training": shared["training"]} if extends is None else runs[extends]
+    if "halting" in table and not base.get("halting"):
+        base = base | {"halting": shared["halting"]}
     return msgspec.to_builtins(checked(path, key, _laid_over(base, table), Run))
 
 

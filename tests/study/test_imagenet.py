@@ -52,7 +52,8 @@ def test_its_models_and_weights_exist(run):
 
 @pytest.mark.usefixtures("generated")
 def test_dry_run(tmp_path, monkeypatch, capsys):
-    (tmp_path / "dry.toml").write_text('extends = "imagenet"\nruns.avit.model = "avit_dry_patch56_224"\n')
+    changes = 'runs.avit.model = "avit_dry_patch56_224"\ntraining.warmup_epochs = 1\n'
+    (tmp_path / "dry.toml").write_text(f'extends = "imagenet"\n{changes}')
     profile = str(tmp_path / "dry.toml")
     run = get_profile(profile).run("avit")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))

@@ -97,12 +97,17 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         [runs.deit]
         {RUN}
         [runs.avit_finetuned]
-        {RUN}
+        extends = 'deit'
+        label = 'y'
+        model = 'avit_nano_patch7_28'
         training.learning_rate = 0.25
         halting.beta = -1.0
         [runs.child]
         extends = 'avit_finetuned'
+        label = 'z'
         training.epochs = 3
+        [search.child]
+        extends = 'child'
         """,
         base=None,
     )
@@ -111,6 +116,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
     assert deit.training == Training(epochs=7, learning_rate=0.5) and deit.halting is None
     assert avit.training == Training(epochs=7, learning_rate=0.25) and avit.halting == Halting(beta=-1.0, gamma=2.0)
     assert child.training == Training(epochs=3, learning_rate=0.25) and child.halting == avit.halting
+    assert own.search == (child,)
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -159,8 +165,16 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("search = []", "search: expected `object`, got `array`"),
         ("runs.deit.init = 'deit'", "circle: deit, deit"),
         ("runs.deit.init = 'avit_finetuned'", "circle: .*avit_finetuned"),
-        ("runs.deit.halting = {}", "runs: a plain one is missing"),
-        ("runs.avit.saved = 0.3", "avit both halts and merges"),
+        ("runs.deit.saved = 0.3\nruns.deit_longer.saved = 0.3", "runs: a plain one is missing"),
+        ("runs.avit.saved = 0.3", r"runs\.avit: it both halts and merges"),
+        ("runs.deit.halting = {}", r"runs\.deit: model 'deit_nano_patch7_28' and halting"),
+        ("[runs.x]\nextends = 'deit'\nmodel = 'avit_nano_patch7_28'", r"runs\.x: model 'avit_.*' and halting"),
+        ("runs.avit.init = 'pretrained'", r"runs\.avit: init is pretrained; name the weights"),
+        ("runs.avit.halting.channel_rate = 0.5", r"runs\.avit\.halting: channel_rate is of a fitted"),
+        ("runs.deit.training.warmup_epochs = 2", r"runs\.deit: warmup_epochs must be fewer than epochs, not 2 of 2"),
+        ("runs.deit.label = 'A-ViT'", "label 'A-ViT': .* that no other run has"),
+        ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables need one without a comma"),
+        ("[search.avit]\nextends = 'avit'\nhalting.beta = -1.0", r"search\.avit differs from the run of that name"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: expected `float` <= 0.8"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
     ],

@@ -43,7 +43,7 @@ def channels(model):
 
 
 def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
-    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, start="beta"))
+    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, start="beta", channel_rate=1.0))
     start = initial_model(run, data, None, 0, CPU)
     plain = initial_model(unfitted_run, data, None, 0, CPU)
     history = train_run(run, data, tmp_path, None, None, 0, CPU)
