@@ -214,15 +214,16 @@ def step_of(workload: Workload, name: str, task: str, precision: str) -> Step:
 
 
 def depth_sweep(
-    name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf
-) -> pd.DataFrame:
+    name: str, depths: Sequence[float], batch: int, repeats: int, device: torch.device, limit: float = math.inf,
+    seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
     """Packed inference of ``avit_*`` ``name`` at several mean depths of a synthetic workload, float32: a row a depth.
 
     One DeiT and all depths take turns in each round. ``speedup`` is the median over rounds of the ratio within a round,
     ``speedup_low`` and ``speedup_high`` are its quartiles. The further columns are those of ``benchmark``; ``limit`` is
     in seconds a depth.
     """
-    workloads = [prepared(synthetic_workload(name, batch, depth), device=device) for depth in depths]
+    workloads = [prepared(synthetic_workload(name, batch, depth, seed=seed), device=device) for depth in depths]
     functions = {"DeiT": step_of(workloads[0], "DeiT", "inference", "float32")}
     for depth, workload in zip(depths, workloads, strict=True):
         functions[f"{depth}"] = step_of(workload, "A-ViT packed", "inference", "float32")
@@ -315,14 +316,19 @@ def _by_operator(step: Callable[[], object], gpu: bool) -> pd.Series:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
+def peak_memory(
+    name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int = 0
+) -> float:
     """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
-        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu))
+        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu, seed))
 
 
-def _peak_memory(name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool) -> float:
-    workload = prepared(synthetic_workload(name, batch, mean_depth), task, precision, "cuda" if gpu else "cpu")
+def _peak_memory(
+    name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int
+) -> float:
+    workload = synthetic_workload(name, batch, mean_depth, seed=seed)
+    workload = prepared(workload, task, precision, "cuda" if gpu else "cpu")
     step = step_of(workload, model, task, precision)
     gc.collect()
     if gpu:

@@ -22,7 +22,8 @@ COLLECTION = Collection(
     notes=(
         "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, the class token in "
         "the last. Times depend on how many tokens are left where, not on what the weights have learnt.",
-        "Ratios are ratios of medians over interleaved rounds. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
+        "Ratios are ratios of medians over interleaved rounds; in the depth sweep, medians of the ratios within a "
+        "round. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
         "bfloat16 means weights and activations in inference, autocast in training.",
     ),
 )
@@ -62,14 +63,14 @@ def run_benchmark(
     results.figure(figure, f"throughput_{kind}", f"Images a second, with quartiles. {about}")
 
     for precision, batch in product(precisions, batches):
-        nothing_halts = speed.without_halting(speed.synthetic_workload(name, batch, mean_depth=1.0))
+        nothing_halts = speed.without_halting(speed.synthetic_workload(name, batch, 1.0, seed=seed))
         packed = speed.benchmark(nothing_halts, "inference", precision, *timing, speed.TIMED).iloc[-1]
         overheads.append({"precision": precision, "batch": batch, "overhead": 1 / packed["speedup"] - 1})
     caption = f"Packed inference when no token halts, as a share above DeiT. {about}"
     results.table(pd.DataFrame(overheads), f"overhead_{kind}", caption)
 
     depths = [round(share * layers, 1) for share in SWEEP]
-    sweep = speed.depth_sweep(name, depths, middle, *timing)
+    sweep = speed.depth_sweep(name, depths, middle, *timing, seed=seed)
     results.table(sweep, f"depth_sweep_{kind}", f"Packed A-ViT at several mean depths. {single}")
     results.figure(figures.speedup_against_flops(sweep), f"speedup_{kind}", f"Speed-up against FLOPs. {single}")
     layers = speed.layer_times(speed.prepared(workload, device=device), repeats)
@@ -77,7 +78,7 @@ def run_benchmark(
     results.figure(figures.layer_times(layers), f"layers_{kind}", f"Time of each layer. {single}")
 
     for task, precision, model in product(tasks, precisions, speed.MODELS):
-        peak = speed.peak_memory(name, model, middle, depth, task, precision, kind == "cuda")
+        peak = speed.peak_memory(name, model, middle, depth, task, precision, kind == "cuda", seed)
         peaks.append({"task": task, "precision": precision, "batch": middle, "model": model, "peak_mib": peak})
     memory = pd.DataFrame(peaks)
     memory["of_deit"] = memory["peak_mib"] / memory.groupby(["task", "precision"])["peak_mib"].transform("first")

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from avit_lib import cli
+from avit_lib.evaluation import speed
 from avit_lib.study.benchmark import cost_table
 
 
@@ -12,6 +13,7 @@ from avit_lib.study.benchmark import cost_table
     [
         (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
         (["--depth", "13"], "between 1 and 12"),
+        (["--model", "avit_nano_patch7_28", "--depth", "5"], "between 1 and 4"),
         (["--batch", "0"], "positive"),
         (["--repeats", "0"], "positive"),
         (["--limit", "-1"], "positive"),
@@ -27,7 +29,9 @@ def test_the_command_names_what_it_cannot_measure(arguments, message, tmp_path, 
 
 def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    small = ["--model", "avit_nano_patch7_28", "--batch", "1", "4", "--repeats", "1", "--depth", "2"]
+    seeds, workload = set(), speed.synthetic_workload
+    monkeypatch.setattr(speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed))
+    small = ["--model", "avit_nano_patch7_28", "--batch", "1", "4", "--repeats", "1", "--depth", "2", "--seed", "3"]
     assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
     folder = tmp_path / "benchmark"
     page = (folder / "README.md").read_text()
@@ -36,21 +40,21 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
     assert {path.stem for path in (folder / "tables").glob("*.csv")} == tables  # without training none of its cost
     assert {path.stem for path in (folder / "figures").glob("*.png")} == pictures
     assert all(f"### {name.replace('_', ' ')}\n" in page for name in tables | pictures)
-    speed = pd.read_csv(folder / "tables" / "speed_cpu.csv")
-    assert speed["model"].tolist() == ["DeiT", "A-ViT masked", "A-ViT packed"] * 2
-    assert speed["batch"].tolist() == [1] * 3 + [4] * 3 and set(speed["rounds"]) == {1}
-    assert (speed.loc[speed["model"] == "A-ViT packed", "flops_ratio"] > 1).all()
+    table = pd.read_csv(folder / "tables" / "speed_cpu.csv")
+    assert table["model"].tolist() == ["DeiT", "A-ViT masked", "A-ViT packed"] * 2
+    assert table["batch"].tolist() == [1] * 3 + [4] * 3 and set(table["rounds"]) == {1}
+    assert (table.loc[table["model"] == "A-ViT packed", "flops_ratio"] > 1).all() and seeds == {3}
     shown = capsys.readouterr().out
     assert "| A-ViT packed |" in shown and f"tables and figures: {folder / 'README.md'}" in shown
     assert "synthetic halting" in page
 
 
 def test_the_cost_of_imagenet_follows_from_the_fastest_batch():
-    speed = pd.DataFrame({
+    speeds = pd.DataFrame({
         "task": ["training", "training", "training", "inference"], "precision": "float32", "batch": [8, 64, 64, 256],
         "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"], "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
     })  # fmt: skip
-    table = cost_table(speed).set_index("model")
+    table = cost_table(speeds).set_index("model")
     hours = 1_271_167 * 100 / 1271.167 / 3600
     assert table.loc["DeiT", "hours on 1"] == pytest.approx(hours, abs=0.05)
     assert table.loc["A-ViT packed", "hours on 4"] == pytest.approx(hours / 8, abs=0.05)
