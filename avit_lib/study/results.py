@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +68,7 @@ class Results:
         by_hand = BY_NOTEBOOK.fullmatch(source) and RUNNER not in os.environ
         self.folder = results_dir(name) / ("by_hand" if by_hand else "")
         self._started = time.perf_counter()
+        _git_state()  # as the code is now that these results come from
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
         """Write ``frame`` to tables/<name>.csv and .md; returns it, so that a cell can end in it."""
@@ -146,8 +148,10 @@ def _cell(value: Any) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+@cache
 def _git_state() -> tuple[str, bool | None]:
-    """The commit checked out, and whether anything but results differs from it; ("unknown", None) outside git."""
+    """The commit checked out at the first call, and whether anything but results differed; ("unknown", None) outside
+    git."""
     git = ["git", "-C", str(project_root())]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

@@ -10,7 +10,9 @@ import sys
 import textwrap
 import time
 import venv
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -19,9 +21,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from avit_lib import cli
 from avit_lib.errors import UserError
-from avit_lib.study import Study, fingerprint, notebooks
+from avit_lib.study import Study, fingerprint, notebooks, results
 from avit_lib.study.figures import batch_axis
 from avit_lib.study.results import Results, stamp_page
+from avit_lib.training import read_json
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "https://github.com/someone/avit"
@@ -119,6 +122,17 @@ def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypat
     assert json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
     by_hand = (results / "by_hand" / "findings" / "01_words.md").read_text()
     assert by_hand.split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints" / "deit")]
+
+
+def test_results_name_the_commit_at_which_they_were_begun(monkeypatch, tmp_path):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    monkeypatch.setattr(results, "_git_state", cache(results._git_state.__wrapped__))
+    git = SimpleNamespace(stdout="before")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: git)
+    begun = Results("smoke", 0, "a test")
+    git.stdout = "after"
+    begun.metrics({}, "found")
+    assert read_json(tmp_path / "smoke" / "metrics" / "found.json")["provenance"]["commit"] == "before"
 
 
 def test_training_by_hand_leaves_what_make_trained(monkeypatch, tmp_path):
