@@ -123,7 +123,8 @@ def folder_test_data(folder: Path, size: int, channels: int, classes: Sequence[s
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
-    """Training and validation images of a folder of one's own: its val/, or else a tenth of each class of train/.
+    """Training and validation images of a folder of one's own: its val/, or else of every class of train/ equally
+    many, a tenth of the smallest class.
 
     Of ``data`` the image size, the number of channels and the augmentation count.
     """
