@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import msgspec
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 
 from avit_lib.errors import UserError
 
@@ -23,6 +24,8 @@ app = App(
     version_flags=[], result_action="return_value", suppress_keyboard_interrupt=False,
 )  # fmt: skip
 Several = Parameter(consume_multiple=1)
+Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))]
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -37,7 +40,7 @@ class Common:
     """
 
     profile: str = "fashion"
-    seed: int = 0
+    seed: Seed = 0
 
 
 @Parameter(name="*")
@@ -155,7 +158,7 @@ def adapt(
 
 @app.command
 def test(
-    *, common: Trained = Trained(), batch_size: int = 250, data: Literal["imagenet"] | None = None,
+    *, common: Trained = Trained(), batch_size: Count = 250, data: Literal["imagenet"] | None = None,
     images: Path | None = None,
 ) -> None:  # fmt: skip
     """Accuracy, F1, depth and GFLOPs of a checkpoint on the test images; the same as JSON beside the checkpoint.
@@ -174,8 +177,6 @@ def test(
     from avit_lib.study.results import provenance, to_markdown
     from avit_lib.training import pick_device, processes, write_json
 
-    if batch_size < 1:
-        raise UserError(f"--batch-size must be positive, not {batch_size}")
     if bool(data) != bool(images):
         raise UserError("--data imagenet and --images DIR go together: name both, or neither")
     device = pick_device(common.device)
