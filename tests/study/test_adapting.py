@@ -50,7 +50,8 @@ def test_a_model_of_timm_s_is_adapted_and_drawn(folder, weights, tmp_path, capsy
     assert main(["test", "--ckpt", str(output)]) == 2
     assert "--data imagenet" in capsys.readouterr().err
     assert main(["test", "--ckpt", str(output), "--images", str(folder)]) == 2
-    assert "go together" in capsys.readouterr().err
+    assert main(["test", "--ckpt", str(output), "--data", "imagenet"]) == 2
+    assert capsys.readouterr().err.count("go together") == 2
     assert main(["test", "--ckpt", str(output), "--data", "imagenet", "--images", str(folder)]) == 2
     assert "val has 2 classes, the model 1000" in capsys.readouterr().err
 
@@ -60,11 +61,12 @@ def test_a_model_of_the_study_is_adapted_and_tested(folder, tmp_path, capsys):
     for part in ("train", "test"):
         (images / part).parent.mkdir(exist_ok=True)
         (images / part).symlink_to(folder / "val")
-    run = ["fit", "--profile", "smoke", "--model", "DeiT", "--data-dir", str(images), "--epochs", "1"]
+    run = ["fit", "--profile", "smoke", "--model", "DeiT", "--data-dir", str(images), "--epochs", "1", "--seed", "3"]
     assert main([*run, "--output", str(tmp_path / "deit")]) == 0
     made, output = str(tmp_path / "deit" / "last.safetensors"), str(tmp_path / "adaptive.safetensors")
     command = ["adapt", "--weights", made, "--images", str(folder), "--output", output]
     assert main([*command, "--saved", "0.1"]) == 0
+    assert load_checkpoint(output)[1]["run"]["seed"] == 3  # of the split on which it was trained
     assert main(["test", "--ckpt", output, "--data-dir", str(images)]) == 0
     assert '"gflops_per_image"' in capsys.readouterr().out
 
