@@ -150,8 +150,7 @@ def _cell(value: Any) -> str:
 
 @cache
 def _git_state() -> tuple[str, bool | None]:
-    """The commit checked out at the first call, and whether anything but results differed; ("unknown", None) outside
-    git."""
+    """The commit at the first call, and whether anything but results differed; ("unknown", None) outside git."""
     git = ["git", "-C", str(project_root())]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
