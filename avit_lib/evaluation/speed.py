@@ -320,15 +320,13 @@ def peak_memory(
     name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int = 0
 ) -> float:
     """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
+    about = dict(name=name, batch=batch, mean_depth=mean_depth, seed=seed)
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
-        return pool.apply(_peak_memory, (name, model, batch, mean_depth, task, precision, gpu, seed))
+        return pool.apply(_peak_memory, (about, model, task, precision, gpu))
 
 
-def _peak_memory(
-    name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int
-) -> float:
-    workload = synthetic_workload(name, batch, mean_depth, seed=seed)
-    workload = prepared(workload, task, precision, "cuda" if gpu else "cpu")
+def _peak_memory(about: dict, model: str, task: str, precision: str, gpu: bool) -> float:
+    workload = prepared(synthetic_workload(**about), task, precision, "cuda" if gpu else "cpu")
     step = step_of(workload, model, task, precision)
     gc.collect()
     if gpu:
