@@ -13,10 +13,10 @@ import pandas as pd
 
 from avit_lib.errors import UserError
 from avit_lib.study.results import digest, provenance
-from avit_lib.study.settings import Run, checked
+from avit_lib.study.settings import Halting, Run, laid_over
 from avit_lib.study.study import Study
 from avit_lib.study.tables import figures, merged_models, percentages, recalibrated_models, untrained_method
-from avit_lib.training import read_json
+from avit_lib.training import Training, read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
 CAPTION = (
@@ -45,14 +45,14 @@ def run_search(study: Study) -> pd.DataFrame:
     facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
     images = digest(facts)
     for number, run in enumerate(candidates, start=1):
-        known = record.get(run.name)
-        on_record = known and known["images"] == images and recorded(known, name=run.name, label=run.label) == run
+        known, declared = record.get(run.name), msgspec.to_builtins(run)
+        on_record = known and known["images"] == images and recorded(known, run.name, run.label) == declared
         print(f"[{number}/{len(candidates)}] {run.label}{': on record' if on_record else ''}", flush=True)
         if not on_record:
             origin = provenance(study.profile.name, study.seed)
             history, model = study.train_chain(run.name), study.load(run.name)
             record[run.name] = {
-                "images": images, "label": run.label, "run": msgspec.to_builtins(run),
+                "images": images, "label": run.label, "run": declared,
                 "figures": figures(study, model, study.predict(model, data.validation)),
                 "minutes": history["seconds"].sum() / 60,
                 "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
@@ -62,16 +62,19 @@ def run_search(study: Study) -> pd.DataFrame:
     return search_table(study, record)
 
 
-def recorded(entry: dict[str, Any], **changes: str) -> Run:
-    """The candidate on record, with ``changes``; a setting younger than the record has its default."""
-    return msgspec.structs.replace(checked("metrics/search.json", entry["label"], entry["run"], Run), **changes)
+def recorded(entry: dict[str, Any], name: str = "", label: str = "") -> dict[str, Any]:
+    """The settings of a candidate on record: one younger than the record has its default, one since gone stays."""
+    run = entry["run"] | {"name": name, "label": label}
+    halting, training = Halting() if run["halting"] else None, Training(epochs=1, learning_rate=1.0)
+    defaults = Run(name=name, label=label, model=run["model"], init="random", training=training, halting=halting)
+    return laid_over(msgspec.to_builtins(defaults), run)
 
 
 def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
     """One row a candidate on record, those still declared first, in order: settings that differ, figures, minutes."""
     declared = [run.name for run in study.profile.search if run.name in record]
     entries = [record[name] for name in dict.fromkeys([*declared, *record])]
-    settings = pd.json_normalize([msgspec.to_builtins(recorded(entry)) for entry in entries])
+    settings = pd.json_normalize([recorded(entry) for entry in entries])
     settings.loc[settings["teacher"] == "", settings.columns.str.startswith("distillation")] = None  # mean nothing
     settings = settings.drop(columns=["name", "label"])
     table, reached = pd.DataFrame(entries), pd.DataFrame([entry["figures"] for entry in entries])

@@ -226,13 +226,13 @@ def _extended(path: Path, *seen: Path) -> dict[str, Any]:
         raise UserError(f"{path}: extends itself; leave that out")
     if base is None:
         return tables
-    return _laid_over(_extended(_path(base, path.parent, f"{path}: extends: "), path, *seen), tables)
+    return laid_over(_extended(_path(base, path.parent, f"{path}: extends: "), path, *seen), tables)
 
 
-def _laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+def laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
     """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
     inner = {name for name, value in tables.items() if isinstance(value, dict) and isinstance(base.get(name), dict)}
-    return base | {name: _laid_over(base[name], value) if name in inner else value for name, value in tables.items()}
+    return base | {name: laid_over(base[name], value) if name in inner else value for name, value in tables.items()}
 
 
 def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[str, dict]) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[
     base = {"training": shared["training"]} if extends is None else runs[extends]
     if "halting" in table and not base.get("halting"):
         base = base | {"halting": shared["halting"]}
-    return msgspec.to_builtins(checked(path, key, _laid_over(base, table), Run))
+    return msgspec.to_builtins(checked(path, key, laid_over(base, table), Run))
 
 
 def checked(path: Path | str, key: str, tables: dict[str, Any], kind: type) -> Any:

@@ -195,6 +195,12 @@ def test_settings_of_a_plain_candidate_have_no_halting(searched):
     assert idle.iloc[2].isna().all() and idle.iloc[1].notna().all()
 
 
+def test_a_setting_since_gone_stays_on_record(searched):
+    record = read_json(searched / "metrics" / "search.json")["candidates"]
+    record["higher_beta"]["run"]["halting"]["start"] = "both"
+    assert "both" in set(search.search_table(SimpleNamespace(profile=SMOKE), record)["halting.start"])
+
+
 def test_a_run_whose_teacher_is_not_there_is_refused(tmp_path):
     run = SMOKE.search[1]
     with pytest.raises(UserError, match=r"learns from run 'deit'.*--teacher"):
