@@ -144,7 +144,10 @@ def compared(functions: dict[str, Step], batch: int, repeats: int, limit: float 
 
     ``speedup`` is the ratio of medians, against the first: within a round the first may be a minute away.
     """
-    samples = interleaved(functions, repeats, limit=limit)
+    return _summarised(interleaved(functions, repeats, limit=limit), batch)
+
+
+def _summarised(samples: dict[str, list[float]], batch: int) -> pd.DataFrame:
     rows, first = [], batch / np.median(next(iter(samples.values())))
     for name, seconds in samples.items():
         low, middle, high = batch / np.percentile(seconds, (75, 50, 25))
@@ -183,13 +186,18 @@ def benchmark(
     workload = prepared(workload, task, precision, device)
     functions = {name: step_of(workload, name, task, precision) for name in models}
     table = compared(functions, len(workload.images), repeats, limit)
-    workload.adaptive.execution = "packed"
-    plain = counted_flops(workload.plain.eval(), workload.images[:8])
-    packed = counted_flops(workload.adaptive.eval(), workload.images)
+    plain, packed = _flops(workload)
     flops = np.where(table["model"] == "A-ViT packed", packed, plain)
     ratio = plain / flops
     table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=ratio, efficiency=table["speedup"] / ratio)
     return pd.DataFrame({"task": task, "precision": precision, **table})
+
+
+def _flops(workload: Workload) -> tuple[float, float]:
+    """FLOPs per image, counted, of the plain model and of the packed one."""
+    workload.adaptive.execution = "packed"
+    plain = counted_flops(workload.plain.eval(), workload.images[:8])
+    return plain, counted_flops(workload.adaptive.eval(), workload.images)
 
 
 def step_of(workload: Workload, name: str, task: str, precision: str) -> Step:
@@ -228,21 +236,13 @@ def depth_sweep(
     for depth, workload in zip(depths, workloads, strict=True):
         functions[f"{depth}"] = step_of(workload, "A-ViT packed", "inference", "float32")
     samples = interleaved(functions, repeats, limit=limit * len(depths))
-    rows, deit = [], np.array(samples["DeiT"])
-    plain = counted_flops(workloads[0].plain.eval(), workloads[0].images[:8])
-    for depth, workload in zip(depths, workloads, strict=True):
-        seconds = np.array(samples[f"{depth}"])
-        low, middle, high = batch / np.percentile(seconds, (75, 50, 25))
-        ratio_low, ratio, ratio_high = np.percentile(deit / seconds, (25, 50, 75))
-        workload.adaptive.execution = "packed"
-        flops = counted_flops(workload.adaptive.eval(), workload.images)
-        rows.append({
-            "mean_depth": depth, "batch": batch, "images_per_second": middle, "images_per_second_low": low,
-            "images_per_second_high": high, "speedup": ratio, "speedup_low": ratio_low, "speedup_high": ratio_high,
-            "gflops_per_image": flops / 1e9, "flops_ratio": plain / flops, "efficiency": ratio * flops / plain,
-            "rounds": len(seconds),
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    table = _summarised(samples, batch)[1:].rename(columns={"model": "mean_depth"}).astype({"mean_depth": float})
+    deit, *packed = samples.values()
+    low, speedup, high = np.percentile(np.array(deit) / np.array(packed), (25, 50, 75), axis=1)
+    plain, packed = np.array([_flops(workload) for workload in workloads]).T
+    ratio = plain / packed
+    columns = {"speedup": speedup, "speedup_low": low, "speedup_high": high, "gflops_per_image": packed / 1e9}
+    return table.assign(**columns, flops_ratio=ratio, efficiency=speedup / ratio).reset_index(drop=True)
 
 
 @torch.inference_mode()
@@ -286,14 +286,14 @@ def operator_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
 
     share = packed() / (x.shape[0] * x.shape[1] * len(plain.blocks))
     for _ in range(repeats + 1):  # the first is for warming up
-        passes.append({"deit": _by_operator(lambda: plain.blocks(x), gpu), "packed": _by_operator(packed, gpu)})
-    counted = [pd.DataFrame(one) for one in passes[1:]]
-    names = pd.Index(sorted(set().union(*(one.index for one in counted))), name="operator")
-    values = np.stack([one.reindex(names).fillna(0.0) for one in counted]) / len(images)  # [passes, operators, 2]
-    deit, packed_time = np.median(values, axis=0).T
-    low, middle, high = np.percentile(values[..., 1] - share * values[..., 0], (25, 50, 75), axis=0)
-    columns = {"deit": deit, "packed": packed_time, "ideal": share * deit}
-    table = pd.DataFrame({**columns, "above": middle, "above_low": low, "above_high": high}, index=names)
+        one = {"deit": _by_operator(lambda: plain.blocks(x), gpu), "packed": _by_operator(packed, gpu)}
+        passes.append(pd.DataFrame(one).fillna(0.0) / len(images))
+    times = pd.concat(passes[1:])
+    times.insert(2, "ideal", share * times["deit"])
+    times["above"] = times["packed"] - times["ideal"]
+    by_operator = times.rename_axis("operator").groupby("operator")
+    low, high = (by_operator["above"].quantile(end) for end in (0.25, 0.75))
+    table = by_operator.median().assign(above_low=low, above_high=high)
     return table.sort_values("packed", ascending=False).reset_index()
 
 

@@ -120,18 +120,19 @@ def accuracy_against(
 
 
 def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
-    """Measured speed-up of packed A-ViT over DeiT against the ratio of their FLOPs, a point a mean depth."""
+    """Measured speed-up of packed A-ViT over DeiT against the ratio of FLOPs, with quartiles, a point a mean depth."""
     figure, [[axis]] = subplots(height=3.8)
-    highest = 1.06 * max(sweep["flops_ratio"].max(), sweep["speedup"].max())
+    highest = 1.06 * max(sweep["flops_ratio"].max(), sweep["speedup_high"].max())
     axis.plot([1, highest], [1, highest], color=MUTED, linestyle="--", label="ideal: time follows FLOPs")
     axis.axhline(1, color=SPEED_COLOURS["DeiT"], linewidth=1.2, label="DeiT")
     look = {"color": SPEED_COLOURS["A-ViT packed"], "label": "A-ViT packed, synthetic halting"}
-    axis.plot(sweep["flops_ratio"], sweep["speedup"], "o-", **look)
+    spread = [sweep["speedup"] - sweep["speedup_low"], sweep["speedup_high"] - sweep["speedup"]]
+    axis.errorbar(sweep["flops_ratio"], sweep["speedup"], spread, fmt="o-", ecolor=INK, capsize=4, **look)
     for row in sweep.itertuples():
         place = (row.flops_ratio, row.speedup), (7, -12)
         axis.annotate(f"{row.mean_depth:g}", *place, textcoords="offset points", path_effects=HALO)
     axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
-    axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup"].min()), highest))
+    axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(min(0.9, 0.85 * sweep["speedup_low"].min()), highest))
     return legend_above(figure, axis)
 
 

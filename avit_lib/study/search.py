@@ -175,13 +175,12 @@ def short_table(summary: pd.DataFrame, reference: str, speed: pd.Series) -> pd.D
 
 
 def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series) -> str:
-    """What the model ``label`` saves and costs, beside the ``reference`` and the ToMe that is nearest in ``speed``."""
+    """What the model ``label`` saves and costs, beside the ``reference`` and the peer that is nearest in ``speed``."""
     figures = by_seed.pivot(index="seed", columns="model")
     accuracy, saved = figures["accuracy_macro"], 100 * figures["flops_saved", label]
-    peers = [model for model in speed.index if model.startswith("ToMe") and model in accuracy]
-    others = {reference: ""}
-    if peers:
-        others[min(peers, key=lambda peer: abs(speed[peer] - speed[label]))] = ", the nearest in speed"
+    peers = speed[speed.index.isin(by_seed.loc[by_seed["method"] == "peer", "model"])]
+    nearest = (peers - speed[label]).abs().nsmallest(1).index
+    others = {reference: ""} | dict.fromkeys(nearest, ", the nearest in speed")
     minus = {f"that of {one}{why}": 100 * (accuracy[label] - accuracy[one]) for one, why in others.items()}
     differences = (f"minus {one}: {gap.mean():+.1f} ± {gap.std():.1f} points" for one, gap in minus.items())
     return (

@@ -132,7 +132,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budgets: dict[Name, tuple[Saved, ...]] = {}  # shares of FLOPs to which a run that merges is set after training
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
-    sweep: tuple[str, ...] = ()  # runs and candidates that `make sweep` trains once for each of these seeds
+    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that `make release` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
@@ -147,9 +147,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         meant = {"focus": (self.focus,), "sweep": self.sweep} | {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
         for key, wanted in meant.items():
-            known = names + [run.name for run in self.search] if key == "sweep" else names
-            if missing := [name for name in wanted if name not in known]:
-                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(known)}")
+            if missing := [name for name in wanted if name not in names]:
+                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
         for key, kind in kinds.items():
             if wrong := [name for name in getattr(self, key) if not getattr(self.run(name), kind)]:
                 raise ValueError(f"{key} names {wrong[0]!r}, a run without {kind}")

@@ -68,7 +68,6 @@ class Study:
         aside, so that nothing committed is lost.
         """
         run = self.profile.run(name)
-        processes.barrier()  # what the first process trained before is there
         start, teacher = (self.checkpoint(needed) if needed else None for needed in (run.start, run.teacher))
         description = describe(run, self.data, start, teacher)
         description |= {"profile": self.profile.name, "code": fingerprint(*ingredients(run)), "seed": self.seed}

@@ -153,6 +153,7 @@ def fit(
         print(f"{label}, epoch {epoch}/{config.epochs}: {values}", flush=True)
     if processes.rank() == 0:
         _tidy(output)
+    processes.barrier()  # whoever goes on finds what the first process wrote
     return pd.DataFrame(state.records)
 
 

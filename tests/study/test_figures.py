@@ -32,6 +32,7 @@ def drawn(layers: int) -> dict[str, Figure]:
         for task in ("inference", "training") for batch in (1, 256) for model in figures.SPEED_COLOURS
     ])  # fmt: skip
     sweep = pd.DataFrame({"mean_depth": [3.0, 11.0], "flops_ratio": [3.5, 1.1], "speedup": [3.0, 0.8]})
+    sweep = sweep.assign(speedup_low=0.9 * sweep["speedup"], speedup_high=1.1 * sweep["speedup"])
     layer_times = pd.DataFrame({"layer": np.arange(1, layers + 1), "tokens": 50.0, "deit": 1.0, "packed": 0.5})
     return {
         "learning_curves": figures.learning_curves(
