@@ -7,8 +7,8 @@ layer. As in A-ViT, each token decides how deep it is computed, but its scores d
 sets the thresholds on a few hundred images, without labels, for a wanted share of FLOPs saved.
 
 Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated (DyMU, 2025) and set
-by a formula (ATM, arXiv 2505.15160). New is that images with different numbers of tokens run as one packed batch, so
-that a merged token costs no time.
+by a formula (ATM, arXiv 2505.15160). New is that images with different numbers of tokens run as one packed batch: what
+has merged is computed no more.
 """
 
 import math
@@ -27,9 +27,9 @@ from avit_lib.halting import HaltingTrace
 from avit_lib.packed import Layout, packed_attending, packed_mlp, split_off, whole_layout
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
-MOST = 0.8  # share of FLOPs that can be saved
+MOST = 0.8  # share of FLOPs that may be asked for
 IMPORTANCE_WEIGHT = 0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
-SPREAD = 1.0  # of the merges over the layers: how much more the later ones merge (notebook 07 compares)
+SPREAD = 1.0  # exponent of the schedule of merges over the layers, see planned (notebook 07 compares)
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
     table, there = table.view(images, longest, -1)[:, prefix:], there.view(images, longest)[:, prefix:]
     similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
     best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
-    if not best.values.shape[1]:  # no patch is left that could be a partner
+    if not best.values.shape[1]:  # in no image is a patch left that looks for a partner
         return torch.full_like(keys[:, 0], -torch.inf), layout.starts[layout.segment]
     asks = patches & ((place - prefix) % 2 == 1)
     found = layout.segment, ((place - prefix) // 2).clamp(0, best.values.shape[1] - 1)
@@ -62,7 +62,7 @@ def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Te
     """
     query, key, value = qkv.unbind(1)  # [T, heads, d]
     query = query[layout.starts].index_select(0, layout.segment)  # of the class token
-    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]
+    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]  # as in attention
     images = (len(layout.lengths), logits.shape[1])
     segment = layout.segment[:, None].expand_as(logits)
     highest = logits.new_full(images, -torch.inf).scatter_reduce(0, segment, logits, "amax")
@@ -139,7 +139,8 @@ def planned(model: VisionTransformer, count: int, saved: float, spread: float) -
 class Adaptive(VisionTransformer):
     """A VisionTransformer of timm's whose tokens merge where their score exceeds the threshold of their layer.
 
-    State dict: the original's and ``thresholds`` [L]; infinite, they leave the model as it was, bit for bit.
+    State dict: the original's and ``thresholds`` [L]; infinite, they leave the model as it was, bit for bit. The
+    weight of importance is no part of it: load by the one with which the thresholds were set.
     """
 
     thresholds: Tensor
@@ -204,7 +205,7 @@ class Adaptive(VisionTransformer):
             self.train(training)
         if not reached:
             self.thresholds.copy_(before)
-            raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: {found:.0%} is nearest")
+            raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: the last try saved {found:.0%}")
 
     def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
         """What is left of embedded tokens [B, N, D]; of each [B * N], which one stands for it and its depth."""
@@ -233,7 +234,8 @@ class Adaptive(VisionTransformer):
 
     def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Packed, Tensor]:
         """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
-        bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # all of size 1
+        # ToMe's proportional attention: a token counts as often as tokens are in it.
+        bias = packed.size.log() if len(packed.tokens) < count * len(packed.layout.lengths) else None  # no size but 1
         tokens, qkv = packed_attending(block, packed.tokens, packed.layout, bias)
         return replace(packed, tokens=tokens), qkv
 
@@ -241,6 +243,7 @@ class Adaptive(VisionTransformer):
         """The score [T] of each token (-inf: may not merge), and the row [T] that would stand for it."""
         layout, prefix = packed.layout, self.num_prefix_tokens
         patches = layout.index % count >= prefix
+        # Heads are summed: the cosine of their mean is the same.
         score, partner = stand_in(sum(qkv[:, 1].unbind(1)), layout, patches, prefix)
         if self.cls_token is not None and self.importance_weight:
             score = score - self.importance_weight * importance(qkv, packed.size, layout, patches)
