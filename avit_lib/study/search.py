@@ -12,6 +12,7 @@ import msgspec
 import pandas as pd
 
 from avit_lib.errors import UserError
+from avit_lib.study.figures import candidates
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Halting, Run, laid_over
 from avit_lib.study.study import Study
@@ -20,9 +21,10 @@ from avit_lib.training import Training, read_json
 
 FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
 CAPTION = (
-    "The search for settings, on the validation images: the settings in which the candidates differ, what each reached "
-    "after its last epoch, the minutes its training took and the commit that trained it."
+    "The search for settings, on the validation images: what each candidate reached after its last epoch, the settings "
+    "in which they differ, the seed, the minutes its training took and the commit that trained it."
 )
+FIGURE_CAPTION = "Accuracy and FLOPs saved of the candidates, on the validation images, with 95 % intervals."
 SWEEP_CAPTION = (
     "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
     "decides on the split (of official data, only on the validation images), the order of the training images and all "
@@ -36,30 +38,32 @@ def run_search(study: Study) -> pd.DataFrame:
 
     Raises UserError when the profile declares no candidates.
     """
-    candidates = study.profile.search
-    if not candidates:
+    declared = study.profile.search
+    if not declared:
         raise UserError(f"profile {study.profile.name} has no candidates; declare some in its file, as [search.NAME]")
     path = study.results.folder / "metrics" / "search.json"
     record = read_json(path)["candidates"] if path.is_file() else {}
     data = study.data
     facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
     images = digest(facts)
-    for number, run in enumerate(candidates, start=1):
-        known, declared = record.get(run.name), msgspec.to_builtins(run)
-        on_record = known and known["images"] == images and recorded(known, run.name, run.label) == declared
-        print(f"[{number}/{len(candidates)}] {run.label}{': on record' if on_record else ''}", flush=True)
+    for number, run in enumerate(declared, start=1):
+        known, settings = record.get(run.name), msgspec.to_builtins(run)
+        on_record = known and known["images"] == images and recorded(known, run.name, run.label) == settings
+        print(f"[{number}/{len(declared)}] {run.label}{': on record' if on_record else ''}", flush=True)
         if not on_record:
             origin = provenance(study.profile.name, study.seed)
             history, model = study.train_chain(run.name), study.load(run.name)
             record[run.name] = {
-                "images": images, "label": run.label, "run": declared,
+                "images": images, "label": run.label, "run": settings,
                 "figures": figures(study, model, study.predict(model, data.validation)),
-                "minutes": history["seconds"].sum() / 60,
+                "seed": study.seed, "minutes": history["seconds"].sum() / 60,
                 "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
             }  # fmt: skip
             study.results.table(search_table(study, record), "search", CAPTION)
             study.results.metrics({"candidates": record}, "search")
-    return search_table(study, record)
+    table = search_table(study, record)
+    study.results.figure(candidates(table.head(len(declared)), len(data.validation)), "search", FIGURE_CAPTION)
+    return table
 
 
 def recorded(entry: dict[str, Any], name: str = "", label: str = "") -> dict[str, Any]:
@@ -71,7 +75,7 @@ def recorded(entry: dict[str, Any], name: str = "", label: str = "") -> dict[str
 
 
 def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
-    """One row a candidate on record, those still declared first, in order: settings that differ, figures, minutes."""
+    """One row a candidate on record, those still declared first, in order: figures, settings that differ, minutes."""
     declared = [run.name for run in study.profile.search if run.name in record]
     entries = [record[name] for name in dict.fromkeys([*declared, *record])]
     settings = pd.json_normalize([recorded(entry) for entry in entries])
@@ -80,7 +84,7 @@ def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
     table, reached = pd.DataFrame(entries), pd.DataFrame([entry["figures"] for entry in entries])
     differing = settings.loc[:, settings.map(repr).nunique() > 1]
     candidate = table["label"].rename("candidate")
-    return pd.concat([candidate, differing, reached[list(FIGURES)], table[["minutes", "commit"]]], axis=1)
+    return pd.concat([candidate, reached[list(FIGURES)], differing, table[["seed", "minutes", "commit"]]], axis=1)
 
 
 # --- over seeds -------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def trained(monkeypatch):
 def test_the_table_has_a_row_a_candidate_and_the_settings_that_differ(searched):
     table = pd.read_csv(searched / "tables" / "search.csv")
     assert table["candidate"].tolist() == [run.label for run in SMOKE.search]
+    assert (searched / "figures" / "search.png").is_file()
     assert {"halting.beta", "halting.ponder_ramp", "teacher", "distillation.alpha"} <= set(table.columns)
     assert not {"training.epochs", "model", "halting.gamma", "label"} & set(table.columns)
     assert table["halting.beta"].tolist() == [-2, -3]
