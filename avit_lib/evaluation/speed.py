@@ -158,7 +158,7 @@ def _summarised(samples: dict[str, list[float]], batch: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats: int = 7) -> pd.DataFrame:
+def throughput(models: dict[str, tuple[nn.Module, str]], images: Tensor, repeats: int = 21) -> pd.DataFrame:
     """Several models in plain inference on the same images, ``compared``; each with its ``execution``, if it halts."""
     functions = {name: _inference(model.eval(), images, execution) for name, (model, execution) in models.items()}
     return compared(functions, len(images), repeats)
