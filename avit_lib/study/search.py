@@ -185,8 +185,9 @@ def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series
     peers = speed[speed.index.isin(by_seed.loc[by_seed["method"] == "peer", "model"])]
     nearest = (peers - speed[label]).abs().nsmallest(1).index
     others = {reference: ""} | dict.fromkeys(nearest, ", the nearest in speed")
-    minus = {f"that of {one}{why}": 100 * (accuracy[label] - accuracy[one]) for one, why in others.items()}
-    differences = (f"minus {one}: {gap.mean():+.1f} ± {gap.std():.1f} points" for one, gap in minus.items())
+    bars = {f"that of {one} ({100 * accuracy[one].mean():.1f} %){why}": accuracy[one] for one, why in others.items()}
+    minus = {bar: 100 * (accuracy[label] - reached) for bar, reached in bars.items()}
+    differences = (f"minus {bar}: {gap.mean():+.1f} ± {gap.std():.1f} points" for bar, gap in minus.items())
     return (
         f"*{label}* saves {saved.mean():.0f} % of the FLOPs and is {speed[label]:.2f} times as fast as {reference}. "
         f"Mean per-class accuracy {'; '.join(differences)} (mean ± standard deviation over {len(saved)} seeds)."
