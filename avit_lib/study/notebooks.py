@@ -91,6 +91,8 @@ class Runner:
 
     def run_stale(self) -> None:
         """Run the notebooks whose results are out of date, by what they depend on and not by the age of files."""
+        for name in self.names:
+            self._renew_text(name)
         for number, name in enumerate(self.names, start=1):
             label = f"[{number}/{len(self.names)}] {name}"
             reason = self.why_stale(name)
@@ -117,6 +119,17 @@ class Runner:
             return "to be run"
         changed = [key for key, value in self._state(name).items() if known.get(key) != value]
         return f"out of date ({', '.join(changed)} changed)" if changed else ""
+
+    def _renew_text(self, name: str) -> None:
+        """Give the executed copy the text of the notebook, where nothing but text has changed since it ran."""
+        known, state, executed = self.records.get(name, {}), self._state(name), self._executed(name)
+        if not executed.is_file() or known.get("state", {}) | {"text": state["text"]} != state:
+            return
+        copy, notebook = (nbformat.read(path, as_version=4) for path in (executed, self.folder / f"{name}.ipynb"))
+        code = (cell for cell in copy.cells if cell.cell_type == "code")
+        copy.cells = [next(code) if cell.cell_type == "code" else cell for cell in notebook.cells]
+        write_atomically(executed, (nbformat.writes(copy) + "\n").encode())
+        write_json(self.results / RECORDS, self.records | {name: known | {"state": state}})
 
     def _execute(self, name: str) -> None:
         """Run one notebook; the last good copy gives way only to a good one. Raises NotebookFailed."""
@@ -168,7 +181,8 @@ class Runner:
         known = {run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"] for run, path in paths.items()}
         tables = {one: self.results / "tables" / f"{one}.csv" for one in _names_given(self._read(name)[1], "read")}
         read = {one: path.is_file() and digest(path.read_text()) for one, path in tables.items()}
-        return self._code(name) | {"checkpoints": known, "tables": read}
+        text = digest(self._read(name)[0])
+        return self._code(name) | {"text": text, "checkpoints": known, "tables": read}
 
     @cached_property
     def _library(self) -> Callable[..., str]:
@@ -180,7 +194,8 @@ class Runner:
         cells, code = self._read(name)
         settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
         library = self._library(*code)
-        return {"cells": digest(cells), "library": library, "settings": digest(settings), "seed": self.seed}
+        ran = digest([source for kind, source in cells if kind == "code"])
+        return {"cells": ran, "library": library, "settings": digest(settings), "seed": self.seed}
 
     def _read(self, name: str) -> tuple[list, list[str]]:
         """The cells, and the code of those that are Python: one that is not will fail when it runs."""

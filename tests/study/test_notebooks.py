@@ -156,6 +156,19 @@ def test_the_copy_says_in_one_place_what_was_run(project):
     assert 'PROFILE = "smoke"\nSEED = 3' in codes and "fashion" not in "".join(codes)
 
 
+def test_new_text_needs_no_run(project, capsys):
+    write(project, "01_one", "print('ran')")
+    assert run() == 0
+    path, before = project / "notebooks" / "01_one.ipynb", nbformat.read(executed(project, "01_one"), as_version=4)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(1, new_markdown_cell("in other words"))
+    nbformat.write(notebook, path)
+    capsys.readouterr()
+    assert run() == 0 and "up to date" in capsys.readouterr().out
+    after = nbformat.read(executed(project, "01_one"), as_version=4)
+    assert after.cells.pop(1).source == "in other words" and after.cells[1:] == before.cells[1:]
+
+
 def test_tables_are_shown_rounded_and_without_an_index_that_only_counts(project):
     frames = """
         import pandas as pd
