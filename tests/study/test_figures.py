@@ -40,6 +40,7 @@ def drawn(layers: int) -> dict[str, Figure]:
             {"train_loss": "loss", "val_mean_depth": "depth [layers]"},
         ),
         "accuracy_against": figures.accuracy_against(models, "gflops_per_image", "GFLOPs", points=points),
+        "candidates": figures.candidates(models.rename(columns={"model": "candidate"}), images=100),
         "speedup_against_flops": figures.speedup_against_flops(sweep),
         "throughput_by_batch": figures.throughput_by_batch(speeds),
         "layer_times": figures.layer_times(layer_times.assign(ideal=0.4)),
@@ -85,6 +86,13 @@ def test_accuracy_stands_with_its_interval_and_merged_models_on_a_curve():
     assert len(intervals) == 7 and [(1, 0.88), (1, 0.93)] in [list(map(tuple, segment)) for segment in intervals]
     assert sorted(texts(axis.texts)) == ["2", "4", "4.0", "44%", "55%", "6.5"]
     assert axis.get_ylabel() == "accuracy, mean over classes" and axis.get_xlabel() == "speed-up"
+
+
+def test_candidates_stand_in_order_with_the_first_as_the_bar_for_all():
+    accuracy, saved = drawn(LAYERS[0])["candidates"].axes
+    assert texts(accuracy.get_yticklabels()) == ["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"]
+    assert accuracy.yaxis_inverted()
+    assert list(accuracy.lines[-1].get_xdata()) == [0.9, 0.9] and list(saved.lines[-1].get_xdata()) == [0, 0]
 
 
 def test_models_keep_their_colours():
