@@ -127,7 +127,7 @@ def candidates(table: pd.DataFrame, images: int) -> Figure:
         value = table[column]
         error = 1.96 * (value * (1 - value) / images) ** 0.5 if column == "accuracy" else None
         axis.errorbar(value, table["candidate"], xerr=error, fmt="o", color=PALETTE[0], ecolor=MUTED, capsize=3)
-        axis.axvline(value[0], color=PALETTE[0], linestyle="--", linewidth=1)
+        axis.axvline(value.iloc[0], color=PALETTE[0], linestyle="--", linewidth=1)
         axis.set(xlabel=label)
         percent(axis, "x")
     axes[0, 0].invert_yaxis()

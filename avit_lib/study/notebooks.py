@@ -114,22 +114,26 @@ class Runner:
 
     def why_stale(self, name: str) -> str:
         """What changed since the notebook last ran, in words; empty if it is up to date."""
-        known = self.records.get(name, {}).get("state")
-        if not known or not self._executed(name).is_file():
+        if not self.records.get(name, {}).get("state") or not self._executed(name).is_file():
             return "to be run"
-        changed = [key for key, value in self._state(name).items() if known.get(key) != value]
+        changed = self._changed(name)
         return f"out of date ({', '.join(changed)} changed)" if changed else ""
+
+    def _changed(self, name: str) -> list[str]:
+        """The parts of a notebook's state that are not those with which it last ran."""
+        known = self.records.get(name, {}).get("state", {})
+        return [key for key, value in self._state(name).items() if known.get(key) != value]
 
     def _renew_text(self, name: str) -> None:
         """Give the executed copy the text of the notebook, where nothing but text has changed since it ran."""
-        known, state, executed = self.records.get(name, {}), self._state(name), self._executed(name)
-        if not executed.is_file() or known.get("state", {}) | {"text": state["text"]} != state:
+        executed, records = self._executed(name), self.records
+        if self._changed(name) != ["text"] or not executed.is_file():
             return
         copy, notebook = (nbformat.read(path, as_version=4) for path in (executed, self.folder / f"{name}.ipynb"))
         code = (cell for cell in copy.cells if cell.cell_type == "code")
         copy.cells = [next(code) if cell.cell_type == "code" else cell for cell in notebook.cells]
         write_atomically(executed, (nbformat.writes(copy) + "\n").encode())
-        write_json(self.results / RECORDS, self.records | {name: known | {"state": state}})
+        write_json(self.results / RECORDS, records | {name: records[name] | {"state": self._state(name)}})
 
     def _execute(self, name: str) -> None:
         """Run one notebook; the last good copy gives way only to a good one. Raises NotebookFailed."""

@@ -185,9 +185,10 @@ def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series
     peers = speed[speed.index.isin(by_seed.loc[by_seed["method"] == "peer", "model"])]
     nearest = (peers - speed[label]).abs().nsmallest(1).index
     others = {reference: ""} | dict.fromkeys(nearest, ", the nearest in speed")
-    bars = {f"that of {one} ({100 * accuracy[one].mean():.1f} %){why}": accuracy[one] for one, why in others.items()}
-    minus = {bar: 100 * (accuracy[label] - reached) for bar, reached in bars.items()}
-    differences = (f"minus {bar}: {gap.mean():+.1f} ± {gap.std():.1f} points" for bar, gap in minus.items())
+    differences = []
+    for one, why in others.items():
+        gap, reached = 100 * (accuracy[label] - accuracy[one]), 100 * accuracy[one].mean()
+        differences.append(f"minus that of {one} ({reached:.1f} %){why}: {gap.mean():+.1f} ± {gap.std():.1f} points")
     return (
         f"*{label}* saves {saved.mean():.0f} % of the FLOPs and is {speed[label]:.2f} times as fast as {reference}. "
         f"Mean per-class accuracy {'; '.join(differences)} (mean ± standard deviation over {len(saved)} seeds)."

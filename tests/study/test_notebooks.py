@@ -159,6 +159,8 @@ def test_the_copy_says_in_one_place_what_was_run(project):
 def test_new_text_needs_no_run(project, capsys):
     write(project, "01_one", "print('ran')")
     assert run() == 0
+    copy = executed(project, "01_one").read_bytes()
+    assert run() == 0 and executed(project, "01_one").read_bytes() == copy  # nothing changed, nothing is written
     path, before = project / "notebooks" / "01_one.ipynb", nbformat.read(executed(project, "01_one"), as_version=4)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(1, new_markdown_cell("in other words"))
