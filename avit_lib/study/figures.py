@@ -3,13 +3,16 @@
 import io
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
 
@@ -22,6 +25,7 @@ CURVES = {  # marker, line, what is varied and stands beside the points
     "Adaptive merging trained": ("P", "-", "FLOPs saved"),
 }  # fmt: skip
 BY_BETA = ("o", "--", "mean depth")
+PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20), (9, -3), (-27, -3)]  # of words by a point
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
 
@@ -98,22 +102,38 @@ def accuracy_against(
     What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of each model at several
     depths; beside a point of a curve stands its r, share of FLOPs saved or mean depth.
     """
-    figure, [[axis]] = subplots(height=4.4)
-    rows = pd.concat([table, points]).drop_duplicates("model")
+    figure, [[axis]] = subplots(height=5.0)
+    rows, notes = pd.concat([table, points]).drop_duplicates("model"), []
     for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
         part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
         label = f"{name}, by {varied}" if len(part) > 1 else name
         curve(axis, name, part[x], part[accuracy], part[f"{accuracy}_low"], part[f"{accuracy}_high"], label)
         words = {"textcoords": "offset points", "fontsize": 8, "color": model_colour(name), "path_effects": HALO}
+        words["xytext"] = PLACES[0]
         for row in part.itertuples() if len(part) > 1 else ():
             beside = {"r": row.model.split()[-1], "mean depth": f"{row.mean_depth:.1f}"}
             beside["FLOPs saved"] = f"{row.flops_saved:.0%}"
-            place = (6, -13) if varied == "r" else (6, 5)
-            axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), place, **words)
+            notes.append(axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), **words))
     axis.margins(x=0.07)
     axis.set(xlabel=xlabel, ylabel="accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy")
     percent(axis)
-    return legend_above(figure, axis)
+    legend_above(figure, axis)
+    clear_of_others(figure, axis, notes, rows[[x, accuracy]].to_numpy())
+    return figure
+
+
+def clear_of_others(figure: Figure, axis: Axes, notes: list[Annotation], points: np.ndarray) -> None:
+    """Move each note to the place around its point where it covers the fewest other notes and ``points`` [P, 2]."""
+    figure.draw_without_rendering()  # places in pixels are known only now
+    markers = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
+    for note in notes:
+
+        def covered(place: tuple[float, float], note=note) -> int:
+            note.set_position(place)
+            return note.get_window_extent().count_overlaps(markers)
+
+        note.set_position(min(PLACES, key=covered))
+        markers.append(note.get_window_extent())
 
 
 def candidates(table: pd.DataFrame, images: int) -> Figure:

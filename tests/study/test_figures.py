@@ -13,7 +13,9 @@ from avit_lib.study import figures, get_profile
 from avit_lib.study.settings import profile_names
 
 LAYERS = (4, 12)
-HELPERS = {"subplots", "model_colour", "percent", "legend_above", "curve", "batch_axis", "NotebookFigure"}
+HELPERS = {
+    "clear_of_others", "subplots", "model_colour", "percent", "legend_above", "curve", "batch_axis", "NotebookFigure",
+}  # fmt: skip
 
 
 @functools.cache
@@ -86,6 +88,20 @@ def test_accuracy_stands_with_its_interval_and_merged_models_on_a_curve():
     assert len(intervals) == 7 and [(1, 0.88), (1, 0.93)] in [list(map(tuple, segment)) for segment in intervals]
     assert sorted(texts(axis.texts)) == ["2", "4", "4.0", "44%", "55%", "6.5"]
     assert axis.get_ylabel() == "accuracy, mean over classes" and axis.get_xlabel() == "speed-up"
+
+
+def test_words_beside_crowded_points_cover_neither_each_other_nor_a_point():
+    names = [f"{model}, depth {depth}" for model in ("A-ViT", "A-ViT fine-tuned") for depth in (7, 6)]
+    place = pd.DataFrame({"speedup": [1.2, 1.6, 1.21, 1.61], "accuracy": [0.9, 0.85, 0.895, 0.845]})
+    place = place.assign(model=names, mean_depth=7.0, flops_saved=0.4)
+    place = place.assign(accuracy_low=place["accuracy"] - 0.05, accuracy_high=place["accuracy"] + 0.05)
+    figure = figures.accuracy_against(place, "speedup", "speed-up")
+    axis = figure.axes[0]
+    boxes = [words.get_window_extent() for words in axis.texts]
+    points = axis.transData.transform(place[["speedup", "accuracy"]])
+    assert len(boxes) == 4
+    for number, box in enumerate(boxes):
+        assert box.count_contains(points) == box.count_overlaps(boxes[:number]) == 0
 
 
 def test_candidates_stand_in_order_with_the_first_as_the_bar_for_all():
