@@ -53,7 +53,7 @@ def model_colour(label: str) -> ColorType:
     if not label.startswith("A-ViT"):
         kinds = {"ToMe": PALETTE[4], "merging trained": INK, "Adaptive": PALETTE[7], "longer": PALETTE[9]}
         return next((colour for word, colour in kinds.items() if word in label), PALETTE[0])
-    kinds = {"half": 5, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
+    kinds = {"half": 2, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
     return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]
 
 
@@ -204,7 +204,7 @@ def layer_times(table: pd.DataFrame) -> Figure:
         axis.bar(table["layer"] + offset, table[column], 0.38, color=SPEED_COLOURS[label], label=label)
     ideal = "mean of DeiT x share of tokens left"
     axis.plot(table["layer"], table["ideal"], "_", color=INK, markersize=14, mew=2, label=ideal)
-    axis.set(xlabel="layer, and below it the tokens of an image that are left in it", ylabel="time [ms an image]")
+    axis.set(xlabel="layer, and below it the tokens of an image that are left in it", ylabel="time [ms per image]")
     axis.set_xticks(table["layer"], [f"{row.layer}\n{row.tokens:.0f}" for row in table.itertuples()])
     axis.grid(axis="x", visible=False)
     return legend_above(figure, axis)
