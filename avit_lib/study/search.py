@@ -64,9 +64,9 @@ def run_search(study: Study) -> pd.DataFrame:
     table, count = search_table(study, record), len(data.validation)
     shown = table.head(len(declared))
     study.results.figure(candidates(shown, count), "search", FIGURE_CAPTION)
-    error = (shown["accuracy"] * (1 - shown["accuracy"]) / count).pow(0.5).max()
+    error = 100 * (shown["accuracy"] * (1 - shown["accuracy"]) / count).pow(0.5).max()
     reached = [f"*{row.candidate}* {row.accuracy:.1%}, {row.flops_saved:.0%} saved" for row in shown.itertuples()]
-    words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to {100 * error:.1f} points)"
+    words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to {error:.1f} points)"
     study.results.finding(f"{words} and FLOPs saved: {'; '.join(reached)}.", "search")
     return table
 

@@ -91,7 +91,7 @@ def test_the_table_has_a_row_a_candidate_and_the_settings_that_differ(searched):
     assert not {"training.epochs", "model", "halting.gamma", "label"} & set(table.columns)
     assert table["halting.beta"].tolist() == [-2, -3]
     assert table["distillation.alpha"].isna().tolist() == [True, False]  # nobody teaches the first
-    assert table["accuracy"].between(0, 1).all() and (table["minutes"] > 0).all()
+    assert table["accuracy"].between(0, 1).all()
     assert table["mean_executed_depth"].between(1, 4).all() and table["flops_saved"].between(0, 1).all()
     facts = read_json(searched / "tables" / "search.json")
     assert facts["provenance"]["source"] == "search" and "validation" in facts["caption"]
@@ -102,6 +102,7 @@ def test_figures_are_those_of_the_validation_images(searched):
     row = pd.read_csv(searched / "tables" / "search.csv").iloc[0]
     for name in ("accuracy", "accuracy_macro", "mean_depth"):
         assert row[name] == pytest.approx(history[f"val_{name}"], rel=1e-4)
+    assert row["minutes"] == pytest.approx(history["seconds"] / 60)  # of its one epoch
 
 
 def test_a_taught_candidate_follows_its_teacher(searched):
