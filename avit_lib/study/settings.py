@@ -145,15 +145,18 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"search.{wrong[0]} differs from the run of that name; give it another name")
         kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
         meant = {"focus": (self.focus,), "sweep": self.sweep} | {key: tuple(getattr(self, key)) for key in kinds}
-        meant |= {f"{run.name}.init or teacher": run.needs for run in (*self.runs, *self.search)}
-        for key, wanted in meant.items():
-            if missing := [name for name in wanted if name not in names]:
-                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
+        meant |= {f"{run.name}.init or teacher": run.needs for run in self.runs}
+        candidates = {f"{run.name}.init or teacher": run.needs for run in self.search if run.name not in names}
+        everyone = dict.fromkeys([*names, *(run.name for run in self.search)])
+        for key, wanted in (meant | candidates).items():
+            known = everyone if key in candidates else names  # a run may not need a candidate
+            if missing := [name for name in wanted if name not in known]:
+                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(known)}")
         for key, kind in kinds.items():
             if wrong := [name for name in getattr(self, key) if not getattr(self.run(name), kind)]:
                 raise ValueError(f"{key} names {wrong[0]!r}, a run without {kind}")
         try:
-            TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
+            TopologicalSorter({run.name: run.needs for run in (*self.runs, *self.search)}).prepare()
         except CycleError as error:
             raise ValueError(f"runs need each other in a circle: {', '.join(error.args[1])}") from None
         if not any(run.method == "plain" for run in self.runs):
