@@ -108,6 +108,11 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         training.epochs = 3
         [search.child]
         extends = 'child'
+        [search.teacher]
+        extends = 'deit'
+        [search.pupil]
+        extends = 'child'
+        init = 'teacher'
         """,
         base=None,
     )
@@ -116,7 +121,8 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
     assert deit.training == Training(epochs=7, learning_rate=0.5) and deit.halting is None
     assert avit.training == Training(epochs=7, learning_rate=0.25) and avit.halting == Halting(beta=-1.0, gamma=2.0)
     assert child.training == Training(epochs=3, learning_rate=0.25) and child.halting == avit.halting
-    assert own.search == (child,)
+    assert own.search[0] == child
+    assert [run.name for run in own.chain("pupil")] == ["teacher", "pupil"]  # a candidate starts from another
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -157,6 +163,8 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("sweep = ['deit', 'nobody']", "sweep.*'nobody'"),
         ("runs.avit.init = 'nobody'", r"avit\.init.*'nobody'"),
         ("runs.avit.teacher = 'nobody'", r"avit\..*teacher.*'nobody'"),
+        ("runs.avit.init = 'taught'", r"avit\.init.*'taught'"),  # a candidate: those may go
+        ("search.taught.init = 'taught'", "circle: taught, taught"),
         ("search.taught.teacher = 'nobody'", r"taught\..*teacher.*'nobody'"),
         ("runs.avit.extends = 'nobody'", r"runs\.avit\.extends: .*'nobody'"),
         ("search.taught.extends = 'taught'", r"search\.taught\.extends: .*'taught'"),
