@@ -67,7 +67,7 @@ def run_search(study: Study) -> pd.DataFrame:
     error = 100 * (shown["accuracy"] * (1 - shown["accuracy"]) / count).pow(0.5).max()
     reached = [f"*{row.candidate}* {row.accuracy:.1%}, {row.flops_saved:.0%} saved" for row in shown.itertuples()]
     words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to {error:.1f} points)"
-    study.results.finding(f"{words} and FLOPs saved: {'; '.join(reached)}.", "search")
+    study.results.finding(f"{words} and FLOPs saved: {'; '.join(reached)}.", "search_reached")
     return table
 
 
