@@ -136,17 +136,17 @@ def clear_of_others(figure: Figure, axis: Axes, notes: list[Annotation], points:
         markers.append(note.get_window_extent())
 
 
-def candidates(table: pd.DataFrame, images: int) -> Figure:
-    """Accuracy on ``images`` validation images, with its 95 % interval, and FLOPs saved, a line a candidate.
+def candidates(table: pd.DataFrame, error: pd.Series) -> Figure:
+    """Accuracy on validation images, with 95 % intervals, and FLOPs saved, a line a candidate.
 
-    The first candidate of the ``table`` is what the others are compared with, by a broken line.
+    ``error`` is the standard error of each accuracy. A broken line marks the first candidate of the ``table``, with
+    which the others are compared.
     """
     figure, axes = subplots(1, 2, 1.0 + 0.27 * len(table), sharey=True)
     panels = {"accuracy": "accuracy on validation images", "flops_saved": "FLOPs saved"}
     for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
-        value = table[column]
-        error = 1.96 * (value * (1 - value) / images) ** 0.5 if column == "accuracy" else None
-        axis.errorbar(value, table["candidate"], xerr=error, fmt="o", color=PALETTE[0], ecolor=MUTED, capsize=3)
+        value, interval = table[column], 1.96 * error if column == "accuracy" else None
+        axis.errorbar(value, table["candidate"], xerr=interval, fmt="o", color=PALETTE[0], ecolor=MUTED, capsize=3)
         axis.axvline(value.iloc[0], color=PALETTE[0], linestyle="--", linewidth=1)
         axis.set(xlabel=label)
         percent(axis, "x")

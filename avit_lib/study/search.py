@@ -12,6 +12,7 @@ import msgspec
 import pandas as pd
 
 from avit_lib.errors import UserError
+from avit_lib.evaluation import standard_error
 from avit_lib.study.figures import candidates
 from avit_lib.study.results import digest, provenance
 from avit_lib.study.settings import Halting, Run, laid_over
@@ -63,11 +64,12 @@ def run_search(study: Study) -> pd.DataFrame:
             study.results.metrics({"candidates": record}, "search")
     table, count = search_table(study, record), len(data.validation)
     shown = table.head(len(declared))
-    study.results.figure(candidates(shown, count), "search", FIGURE_CAPTION)
-    error = 100 * (shown["accuracy"] * (1 - shown["accuracy"]) / count).pow(0.5).max()
+    error = standard_error(shown["accuracy"], count)
+    study.results.figure(candidates(shown, error), "search", FIGURE_CAPTION)
     reached = [f"*{row.candidate}* {row.accuracy:.1%}, {row.flops_saved:.0%} saved" for row in shown.itertuples()]
-    words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to {error:.1f} points)"
-    study.results.finding(f"{words} and FLOPs saved: {'; '.join(reached)}.", "search_reached")
+    words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to "
+    words += f"{100 * error.max():.1f} points) and FLOPs saved: {'; '.join(reached)}."
+    study.results.finding(words, "search_reached")
     return table
 
 
@@ -193,7 +195,7 @@ def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series
     differences = []
     for one, why in others.items():
         gap, reached = 100 * (accuracy[label] - accuracy[one]), 100 * accuracy[one].mean()
-        differences.append(f"minus that of {one} ({reached:.1f} %){why}: {gap.mean():+.1f} ± {gap.std():.1f} points")
+        differences.append(f"minus that of {one} ({reached:.1f} %){why}: {gap.mean():+.2f} ± {gap.std():.2f} points")
     return (
         f"*{label}* saves {saved.mean():.0f} % of the FLOPs and is {speed[label]:.2f} times as fast as {reference}. "
         f"Mean per-class accuracy {'; '.join(differences)} (mean ± standard deviation over {len(saved)} seeds)."

@@ -92,6 +92,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"model {self.model!r} and halting: a model avit_* has that section, and no other has")
         if self.init == "pretrained" and not self.pretrained:
             raise ValueError("init is pretrained; name the weights of timm's, as pretrained")
+        if self.init == "pretrained" and self.halting and self.halting.projection:
+            raise ValueError("timm's weights have no projection; fine-tune a plain model first and name it as init")
         warmup, epochs = self.training.warmup_epochs, self.training.epochs
         if warmup >= epochs:
             raise ValueError(f"warmup_epochs must be fewer than epochs, not {warmup:g} of {epochs}; change either")

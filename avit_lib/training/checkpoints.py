@@ -55,8 +55,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError if it differs."""
-    _load_strictly(model, _read_weights(Path(path)), path)
+    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError if it differs.
+
+    A learned projection that the weights lack starts as what it replaces, channel 0.
+    """
+    weights, own = _read_weights(Path(path)), model.state_dict()
+    if "direction" in own:
+        weights.setdefault("direction", own["direction"])
+    _load_strictly(model, weights, path)
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:

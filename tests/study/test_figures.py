@@ -42,7 +42,7 @@ def drawn(layers: int) -> dict[str, Figure]:
             {"train_loss": "loss", "val_mean_depth": "depth [layers]"},
         ),
         "accuracy_against": figures.accuracy_against(models, "gflops_per_image", "GFLOPs", points=points),
-        "candidates": figures.candidates(models.rename(columns={"model": "candidate"}), images=100),
+        "candidates": figures.candidates(models.rename(columns={"model": "candidate"}), error=0.1 * models["accuracy"]),
         "speedup_against_flops": figures.speedup_against_flops(sweep),
         "throughput_by_batch": figures.throughput_by_batch(speeds),
         "layer_times": figures.layer_times(layer_times.assign(ideal=0.4)),

@@ -178,6 +178,10 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("runs.deit.halting = {}", r"runs\.deit: model 'deit_nano_patch7_28' and halting"),
         ("[runs.x]\nextends = 'deit'\nmodel = 'avit_nano_patch7_28'", r"runs\.x: model 'avit_.*' and halting"),
         ("runs.avit.init = 'pretrained'", r"runs\.avit: init is pretrained; name the weights"),
+        (
+            "runs.avit = {init = 'pretrained', pretrained = 'x', halting.projection = true}",
+            r"runs\.avit: timm's weights have no projection; fine-tune a plain model first",
+        ),
         ("runs.avit.halting.channel_rate = 0.5", r"runs\.avit\.halting: channel_rate is of a fitted"),
         ("runs.deit.training.warmup_epochs = 2", r"runs\.deit: warmup_epochs must be fewer than epochs, not 2 of 2"),
         ("runs.deit.label = 'A-ViT'", "label 'A-ViT': .* that no other run has"),

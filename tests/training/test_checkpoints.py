@@ -41,13 +41,16 @@ def test_round_trip(model, saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["last.json", "last.safetensors"]
 
 
-def test_a_plain_model_starts_an_adaptive_one(tmp_path):
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_plain_model_starts_an_adaptive_one(tmp_path, projection):
     torch.manual_seed(1)
     plain = timm.create_model("deit_nano_patch7_28")
     path = tmp_path / "deit.safetensors"
     save_checkpoint(path, plain, "deit_nano_patch7_28", {})
-    model = timm.create_model(NAME)
+    model = timm.create_model(NAME, projection=projection)
     load_weights(model, path)
+    if projection:
+        assert model.direction.tolist() == [1.0] + [0.0] * (model.embed_dim - 1)  # channel 0
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
 
 
