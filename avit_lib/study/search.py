@@ -191,7 +191,7 @@ def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series
     accuracy, saved = figures["accuracy_macro"], 100 * figures["flops_saved", label]
     peers = speed[speed.index.isin(by_seed.loc[by_seed["method"] == "peer", "model"])]
     nearest = (peers - speed[label]).abs().nsmallest(1).index
-    others = {reference: ""} | dict.fromkeys(nearest, ", the nearest in speed")
+    others = {reference: ""} | {peer: f", the nearest in speed ({speed[peer]:.2f} times)" for peer in nearest}
     differences = []
     for one, why in others.items():
         gap, reached = 100 * (accuracy[label] - accuracy[one]), 100 * accuracy[one].mean()

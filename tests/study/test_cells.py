@@ -408,7 +408,7 @@ def test_classes_that_lose_and_gain_most_are_shown():
     changes["after"] = changes["before"] + changes["images_gained"] / 32
     axis = arrows(changes)
     shown = [*range(24, 14, -1), *range(9, -1, -1)]
-    assert texts(axis.get_yticklabels()) == [f"class {number} (32)" for number in shown]
+    assert texts(axis.get_yticklabels()) == [f"class {number} (32, {number - 12:+d})" for number in shown]
     before, after = axis.collections[1:3]
     np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(20)])
     np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(20), strict=True)))

@@ -104,6 +104,15 @@ def test_words_beside_crowded_points_cover_neither_each_other_nor_a_point():
         assert box.count_contains(points) == box.count_overlaps(boxes[:number]) == 0
 
 
+def test_words_keep_off_the_lines_where_there_is_room():
+    sweep = pd.DataFrame({"mean_depth": [10.8, 3.0], "flops_ratio": [1.2, 3.5], "speedup": [1.1, 3.3]})
+    figure = figures.speedup_against_flops(sweep.assign(speedup_low=sweep["speedup"], speedup_high=sweep["speedup"]))
+    axis = figure.axes[0]
+    deit = axis.transData.transform((1.2, 1.0))[1]
+    for words in axis.texts:
+        assert not words.get_window_extent().y0 <= deit <= words.get_window_extent().y1
+
+
 def test_candidates_stand_in_order_with_the_first_as_the_bar_for_all():
     accuracy, saved = drawn(LAYERS[0])["candidates"].axes
     assert texts(accuracy.get_yticklabels()) == ["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"]
