@@ -195,7 +195,9 @@ def get_profile(name: str) -> Profile:
     path = _path(name, Path())
     if path.parent != PROFILES and path.stem in profile_names():
         raise UserError(f"{path} would share the results of the profile {path.stem}: give the file another name")
-    tables = _extended(path) | {"name": path.stem}
+    if "name" in (tables := _extended(path)):
+        raise UserError(f"{path}: name: a profile is called like its file; leave it out")
+    tables["name"] = path.stem
     shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
     runs = {}  # by name, those of which a later one may say that it extends them
     for group in ("runs", "search"):

@@ -152,6 +152,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("budgets.avit = [0.4]", "budgets names 'avit', a run without saved"),
         ("merging = [-1]", r"merging\[.*\]: .*>= 0"),
         ("runs.Two.label = 'x'", "runs.Two"),
+        ("name = 'mine'", "name: a profile is called like its file"),
         ("data.dataset = 'SVHN'", "data.dataset: .*'SVHN'"),
         ("data.augmentation = 'strong'", "data.augmentation: .*'strong'"),
         ("data.train_per_class = 'some'", "data.train_per_class: .*'some'"),
