@@ -134,7 +134,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     budgets: dict[Name, tuple[Saved, ...]] = {}  # shares of FLOPs to which a run that merges is set after training
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
-    sweep: tuple[str, ...] = ()  # names of the runs that `make sweep` trains once for each of these seeds
+    sweep: tuple[str, ...] = ()  # runs and candidates that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that `make release` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
@@ -146,9 +146,10 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if wrong := [run.name for run in self.search if run.name in names and run not in self.runs]:
             raise ValueError(f"search.{wrong[0]} differs from the run of that name; give it another name")
         kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
-        meant = {"focus": (self.focus,), "sweep": self.sweep} | {key: tuple(getattr(self, key)) for key in kinds}
+        meant = {"focus": (self.focus,)} | {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in self.runs}
-        candidates = {f"{run.name}.init or teacher": run.needs for run in self.search if run.name not in names}
+        others = [run for run in self.search if run.name not in names]
+        candidates = {"sweep": self.sweep} | {f"{run.name}.init or teacher": run.needs for run in others}
         everyone = dict.fromkeys([*names, *(run.name for run in self.search)])
         for key, wanted in (meant | candidates).items():
             known = everyone if key in candidates else names  # a run may not need a candidate

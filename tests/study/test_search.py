@@ -220,7 +220,7 @@ def test_every_run_and_candidate_has_a_folder_of_its_own(name):
     names = [run.name for run in (*profile.runs, *(run for run in profile.search if run not in profile.runs))]
     assert len(set(names)) == len(names)
     assert not [run for run in names if run.startswith(("search", "seed"))]  # folders of their own
-    assert set(profile.sweep) <= {run.name for run in profile.runs}
+    assert set(profile.sweep) <= set(names)
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -271,6 +271,16 @@ def test_the_sweep_trains_every_seed_once(results, trained, tmp_path):
     assert trained == [] and (results / "tables" / "sweep.csv").read_bytes() == before
     declare(tmp_path, {"recalibrated.avit_finetuned = [2.0, 3.0]": "recalibrated.avit_finetuned = [2.5]"})
     assert main(command) == 0 and trained == ["deit 0", "avit_finetuned 0", "deit 1", "avit_finetuned 1"]
+
+
+@pytest.mark.usefixtures("speeds")
+def test_a_candidate_of_the_search_is_swept_like_a_run(results, trained, tmp_path):
+    sweep = {'sweep = ["deit", "avit_finetuned"]': 'sweep = ["deit", "taught"]'}
+    assert main(["sweep", "--profile", declare(tmp_path, sweep)]) == 0
+    assert trained == ["deit 1", "taught 1"]
+    assert (results / "checkpoints" / "seed1" / "search" / "taught" / "last.safetensors").is_file()
+    table = pd.read_csv(results / "tables" / "sweep.csv")
+    assert get_profile("smoke").run("taught").label in set(table["model"]) and table["minus_deit"].notna().all()
 
 
 def test_mean_and_deviation_by_hand():
