@@ -149,7 +149,7 @@ def candidates(table: pd.DataFrame, error: pd.Series) -> Figure:
     which the others are compared.
     """
     figure, axes = subplots(1, 2, 1.0 + 0.27 * len(table), sharey=True)
-    panels = {"accuracy": "accuracy on validation images, 95 % intervals", "flops_saved": "FLOPs saved"}
+    panels = {"accuracy": "validation accuracy, 95 % interval", "flops_saved": "FLOPs saved"}
     for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
         value, interval = table[column], 1.96 * error if column == "accuracy" else None
         axis.errorbar(value, table["candidate"], xerr=interval, fmt="o", color=PALETTE[0], ecolor=MUTED, capsize=3)
