@@ -3,14 +3,12 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 from matplotlib.typing import ColorType
@@ -108,30 +106,30 @@ def accuracy_against(
         part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
         label = f"{name}, by {varied}" if len(part) > 1 else name
         curve(axis, name, part[x], part[accuracy], part[f"{accuracy}_low"], part[f"{accuracy}_high"], label)
-        words = {"textcoords": "offset points", "fontsize": 8, "color": model_colour(name), "path_effects": HALO}
-        words["xytext"] = PLACES[0]
         for row in part.itertuples() if len(part) > 1 else ():
             beside = {"r": row.model.split()[-1], "mean depth": f"{row.mean_depth:.1f}"}
             beside["FLOPs saved"] = f"{row.flops_saved:.0%}"
-            notes.append(axis.annotate(beside[varied], (getattr(row, x), getattr(row, accuracy)), **words))
+            notes.append((beside[varied], (getattr(row, x), getattr(row, accuracy)), model_colour(name)))
     axis.margins(x=0.07)
     axis.set(xlabel=xlabel, ylabel="accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy")
     percent(axis)
     legend_above(figure, axis)
-    clear_of_others(figure, axis, notes, rows[[x, accuracy]].to_numpy())
+    label_points(figure, axis, notes, rows[[x, accuracy]].to_numpy())
     return figure
 
 
-def clear_of_others(figure: Figure, axis: Axes, notes: list[Annotation], points: np.ndarray) -> None:
-    """Move each note to the place around its point where it covers the fewest other notes and ``points`` [P, 2].
+def label_points(figure: Figure, axis: Axes, notes: list[tuple[str, ArrayLike, ColorType]], points: ArrayLike) -> None:
+    """Write each note (words, point, colour) beside its point, where it covers the fewest notes and ``points`` [P, 2].
 
     Of equally good places it takes the one that covers least of the axis' lines.
     """
+    look = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
+    written = [axis.annotate(words, point, PLACES[0], color=colour, **look) for words, point, colour in notes]
     figure.draw_without_rendering()  # places in pixels are known only now
     markers = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
     paths = [line.get_transform().transform_path(line.get_path()) for line in axis.get_lines()]
     lines = [Bbox.from_bounds(x - 1, y - 1, 2, 2) for path in paths for x, y in path.interpolated(50).vertices]
-    for note in notes:
+    for note in written:
 
         def covered(place: tuple[float, float], note=note) -> tuple[int, int]:
             note.set_position(place)
@@ -172,13 +170,12 @@ def speedup_against_flops(sweep: pd.DataFrame) -> Figure:
     look = {"color": SPEED_COLOURS["A-ViT packed"], "label": "A-ViT packed, synthetic halting"}
     spread = [sweep["speedup"] - sweep["speedup_low"], sweep["speedup_high"] - sweep["speedup"]]
     axis.errorbar(sweep["flops_ratio"], sweep["speedup"], spread, fmt="o-", ecolor=INK, capsize=4, **look)
-    points, look = sweep[["flops_ratio", "speedup"]].to_numpy(), {"textcoords": "offset points", "path_effects": HALO}
-    depths = sweep["mean_depth"].map("{:g}".format)
-    notes = [axis.annotate(depth, point, PLACES[0], **look) for depth, point in zip(depths, points, strict=True)]
     axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
     axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(min(0.8, 0.7 * sweep["speedup_low"].min()), highest))
     legend_above(figure, axis)
-    clear_of_others(figure, axis, notes, points)
+    points = sweep[["flops_ratio", "speedup"]].to_numpy()
+    notes = [(f"{depth:g}", point, INK) for depth, point in zip(sweep["mean_depth"], points, strict=True)]
+    label_points(figure, axis, notes, points)
     return figure
 
 

@@ -36,7 +36,7 @@ def generated(tmp_path, monkeypatch):
 
 
 def test_the_recipe_is_that_of_the_paper():
-    run = get_profile("imagenet").run("avit")
+    run = get_profile("imagenet").run("avit_finetuned")
     training, halting = run.training, run.halting
     assert (training.epochs, training.batch_size, training.learning_rate, training.warmup_epochs) == (100, 512, 5e-4, 5)
     assert training.ema_decay and training.mixup
@@ -52,10 +52,10 @@ def test_its_models_and_weights_exist(run):
 
 @pytest.mark.usefixtures("generated")
 def test_dry_run(tmp_path, monkeypatch, capsys):
-    changes = 'runs.avit.model = "avit_dry_patch56_224"\ntraining.warmup_epochs = 1\n'
+    changes = 'runs.avit_finetuned.model = "avit_dry_patch56_224"\ntraining.warmup_epochs = 1\n'
     (tmp_path / "dry.toml").write_text(f'extends = "imagenet"\n{changes}')
     profile = str(tmp_path / "dry.toml")
-    run = get_profile(profile).run("avit")
+    run = get_profile(profile).run("avit_finetuned")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     torch.manual_seed(0)
     source = timm.create_model(run.model, num_classes=1000)
