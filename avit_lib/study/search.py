@@ -191,12 +191,13 @@ def headline(label: str, by_seed: pd.DataFrame, reference: str, speed: pd.Series
     accuracy, saved = figures["accuracy_macro"], 100 * figures["flops_saved", label]
     peers = speed[speed.index.isin(by_seed.loc[by_seed["method"] == "peer", "model"])]
     nearest = (peers - speed[label]).abs().nsmallest(1).index
-    others = {reference: ""} | {peer: f", the nearest in speed ({speed[peer]:.2f} times)" for peer in nearest}
-    differences = []
+    others = {reference: ""} | {peer: f"; {speed[peer]:.2f} times as fast, the nearest in speed" for peer in nearest}
+    words = []
     for one, why in others.items():
         gap, reached = 100 * (accuracy[label] - accuracy[one]), 100 * accuracy[one].mean()
-        differences.append(f"minus that of {one} ({reached:.1f} %){why}: {gap.mean():+.2f} ± {gap.std():.2f} points")
+        side = "below" if gap.mean() < 0 else "above"
+        words.append(f"{abs(gap.mean()):.2f} ± {gap.std():.2f} points {side} that of {one} ({reached:.1f} %{why})")
     return (
         f"*{label}* saves {saved.mean():.0f} % of the FLOPs and is {speed[label]:.2f} times as fast as {reference}. "
-        f"Mean per-class accuracy {'; '.join(differences)} (mean ± standard deviation over {len(saved)} seeds)."
+        f"Its mean per-class accuracy is {' and '.join(words)}; mean ± standard deviation over {len(saved)} seeds."
     )
