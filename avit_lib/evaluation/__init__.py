@@ -1,4 +1,4 @@
-"""What measures any classifier: accuracy with intervals (``metrics``), FLOPs (``flops``), time and memory (``speed``).
+"""What measures any classifier: accuracy with intervals (``metrics``), FLOPs (``flops``), time (``speed``), memory.
 
 May import the method and ``data``; neither ``training`` nor ``study``.
 """

@@ -1,16 +1,14 @@
-"""Time of models, measured side by side: interleaved, warmed up, repeated; median and spread. And peak memory."""
+"""Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import copy
+import ctypes
 import gc
 import math
-import multiprocessing
-import re
-import sys
+import platform
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,6 +29,8 @@ MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
 TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
+
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
 Step = Callable[[], None]  # of inference or training, on a batch
 
@@ -105,6 +105,24 @@ def prepared(
 # --- timing -----------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def buffers_kept() -> Iterator[None]:
+    """Let glibc keep freed buffers for the next step, as torch does on GPUs; where there is no glibc nothing changes.
+
+    By default it gives buffers above 32 MiB back at once, and to get them anew takes time. In a large batch DeiT's are
+    above, those of an A-ViT whose tokens have halted are not: the allocator would add to the speed-up.
+    """
+    glibc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+    if glibc:
+        glibc.mallopt(M_MMAP_THRESHOLD, 2**30), glibc.mallopt(M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        if glibc:
+            glibc.mallopt(M_MMAP_THRESHOLD, 2**25), glibc.mallopt(M_TRIM_THRESHOLD, 2**26), glibc.malloc_trim(0)
+
+
+@buffers_kept()
 def interleaved(
     functions: dict[str, Step], repeats: int, minimum: float = 0.2, limit: float = math.inf
 ) -> dict[str, list[float]]:
@@ -245,6 +263,7 @@ def depth_sweep(
     return table.assign(**columns, flops_ratio=ratio, efficiency=speedup / ratio).reset_index(drop=True)
 
 
+@buffers_kept()
 @torch.inference_mode()
 def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     """Where the time goes, layer by layer, in plain inference: one row a layer.
@@ -269,6 +288,7 @@ def layer_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     return table.assign(ideal=table["deit"].mean() * tokens / tokens[0])
 
 
+@buffers_kept()
 @torch.inference_mode()
 def operator_times(workload: Workload, repeats: int = 7) -> pd.DataFrame:
     """What the layers take in plain inference, by operator of torch: one row an operator, the longest first.
@@ -311,40 +331,3 @@ def _by_operator(step: Callable[[], object], gpu: bool) -> pd.Series:
             seconds = event.self_device_time_total if gpu else event.self_cpu_time_total
             found[name] = found.get(name, 0.0) + seconds / 1e3
     return pd.Series(found)
-
-
-# --- memory -----------------------------------------------------------------------------------------------------------
-
-
-def peak_memory(
-    name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int = 0
-) -> float:
-    """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
-    about = dict(name=name, batch=batch, mean_depth=mean_depth, seed=seed)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
-        return pool.apply(_peak_memory, (about, model, task, precision, gpu))
-
-
-def _peak_memory(about: dict, model: str, task: str, precision: str, gpu: bool) -> float:
-    workload = prepared(synthetic_workload(**about), task, precision, "cuda" if gpu else "cpu")
-    step = step_of(workload, model, task, precision)
-    gc.collect()
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux forgets a process's highest memory use on demand; elsewhere it includes the past
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _highest(gpu)
-    for _ in range(2):
-        step()
-    return (_highest(gpu) - before) / 2**20
-
-
-def _highest(gpu: bool) -> int:
-    """The most bytes that this process has held so far."""
-    if gpu:
-        return torch.cuda.max_memory_allocated()
-    if (status := Path("/proc/self/status")).exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
-    import resource  # here, because Windows has none
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation import speed
+from avit_lib.evaluation.memory import peak_memory
 from avit_lib.study import figures
 from avit_lib.study.results import Collection, Results, hardware, write_page
 from avit_lib.study.settings import get_profile
@@ -78,7 +79,7 @@ def run_benchmark(
     results.figure(figures.layer_times(layers), f"layers_{kind}", f"Time of each layer. {single}")
 
     for task, precision, model in product(tasks, precisions, speed.MODELS):
-        peak = speed.peak_memory(name, model, middle, depth, task, precision, kind == "cuda", seed)
+        peak = peak_memory(name, model, middle, depth, task, precision, kind == "cuda", seed)
         peaks.append({"task": task, "precision": precision, "batch": middle, "model": model, "peak_mib": peak})
     memory = pd.DataFrame(peaks)
     memory["of_deit"] = memory["peak_mib"] / memory.groupby(["task", "precision"])["peak_mib"].transform("first")

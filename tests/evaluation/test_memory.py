@@ -1,6 +1,6 @@
 """Peak memory is that of a step, not of all that came before it."""
 
-from avit_lib.evaluation.speed import peak_memory
+from avit_lib.evaluation.memory import peak_memory
 
 
 def test_memory_of_a_training_step_grows_with_the_batch():

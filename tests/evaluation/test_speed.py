@@ -1,5 +1,8 @@
 """Workloads and timings do what they say; how fast they are is no matter for tests."""
 
+import platform
+import resource
+
 import pytest
 import torch
 
@@ -31,6 +34,18 @@ def test_synthetic_halting_has_the_stated_depth_and_a_spread(name, mean):
     assert patches.mean(dim=1).std() > 0.2
     assert (trace.depth[:, 0] == len(workload.adaptive.blocks)).all()
     assert "mean depth" in workload.describe()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large buffers back at once")
+def test_freed_buffers_are_kept_while_something_is_timed():
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**25)  # 128 MiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = []
+    interleaved({"once more": lambda: found.append(new_pages())}, 3, minimum=0.0)
+    assert 4 * found[-1] < new_pages()
 
 
 def test_functions_take_turns():

@@ -61,7 +61,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     source = timm.create_model(run.model, num_classes=1000)
     save_checkpoint(tmp_path / f"{run.pretrained}.safetensors", source, run.model, {})
     output = tmp_path / "output"
-    command = ["fit", "--profile", profile, "--epochs", "2", "--output", str(output)]
+    command = ["fit", "--profile", profile, "--model", "avit_finetuned", "--epochs", "2", "--output", str(output)]
     assert cli.main([*command, "--device", "cpu"]) == 0
     history = pd.read_csv(output / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and np.isfinite(history["train_loss"]).all()
