@@ -99,13 +99,20 @@ def standardised(values: Tensor, active: Tensor) -> Tensor:
 
 
 def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, int | tuple]]:
-    """Where channel 0 is written and, by the norms, read: parameters, each with the index of its part."""
+    """Where channel 0 is written and, by the norms and a projection, read: parameters, each with its part's index."""
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
-    layers = [model.patch_embed.proj, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
-    norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
+    layers = [model.patch_embed.proj]
+    for block in model.blocks:
+        layers += [block.attn.proj, block.mlp.fc2, block.ls1, block.ls2]
     yield from ((parameter, 0) for layer in layers for parameter in layer.parameters())
-    yield from ((norm.weight, 0) for norm in norms)
+    yield from ((norm.weight, 0) for norm in _norms(model))
+    if model.direction is not None:
+        yield model.direction, ...
+
+
+def _norms(model: AViT) -> list[nn.Module]:
+    return [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
 
 
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -132,10 +139,14 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     """Fit channel 0 of ``model``, in place, so that on images [B, C, H, W] the patches halt first that can be spared.
 
     ``halting`` [L] says which part of all patches halts in which layer, the paper's target distribution say. Channel 0
-    starts, of each position, as the mean of ``target`` there; each MLP (of a block without layer scale) adds what is
-    missing to the target in the attention of the next layer. Raises UserError when less than a patch of an image is
-    left for the last layer.
+    starts, of each position, as the mean of ``target`` there; each MLP adds what is missing to the target in the
+    attention of the next layer, whole where a layer scale follows. A learned projection starts as channel 0 again.
+    Raises UserError when less than a patch of an image is left for the last layer, when ``halting`` is of another
+    number of layers, and for a model in which channel 0 is not free to be written: before the first change.
     """
+    _check_channel(model)
+    if len(halting) != len(model.blocks):
+        raise UserError(f"halting is given for {len(halting)} layers, the model has {len(model.blocks)}")
     rule, trains = model.rule, model.training
     patches = model.patch_embed.num_patches
     if halting[-1] * patches < 1:
@@ -143,14 +154,19 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     model.eval()
     for parameter, index in channel_parameters(model):
         parameter[index] = 0.0
+    for block in model.blocks:  # with a factor of 0 channel 0 could not learn
+        for parameter in [*block.ls1.parameters(), *block.ls2.parameters()]:
+            parameter[0] = 1.0
+    if model.direction is not None:
+        model.direction[0] = 1.0
     model.cls_token[..., 0] = -LEAD
     everyone = torch.ones(len(images), patches + 1, dtype=torch.bool, device=images.device)
     first = masked_block(model.blocks[0], model.embed(images), everyone)
     wish = SPREAD * standardised(target(model.blocks[1], first, everyone), everyone[:, 1:])
-    model.pos_embed[0, 1:, 0] = wish.mean(dim=0)
+    model.pos_embed[0, -patches:, 0] = wish.mean(dim=0)
     tokens = model.embed(images)
     state = initial_state(halting_score(tokens, rule))
-    for block, following, share in zip(model.blocks[:-1], model.blocks[1:], halting.tolist(), strict=False):
+    for block, following, share in zip(model.blocks[:-1], model.blocks[1:], halting[:-1].tolist(), strict=True):
         active = state.active
         if not active[:, 1:].any():  # patches that are all alike halt together
             break
@@ -176,6 +192,17 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
             score[:, 0] = 0.0
         state, _ = halting_step(state, score, rule.eps)
     model.train(trains)
+
+
+def _check_channel(model: AViT) -> None:
+    """Raises UserError unless channel 0 is what positions and MLPs write, and is read through norms alone."""
+    parts = [model.pos_embed, *(block.mlp.fc2.bias for block in model.blocks)]
+    parts += [getattr(norm, "weight", None) for norm in _norms(model)]
+    if any(part is None for part in parts) or not isinstance(model.norm_pre, nn.Identity):
+        raise UserError(
+            "channel 0 of this model cannot be fitted: that takes learned positions, biases in the MLPs, "
+            "and norms with weights in and after the blocks, but none before; train without the fit"
+        )
 
 
 def _ridge(features: Tensor, wish: Tensor) -> Tensor:
