@@ -4,6 +4,7 @@ import copy
 import ctypes
 import gc
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,8 @@ TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
 
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
+# Settings of glibc's allocator by their number for mallopt: one that is set fixes the thresholds, which grow otherwise.
+ALLOCATOR = {-1: "trim_threshold", -2: "top_pad", -3: "mmap_threshold", -4: "mmap_max"}
 
 Step = Callable[[], None]  # of inference or training, on a batch
 
@@ -110,16 +112,40 @@ def buffers_kept() -> Iterator[None]:
     """Let glibc keep freed buffers for the next step, as torch does on GPUs; where there is no glibc nothing changes.
 
     By default it gives buffers above 32 MiB back at once, and to get them anew takes time. In a large batch DeiT's are
-    above, those of an A-ViT whose tokens have halted are not: the allocator would add to the speed-up.
+    above, those of an A-ViT whose tokens have halted are not: the allocator would add to the speed-up. Afterwards the
+    thresholds are again those of the environment.
     """
     glibc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
     if glibc:
-        glibc.mallopt(M_MMAP_THRESHOLD, 2**30), glibc.mallopt(M_TRIM_THRESHOLD, -1)
+        mmap, trim = allocator_thresholds()
+        _set_thresholds(glibc, 2**30, -1)
     try:
         yield
     finally:
         if glibc:
-            glibc.mallopt(M_MMAP_THRESHOLD, 2**25), glibc.mallopt(M_TRIM_THRESHOLD, 2**26), glibc.malloc_trim(0)
+            _set_thresholds(glibc, mmap, trim)
+            glibc.malloc_trim(0)
+
+
+def _set_thresholds(glibc: ctypes.CDLL, mmap: int, trim: int) -> None:
+    glibc.mallopt(-3, mmap)
+    glibc.mallopt(-1, trim)
+
+
+def allocator_thresholds() -> tuple[int, int]:
+    """The size in bytes from which glibc maps a buffer, and from which it gives free memory back, by the environment.
+
+    Where nothing is set they grow with what is freed, which no program can turn on again: then where growth ends.
+    """
+    tunables = dict(part.partition("=")[::2] for part in os.environ.get("GLIBC_TUNABLES", "").split(":"))
+    found = {}
+    for number, name in ALLOCATOR.items():
+        value = tunables.get(f"glibc.malloc.{name}", os.environ.get(f"MALLOC_{name.upper()}_"))
+        if value:
+            found[number] = int(value, 0)
+    mmap, trim = (2**17, 2**17) if found else (2**25, 2**26)
+    both = found.get(-3, mmap), found.get(-1, trim)
+    return tuple(size if size < 2**31 else -1 for size in both)  # mallopt takes an int; -1: never
 
 
 @buffers_kept()
