@@ -6,15 +6,25 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HaltingRule:
     """When a token halts; the last two settings go past the paper."""
 
-    gamma: float  # scales channel 0 into a halting score
-    beta: float  # shifts it
-    eps: float  # a token halts when its scores add up to 1 - eps
+    gamma: float | Tensor  # scales channel 0 into a halting score
+    beta: float | Tensor  # shifts it
+    eps: float | Tensor  # a token halts when its scores add up to 1 - eps
     class_token_halts: bool = True  # False: the class token runs to the last layer, and is the representation there
     direction: Tensor | None = None  # [D]; the score is read from it, a learned projection, in place of channel 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HaltingRule):
+            return NotImplemented
+        if self.direction is None or other.direction is None:
+            alike = self.direction is other.direction
+        else:
+            alike = torch.equal(self.direction, other.direction)
+        numbers = [(rule.gamma, rule.beta, rule.eps, rule.class_token_halts) for rule in (self, other)]
+        return alike and numbers[0] == numbers[1]
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def initial_state(like: Tensor) -> HaltingState:
     )
 
 
-def halting_step(state: HaltingState, score: Tensor, eps: float) -> tuple[HaltingState, Tensor]:
+def halting_step(state: HaltingState, score: Tensor, eps: float | Tensor) -> tuple[HaltingState, Tensor]:
     """One layer of Algorithm 1: from its scores to the next state and the output weight w of each token.
 
     ``score`` has the shape of the state and must be 1 in the last layer. A token halts once, in the first layer in

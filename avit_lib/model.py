@@ -1,84 +1,138 @@
 """A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``; no parameter more than a DeiT or ViT."""
 
+from collections.abc import Callable
+
 import torch
+from timm.layers import is_exportable, is_scriptable
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from avit_lib.backbone import TokensLeave, exporting, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
-from avit_lib.packed import predict_packed, run_packed
+from avit_lib.packed import call, predict_packed, run_packed
+from avit_lib.places import weights_dir
+
+torch.fx.wrap("halting_score")  # it looks at a data type, which a symbolic tracer has none of
 
 
-class AViT(VisionTransformer):
+class AViT(TokensLeave):
     """VisionTransformer whose tokens halt by themselves (A-ViT, section 3).
 
-    The representation [B, 1, D] is the output-weighted sum of the class token over the layers. How it is computed is a
-    setting, not a different model: ``execution`` is "masked" (halted tokens are computed and ignored, as published),
-    "packed" (they are gone) or "auto" (packed in evaluation, masked in training).
+    The representation [B, 1, D] is the output-weighted sum of the class token over the layers. How
+    it is computed is a setting, not a different model: ``execution`` is "masked" (halted tokens are
+    computed and ignored, as published), "packed" (they are gone) or "auto" (packed in evaluation,
+    masked in training). Who follows tokens to their places gets masked execution all the same: an
+    exporter, a hook on a block, an attention mask.
     """
 
+    exact = ("gamma", "beta", "eps")
+    added = (*exact, "class_token_runs_on")
+
     def __init__(
-        self, *args, gamma: float = 5.0, beta: float = -10.0, eps: float = 0.01,
-        class_token_halts: bool = True, projection: bool = False, **kwargs,
-    ):  # fmt: skip
+        self,
+        *args,
+        gamma: float = 5.0,
+        beta: float = -10.0,
+        eps: float = 0.01,
+        class_token_halts: bool = True,
+        projection: bool = False,
+        execution: str = "auto",
+        **kwargs,
+    ):
         """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
-        needed = {"class_token": True, "global_pool": "token", "reg_tokens": 0, "patch_drop_rate": 0}
+        _check_pooling(kwargs.get("global_pool"))
+        needed = {"class_token": True, "reg_tokens": 0, "patch_drop_rate": 0}
         refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
         if refused:
             raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
         super().__init__(*args, **kwargs)
-        self.gamma, self.beta, self.eps, self.class_token_halts = gamma, beta, eps, class_token_halts
-        self.execution = "auto"
+        if reason := why_not_plain(self):
+            raise UserError(f"tokens can't halt in this model: {reason}")
+        for name, value in (("gamma", gamma), ("beta", beta), ("eps", eps)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device="cpu"))
+        # A state dict of the other kind is then refused: it has this one too many, or lacks it.
+        self.register_buffer("class_token_runs_on", None if class_token_halts else torch.tensor(True))
         # A learned projection adds D parameters; it starts as what it replaces, channel 0.
-        self.direction = nn.Parameter(torch.eye(self.embed_dim)[0]) if projection else None
+        channel_0 = torch.eye(self.embed_dim, 1)[:, 0].to(self.cls_token)
+        self.direction = nn.Parameter(channel_0) if projection else None
+        self.execution = "masked" if is_exportable() or is_scriptable() else execution
 
     @property
     def rule(self) -> HaltingRule:
         """When a token halts."""
-        return HaltingRule(self.gamma, self.beta, self.eps, self.class_token_halts, self.direction)
+        halts = self.class_token_runs_on is None
+        return HaltingRule(self.gamma, self.beta, self.eps, halts, self.direction)
 
-    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
-        """Logits [B, K] of images [B, C, H, W] and the trace of every token to its own halting."""
-        run = run_packed if self._packs() else run_masked
-        representation, trace = run(self.blocks, self.embed(images), self.rule)
-        return self.forward_head(self.norm(representation)), trace
+    def compute_features(
+        self, x: Tensor, attn_mask: Tensor | None, traced: bool
+    ) -> tuple[Tensor, HaltingTrace | None]:
+        """The normalised representation [B, 1, D] of images [B, C, H, W], and the trace."""
+        tokens, trace = self.embed(x), None
+        if not self._packs(x, attn_mask):
+            found, trace = run_masked(self.blocks, tokens, self.rule, attn_mask, self.run)
+        elif traced:
+            found, trace = run_packed(self.blocks, tokens, self.rule, self.run)
+        else:
+            found = predict_packed(self.blocks, tokens, self.rule, self.run)
+        return self.norm(found), trace
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The normalised representation [B, 1, D] of images [B, C, H, W]."""
-        tokens = self.embed(images)
-        if self._packs():
-            return self.norm(predict_packed(self.blocks, tokens, self.rule))
-        return self.norm(run_masked(self.blocks, tokens, self.rule)[0])
+    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The normalised representation [B, 1, D], and the tokens [B, N, D] after each layer."""
+        layers = [self.embed(x)]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        return self.forward_head(self.forward_features(images))
+        def observe(active: Tensor, tokens: Tensor) -> None:
+            layers.append(torch.where(active[..., None], tokens, layers[-1]))
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The tokens [B, N, D] that enter the first layer, class token first, of images [B, C, H, W]."""
-        return self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        found, _ = run_masked(self.blocks, layers[0], self.rule, attn_mask, self.run, observe)
+        return self.norm(found), layers[1:]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's; raises UserError for another pooling than that of the class token."""
+        _check_pooling(global_pool)
+        super().reset_classifier(num_classes, global_pool)
 
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
-        if self.direction is not None:  # a plain model's weights have no projection
+        if self.direction is not None:  # who reads channel 0 has none
             weights.setdefault(f"{prefix}direction", self.direction.detach())
         super()._load_from_state_dict(weights, prefix, *args)
 
-    def _packs(self) -> bool:
+    def _packs(self, images: Tensor, attn_mask: Tensor | None) -> bool:
         if self.execution not in ("masked", "packed", "auto"):
             raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
-        return self.execution == "packed" or (self.execution == "auto" and not self.training)
+        wanted = self.execution == "packed" or (self.execution == "auto" and not self.training)
+        if not wanted or attn_mask is not None or exporting(images):
+            return False
+        return len(images) > 0 and not self.hooked()
 
 
-def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
-    """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace."""
+def _check_pooling(global_pool: str | None) -> None:
+    if global_pool not in (None, "token", ""):
+        raise UserError(f"A-ViT reads its class token alone; leave out global_pool {global_pool!r}")
+
+
+def run_masked(
+    blocks: nn.Sequential,
+    tokens: Tensor,
+    rule: HaltingRule,
+    attn_mask: Tensor | None = None,
+    run: Callable = call,
+    observe: Callable[[Tensor, Tensor], None] = lambda active, tokens: None,
+) -> tuple[Tensor, HaltingTrace]:
+    """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace.
+
+    ``attn_mask`` as timm's; ``run`` calls the function of a layer; ``observe`` is told after each
+    layer which tokens were active [B, N], and what became of them [B, N, D].
+    """
     state = initial_state(halting_score(tokens, rule))
     representation, scores, weights = 0.0, [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens = masked_block(block, tokens, active)
+        tokens = run(masked_block, block, tokens, active, attn_mask)
+        observe(active, tokens)
         score = halting_score(tokens, rule)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)  # whoever comes this far halts here
@@ -92,11 +146,19 @@ def run_masked(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tupl
     return representation.to(tokens.dtype), trace
 
 
-def masked_block(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
+def masked_block(
+    block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
     """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
-    keys = active | ~active.any(dim=1, keepdim=True)
-    return block(tokens, attn_mask=keys[:, None, None, :])
+    keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
+    # A bias, not a mask of truth values: some versions of timm would add those.
+    bias = torch.zeros_like(keys, dtype=tokens.dtype).masked_fill(~keys, -torch.inf)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.where(attn_mask, bias, -torch.inf)
+    elif attn_mask is not None:
+        bias = bias + attn_mask
+    return block(tokens, attn_mask=bias)
 
 
 # --- registration with timm -------------------------------------------------------------------------------------------
@@ -120,6 +182,11 @@ def register(kind: str, model_class: type, size: str) -> None:
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | SHAPES[size] | kwargs
+        options["feature_cfg"] = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
+        here = weights_dir() / f"deit_{size}.fb_in1k.safetensors"
+        own = isinstance(options.get("pretrained_cfg"), str | None)  # not somebody else's weights
+        if pretrained and own and here.is_file():
+            options["pretrained_cfg_overlay"] = {"file": str(here)} | (options.get("pretrained_cfg_overlay") or {})
         model = build_model_with_cfg(model_class, name, pretrained, **options)
         if grey:  # learnt positions start as sines and cosines, which saves epochs
             with torch.no_grad():

@@ -12,6 +12,7 @@ ones lie side by side. Results, trace and gradients are those of masked executio
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,8 +149,13 @@ def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
 # --- Algorithm 1 on the buffer ----------------------------------------------------------------------------------------
 
 
+def call(function: Callable, *arguments: Any) -> Any:
+    """Call a ``function`` that computes a layer, as it is (``TokensLeave.run`` may checkpoint it)."""
+    return function(*arguments)
+
+
 def packed_layers(
-    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, every_token: bool
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, every_token: bool, run: Callable = call
 ) -> Iterator[tuple[Layout, Tensor, Tensor, Tensor]]:
     """Algorithm 1 on the embedded tokens [B, N, D], without those that halted.
 
@@ -161,7 +167,7 @@ def packed_layers(
     layout = whole_layout(images, count, buffer.device)
     cumulative = torch.zeros_like(halting_score(buffer, rule))  # cumul
     for layer, block in enumerate(blocks, start=1):
-        buffer = packed_block(block, buffer, layout)
+        buffer = run(packed_block, block, buffer, layout)
         score = halting_score(buffer, rule)  # h
         if layer == len(blocks):
             score = torch.ones_like(score)
@@ -184,21 +190,30 @@ def packed_layers(
 # --- what a model asks for --------------------------------------------------------------------------------------------
 
 
-def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> Tensor:
+# The compiler has nothing to gain on lengths that differ in every batch: it would compile for each again.
+
+
+@torch.compiler.disable
+def predict_packed(
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, run: Callable = call
+) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
     representation = 0.0 * tokens[:, 0]
-    for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, every_token=False):
+    for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, False, run):
         added = weight[layout.starts, None] * buffer[layout.starts]  # w * t of the class tokens
         representation = representation.to(added.dtype).index_add(0, layout.images, added)
     return representation[:, None].to(tokens.dtype)
 
 
-def run_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule) -> tuple[Tensor, HaltingTrace]:
+@torch.compiler.disable
+def run_packed(
+    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, run: Callable = call
+) -> tuple[Tensor, HaltingTrace]:
     """The same as ``model.run_masked``: representation [B, 1, D] and trace of the embedded tokens [B, N, D]."""
     images, count, width = tokens.shape
     depth = torch.zeros(images * count, dtype=torch.long, device=tokens.device)  # N_k
     scores, class_tokens = [], []
-    for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, every_token=True):
+    for layout, buffer, score, _ in packed_layers(blocks, tokens, rule, True, run):
         scores.append(score.new_zeros(images * count).index_copy(0, layout.index, score))
         depth.index_add_(0, layout.index, torch.ones_like(layout.index))
         # Of an image whose class token has halted this is another token; its weight is 0.

@@ -3,7 +3,7 @@
 May import the method's errors; no other room. The others import what is named here, not the modules.
 """
 
-from avit_lib.data.datasets import Data, data_dir, project_root, weights_dir
+from avit_lib.data.datasets import Data
 from avit_lib.data.images import Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
@@ -14,6 +14,7 @@ from avit_lib.data.splits import (
     test_data,
     training_data,
 )
+from avit_lib.places import data_dir, project_root, weights_dir
 
 __all__ = [
     "Data", "Images", "TrainingData", "check_split", "data_dir", "folder_test_data", "folder_training_data", "loader",

@@ -1,6 +1,5 @@
 """Where images come from: torchvision's data sets, found or downloaded, ImageNet, and folders of one's own."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_datas
 
 from avit_lib.data.images import ImageFiles, Images, batch_transform, decoded_size
 from avit_lib.errors import UserError
+from avit_lib.places import data_dir
 
 FASHION_CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
 # Data sets with official training and test images, small enough to be one array, and their folders under data_dir().
@@ -48,23 +48,6 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def channels(self) -> int:
         """1 for grey images, 3 for colour."""
         return 1 if self.dataset == "FashionMNIST" else 3
-
-
-def project_root() -> Path:
-    """The checkout in which we are (the nearest folder upward with avit_lib beside pyproject.toml), else here."""
-    upward = (Path.cwd(), *Path.cwd().parents)
-    found = (path for path in upward if (path / "pyproject.toml").is_file() and (path / "avit_lib").is_dir())
-    return next(found, upward[0])
-
-
-def data_dir() -> Path:
-    """Where data sets lie: $AVIT_DATA, or data/ in the checkout."""
-    return Path(os.environ.get("AVIT_DATA") or project_root() / "data")
-
-
-def weights_dir() -> Path:
-    """Where pretrained weights lie: $AVIT_WEIGHTS, or data/weights/ in the checkout."""
-    return Path(os.environ.get("AVIT_WEIGHTS") or data_dir() / "weights")
 
 
 def official_images(data: Data, train: bool) -> Images:

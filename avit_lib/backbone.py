@@ -1,0 +1,161 @@
+"""timm's VisionTransformer as a base for models whose tokens leave: its interface, kept or refused.
+
+Two kinds of models stand on it: one whose tokens halt (``model.AViT``) and one whose tokens merge
+(``merging.Adaptive``). Each says what its layers make of images; what timm offers in public follows
+from that here, so that no inherited method runs the plain transformer instead.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from avit_lib.errors import UserError
+
+
+class TokensLeave(VisionTransformer):
+    """A VisionTransformer of timm's whose tokens leave the computation; see its two subclasses."""
+
+    exact: tuple[str, ...] = ()  # buffers that decide who leaves: float32 whatever the weights are
+    added: tuple[str, ...] = ()  # the names in a state dict that a plain model's lacks
+
+    def compute_features(self, x: Tensor, attn_mask: Tensor | None, traced: bool) -> tuple:
+        """Normalised features of images [B, C, H, W], and the trace (None unless ``traced``)."""
+        raise NotImplementedError
+
+    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Normalised features of images [B, C, H, W], and the tokens [B, N, D] after each layer."""
+        raise NotImplementedError
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        with_trace: bool = False,
+    ) -> Any:
+        """Logits [B, K] of images [B, C, H, W]; with ``with_trace`` the pair of them and the trace.
+
+        ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
+        """
+        _refuse_causal(is_causal)
+        features, trace = self.compute_features(x, attn_mask, with_trace)
+        logits = self.forward_head(features)
+        return (logits, trace) if with_trace else logits
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, Any]:
+        """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
+        return self(images, with_trace=True)
+
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
+        _refuse_causal(is_causal)
+        return self.compute_features(x, attn_mask, False)[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """As timm's: tokens after the layers ``indices``, all in their places, and the features.
+
+        A token that has left stays as its last layer made it. All layers are computed, also with
+        ``stop_early``: the features need them.
+        """
+        _refuse_causal(is_causal)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
+        taken, _ = feature_take_indices(len(self.blocks), indices)
+        features, layers = self.compute_layers(x, attn_mask)
+        chosen = [tokens for layer, tokens in enumerate(layers) if layer in taken]
+        if norm:
+            chosen = [self.norm(tokens) for tokens in chosen]
+        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in chosen]
+        maps = [tokens[:, self.num_prefix_tokens :] for tokens in chosen]
+        if output_fmt == "NCHW":
+            grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
+            maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
+        if output_dict:
+            found = {"image_intermediates": maps}
+            if return_prefix_tokens and self.num_prefix_tokens:
+                found["image_intermediates_prefix"] = prefix
+            return found if intermediates_only else found | {"image_features": features}
+        if return_prefix_tokens and self.num_prefix_tokens:
+            maps = list(zip(maps, prefix, strict=True))
+        return maps if intermediates_only else (features, maps)
+
+    def run(self, function: Callable, *arguments: Any) -> Any:
+        """Call a ``function`` that computes a layer, checkpointed if timm's switch says so."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
+
+    def hooked(self) -> bool:
+        """Whether somebody listens to a block or to a part of one."""
+        return any(part._forward_hooks or part._forward_pre_hooks for part in self.blocks.modules())
+
+    def __prepare_scriptable__(self) -> None:
+        """What torch.jit.script asks first."""
+        raise UserError("torch.jit.script can't follow tokens that leave; use torch.export")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.exact and not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=torch.float32, device=self._buffers[name].device)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "TokensLeave":
+        before = {name: self._buffers[name] for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            if not value.is_meta:
+                self._buffers[name] = value.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
+        if not any(f"{prefix}{name}" in weights for name in self.exact):  # those of a plain model
+            own = {name: getattr(self, name) for name in self.added}
+            missing = {f"{prefix}{name}": value for name, value in own.items() if value is not None}
+            weights.update(missing | weights)
+        super()._load_from_state_dict(weights, prefix, *args)
+
+
+def exporting(images: Tensor) -> bool:
+    """Whether ``images`` are those of an exporter, which follows them once for all others."""
+    symbolic = isinstance(images, torch.fx.Proxy)
+    return symbolic or torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+def why_not_plain(model: VisionTransformer) -> str:
+    """Why tokens can't leave the blocks of ``model``, in words; empty if they can."""
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its patches come from a {type(model.patch_embed).__name__}, not from timm's PatchEmbed"
+    for block in model.blocks:
+        if type(block) is not Block or type(block.attn) is not Attention:
+            return f"its blocks ({type(block).__name__}) are not timm's plain ones"
+        if getattr(block.attn, "gate", None) is not None:
+            return "its attention is gated"
+    return ""
+
+
+def _refuse_causal(is_causal: bool) -> None:
+    if is_causal:
+        raise UserError("the class token attends to all patches; leave out is_causal")
