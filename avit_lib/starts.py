@@ -98,21 +98,24 @@ def standardised(values: Tensor, active: Tensor) -> Tensor:
 # --- channel 0, fitted ------------------------------------------------------------------------------------------------
 
 
-def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, int | tuple]]:
-    """Where channel 0 is written and, by the norms and a projection, read: parameters, each with its part's index."""
+def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int | tuple]]:
+    """Where channel 0 is written and, by norms and a projection, read: parameters, each with the index of its part.
+
+    None stands for a parameter that the model lacks.
+    """
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
-    layers = [model.patch_embed.proj]
-    for block in model.blocks:
-        layers += [block.attn.proj, block.mlp.fc2, block.ls1, block.ls2]
-    yield from ((parameter, 0) for layer in layers for parameter in layer.parameters())
-    yield from ((norm.weight, 0) for norm in _norms(model))
+    layers = [model.patch_embed.proj, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
+    norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
+    yield from ((parameter, 0) for layer in layers for parameter in (layer.weight, layer.bias))
+    yield from ((getattr(norm, "weight", None), 0) for norm in norms)
+    yield from ((scale, 0) for block in model.blocks for scale in _scales(block))
     if model.direction is not None:
         yield model.direction, ...
 
 
-def _norms(model: AViT) -> list[nn.Module]:
-    return [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
+def _scales(block: nn.Module) -> list[nn.Parameter]:
+    return [*block.ls1.parameters(), *block.ls2.parameters()]
 
 
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -120,7 +123,7 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
 
     Steps are scaled, not gradients: Adam would undo that.
     """
-    parts, before = list(channel_parameters(model)), []
+    parts, before = [part for part in channel_parameters(model) if part[0] is not None], []
 
     def remember(*_) -> None:
         before[:] = [parameter[index].detach().clone() for parameter, index in parts]
@@ -144,7 +147,8 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     Raises UserError when less than a patch of an image is left for the last layer, when ``halting`` is of another
     number of layers, and for a model in which channel 0 is not free to be written: before the first change.
     """
-    _check_channel(model)
+    if any(parameter is None for parameter, _ in channel_parameters(model)):
+        raise UserError("the fit of channel 0 takes learned positions, biases, and weights in all norms; leave it out")
     if len(halting) != len(model.blocks):
         raise UserError(f"halting is given for {len(halting)} layers, the model has {len(model.blocks)}")
     rule, trains = model.rule, model.training
@@ -154,9 +158,8 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     model.eval()
     for parameter, index in channel_parameters(model):
         parameter[index] = 0.0
-    for block in model.blocks:  # with a factor of 0 channel 0 could not learn
-        for parameter in [*block.ls1.parameters(), *block.ls2.parameters()]:
-            parameter[0] = 1.0
+    for scale in (scale for block in model.blocks for scale in _scales(block)):
+        scale[0] = 1.0
     if model.direction is not None:
         model.direction[0] = 1.0
     model.cls_token[..., 0] = -LEAD
@@ -192,17 +195,6 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
             score[:, 0] = 0.0
         state, _ = halting_step(state, score, rule.eps)
     model.train(trains)
-
-
-def _check_channel(model: AViT) -> None:
-    """Raises UserError unless channel 0 is what positions and MLPs write, and is read through norms alone."""
-    parts = [model.pos_embed, *(block.mlp.fc2.bias for block in model.blocks)]
-    parts += [getattr(norm, "weight", None) for norm in _norms(model)]
-    if any(part is None for part in parts) or not isinstance(model.norm_pre, nn.Identity):
-        raise UserError(
-            "channel 0 of this model cannot be fitted: that takes learned positions, biases in the MLPs, "
-            "and norms with weights in and after the blocks, but none before; train without the fit"
-        )
 
 
 def _ridge(features: Tensor, wish: Tensor) -> Tensor:

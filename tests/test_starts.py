@@ -202,8 +202,8 @@ def test_halting_that_leaves_nobody_for_the_last_layer_is_refused():
 @pytest.mark.parametrize(
     "settings, halting, message",
     [
-        ({"proj_bias": False}, HALTING, "takes learned positions, biases in the MLPs"),
-        ({"final_norm": False}, HALTING, "and norms with weights in and after the blocks"),
+        ({"proj_bias": False}, HALTING, "takes learned positions, biases"),
+        ({"final_norm": False}, HALTING, "and weights in all norms"),
         ({}, HALTING[1:], "given for 5 layers, the model has 6"),
     ],
 )

@@ -31,8 +31,7 @@ TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
 
-# Settings of glibc's allocator by their number for mallopt: one that is set fixes the thresholds, which grow otherwise.
-ALLOCATOR = {-1: "trim_threshold", -2: "top_pad", -3: "mmap_threshold", -4: "mmap_max"}
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
 Step = Callable[[], None]  # of inference or training, on a batch
 
@@ -115,37 +114,32 @@ def buffers_kept() -> Iterator[None]:
     above, those of an A-ViT whose tokens have halted are not: the allocator would add to the speed-up. Afterwards the
     thresholds are again those of the environment.
     """
-    glibc = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-    if glibc:
-        mmap, trim = allocator_thresholds()
-        _set_thresholds(glibc, 2**30, -1)
+    _set_thresholds(2**30, -1)
     try:
         yield
     finally:
-        if glibc:
-            _set_thresholds(glibc, mmap, trim)
-            glibc.malloc_trim(0)
+        _set_thresholds(*allocator_thresholds())
 
 
-def _set_thresholds(glibc: ctypes.CDLL, mmap: int, trim: int) -> None:
-    glibc.mallopt(-3, mmap)
-    glibc.mallopt(-1, trim)
+def _set_thresholds(mmap: int, trim: int) -> None:
+    if platform.libc_ver()[0] == "glibc":
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_MMAP_THRESHOLD, mmap)
+        glibc.mallopt(M_TRIM_THRESHOLD, trim)
+        glibc.malloc_trim(0)
 
 
 def allocator_thresholds() -> tuple[int, int]:
-    """The size in bytes from which glibc maps a buffer, and from which it gives free memory back, by the environment.
+    """The bytes from which glibc maps a buffer, and from which it gives free memory back, by the environment.
 
     Where nothing is set they grow with what is freed, which no program can turn on again: then where growth ends.
     """
     tunables = dict(part.partition("=")[::2] for part in os.environ.get("GLIBC_TUNABLES", "").split(":"))
-    found = {}
-    for number, name in ALLOCATOR.items():
-        value = tunables.get(f"glibc.malloc.{name}", os.environ.get(f"MALLOC_{name.upper()}_"))
-        if value:
-            found[number] = int(value, 0)
-    mmap, trim = (2**17, 2**17) if found else (2**25, 2**26)
-    both = found.get(-3, mmap), found.get(-1, trim)
-    return tuple(size if size < 2**31 else -1 for size in both)  # mallopt takes an int; -1: never
+    names = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")  # any of them ends growth, where it began
+    said = [tunables.get(f"glibc.malloc.{name}") or os.environ.get(f"MALLOC_{name.upper()}_") for name in names]
+    grown = (2**17, 2**17) if any(said) else (2**25, 2**26)
+    sizes = [int(value, 0) if value else size for value, size in zip(said, grown, strict=False)]
+    return tuple(size if size < 2**31 else -1 for size in sizes)  # mallopt takes an int; -1: never
 
 
 @buffers_kept()
