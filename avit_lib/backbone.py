@@ -47,7 +47,7 @@ class TokensLeave(VisionTransformer):
 
         ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
         """
-        _refuse_causal(is_causal)
+        _check_flags(x, is_causal)
         features, trace = self.compute_features(x, attn_mask, with_trace)
         logits = self.forward_head(features)
         return (logits, trace) if with_trace else logits
@@ -60,7 +60,7 @@ class TokensLeave(VisionTransformer):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
-        _refuse_causal(is_causal)
+        _check_flags(x, is_causal)
         return self.compute_features(x, attn_mask, False)[0]
 
     def forward_intermediates(
@@ -81,7 +81,7 @@ class TokensLeave(VisionTransformer):
         A token that has left stays as its last layer made it. All layers are computed, also with
         ``stop_early``: the features need them.
         """
-        _refuse_causal(is_causal)
+        _check_flags(x, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
         taken, _ = feature_take_indices(len(self.blocks), indices)
@@ -115,7 +115,7 @@ class TokensLeave(VisionTransformer):
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks first."""
-        raise UserError("torch.jit.script can't follow tokens that leave; use torch.export")
+        raise UserError(f"torch.jit.script {_CANNOT_FOLLOW}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.exact and not isinstance(value, Tensor):
@@ -138,10 +138,9 @@ class TokensLeave(VisionTransformer):
         super()._load_from_state_dict(weights, prefix, *args)
 
 
-def exporting(images: Tensor) -> bool:
-    """Whether ``images`` are those of an exporter, which follows them once for all others."""
-    symbolic = isinstance(images, torch.fx.Proxy)
-    return symbolic or torch.jit.is_tracing() or torch.compiler.is_exporting()
+def is_exporting() -> bool:
+    """Whether an exporter follows one batch, to compute all others alike."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def why_not_plain(model: VisionTransformer) -> str:
@@ -156,6 +155,11 @@ def why_not_plain(model: VisionTransformer) -> str:
     return ""
 
 
-def _refuse_causal(is_causal: bool) -> None:
+_CANNOT_FOLLOW = "can't follow tokens that leave; use torch.export, or forward_intermediates"
+
+
+def _check_flags(x: Tensor, is_causal: bool) -> None:
+    if isinstance(x, torch.fx.Proxy):
+        raise UserError(f"torch.fx {_CANNOT_FOLLOW}")
     if is_causal:
         raise UserError("the class token attends to all patches; leave out is_causal")

@@ -9,13 +9,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from avit_lib.backbone import TokensLeave, exporting, why_not_plain
+from avit_lib.backbone import TokensLeave, is_exporting, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
 from avit_lib.packed import call, predict_packed, run_packed
 from avit_lib.places import weights_dir
-
-torch.fx.wrap("halting_score")  # it looks at a data type, which a symbolic tracer has none of
 
 
 class AViT(TokensLeave):
@@ -71,7 +69,7 @@ class AViT(TokensLeave):
     ) -> tuple[Tensor, HaltingTrace | None]:
         """The normalised representation [B, 1, D] of images [B, C, H, W], and the trace."""
         tokens, trace = self.embed(x), None
-        if not self._packs(x, attn_mask):
+        if attn_mask is not None or not (self._packs() and len(x)):
             found, trace = run_masked(self.blocks, tokens, self.rule, attn_mask, self.run)
         elif traced:
             found, trace = run_packed(self.blocks, tokens, self.rule, self.run)
@@ -99,13 +97,11 @@ class AViT(TokensLeave):
             weights.setdefault(f"{prefix}direction", self.direction.detach())
         super()._load_from_state_dict(weights, prefix, *args)
 
-    def _packs(self, images: Tensor, attn_mask: Tensor | None) -> bool:
+    def _packs(self) -> bool:
         if self.execution not in ("masked", "packed", "auto"):
             raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
         wanted = self.execution == "packed" or (self.execution == "auto" and not self.training)
-        if not wanted or attn_mask is not None or exporting(images):
-            return False
-        return len(images) > 0 and not self.hooked()
+        return wanted and not is_exporting() and not self.hooked()
 
 
 def _check_pooling(global_pool: str | None) -> None:
@@ -189,9 +185,10 @@ def register(kind: str, model_class: type, size: str) -> None:
             options["pretrained_cfg_overlay"] = {"file": str(here)} | (options.get("pretrained_cfg_overlay") or {})
         model = build_model_with_cfg(model_class, name, pretrained, **options)
         if grey:  # learnt positions start as sines and cosines, which saves epochs
+            inner = getattr(model, "model", model)  # features_only wraps it
             with torch.no_grad():
-                sines = build_sincos2d_pos_embed(list(model.patch_embed.grid_size), model.embed_dim)
-                model.pos_embed[0, model.num_prefix_tokens :] = sines
+                sines = build_sincos2d_pos_embed(list(inner.patch_embed.grid_size), inner.embed_dim)
+                inner.pos_embed[0, inner.num_prefix_tokens :] = sines
         return model
 
     create.__name__ = name
