@@ -20,8 +20,20 @@ if sys.argv[:1] != ["-m"] or sys.orig_argv[-1] not in ("avit_lib", "-h", "--help
     from avit_lib.model import AViT
     from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
 
+
+def load(path, device="cpu"):
+    """The model that ``fit``, ``adapt`` or ``release`` wrote to ``path`` (.safetensors), and its description.
+
+    The model (nn.Module) is in evaluation mode on ``device``; the description (dict) is the JSON beside the file.
+    Raises UserError when one of both is missing, damaged, or of another model.
+    """
+    from avit_lib.training.checkpoints import load_checkpoint  # only now: it needs more than torch and timm
+
+    return load_checkpoint(path, device)
+
+
 __all__ = [
     "AViT", "Adaptive", "AdaptiveLoss", "HaltingRule", "HaltingTrace", "TaskLoss", "Teacher", "UserError", "adapt",
-    "calibrated_beta", "fit_start", "scale_channel_rate",
+    "calibrated_beta", "fit_start", "load", "scale_channel_rate",
 ]  # fmt: skip
 __version__ = "0.1.0"

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from avit_lib.errors import UserError
+from avit_lib.halting import HaltingTrace
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -39,7 +42,13 @@ def target_distribution(mean: float, std: float, layers: int, device: torch.devi
 
 
 def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "paper") -> Tensor:
-    """KL(H || target), [L] both (equation 11); ``direction`` "code": KL(target || H), as in the published code."""
+    """KL(H || target), [L] both (equation 11); ``direction`` "code": KL(target || H).
+
+    The published code computes the second, but not this number: its ``KLDivLoss("batchmean")`` takes [L] for a batch
+    and divides by L (12 layers: 12 times smaller); its H is clamped to 0.01..0.99 after it was normalised, counts the
+    scores of tokens that have halted, and by a slip in an index (``h[1:]``, of [B, N]) leaves out the first image in
+    place of the class token. Raises ValueError for another direction.
+    """
     if direction not in ("paper", "code"):
         raise ValueError(f"direction must be 'paper' or 'code', not {direction!r}")
     p, q = (distribution, target) if direction == "paper" else (target, distribution)
@@ -88,6 +97,22 @@ class TaskLoss:
         return Losses(task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation})
 
 
+def traced(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+    """Logits [B, K] and trace, by a call of ``model`` itself: that is what wrappers see (DDP, autocast, compile).
+
+    Raises UserError for a model that gives no halting scores.
+    """
+    trace = None
+    try:
+        logits, trace = model(images, with_trace=True)
+    except TypeError as error:
+        if "with_trace" not in str(error):
+            raise
+    if not isinstance(trace, HaltingTrace):
+        raise UserError("AdaptiveLoss needs the halting scores of an A-ViT; train any other model by TaskLoss")
+    return logits, trace
+
+
 @dataclass(frozen=True)
 class AdaptiveLoss:
     """The A-ViT objective: the weighted sum of its terms (equation 8; defaults: the paper's)."""
@@ -97,13 +122,16 @@ class AdaptiveLoss:
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
-    kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H)
+    kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H); see distribution_loss
     task: TaskLoss = TaskLoss()  # L_task
     average: Callable[[Tensor], Tensor] = same  # the mean over the processes of a training, with a gradient
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
-        """``progress`` is the fraction of training done, 0..1."""
-        logits, trace = model.forward_with_trace(images)
+        """The losses of ``model``, wrapped or not; ``progress`` is the fraction of training done, 0..1.
+
+        Raises UserError for a model that gives no halting scores.
+        """
+        logits, trace = traced(model, images)
         target = target_distribution(self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device)
         task = self.task.of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)

@@ -98,14 +98,24 @@ def standardised(values: Tensor, active: Tensor) -> Tensor:
 # --- channel 0, fitted ------------------------------------------------------------------------------------------------
 
 
-def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter, int | tuple]]:
-    """Where channel 0 is written and, by the norms, read: parameters, each with the index of its part."""
+def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int | tuple]]:
+    """Where channel 0 is written and, by norms and a projection, read: parameters, each with the index of its part.
+
+    None stands for a parameter that the model lacks.
+    """
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
     layers = [model.patch_embed.proj, *(layer for block in model.blocks for layer in (block.attn.proj, block.mlp.fc2))]
     norms = [model.norm, *(norm for block in model.blocks for norm in (block.norm1, block.norm2))]
-    yield from ((parameter, 0) for layer in layers for parameter in layer.parameters())
-    yield from ((norm.weight, 0) for norm in norms)
+    yield from ((parameter, 0) for layer in layers for parameter in (layer.weight, layer.bias))
+    yield from ((getattr(norm, "weight", None), 0) for norm in norms)
+    yield from ((scale, 0) for block in model.blocks for scale in _scales(block))
+    if model.direction is not None:
+        yield model.direction, ...
+
+
+def _scales(block: nn.Module) -> list[nn.Parameter]:
+    return [*block.ls1.parameters(), *block.ls2.parameters()]
 
 
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -113,7 +123,7 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
 
     Steps are scaled, not gradients: Adam would undo that.
     """
-    parts, before = list(channel_parameters(model)), []
+    parts, before = [part for part in channel_parameters(model) if part[0] is not None], []
 
     def remember(*_) -> None:
         before[:] = [parameter[index].detach().clone() for parameter, index in parts]
@@ -132,10 +142,15 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     """Fit channel 0 of ``model``, in place, so that on images [B, C, H, W] the patches halt first that can be spared.
 
     ``halting`` [L] says which part of all patches halts in which layer, the paper's target distribution say. Channel 0
-    starts, of each position, as the mean of ``target`` there; each MLP (of a block without layer scale) adds what is
-    missing to the target in the attention of the next layer. Raises UserError when less than a patch of an image is
-    left for the last layer.
+    starts, of each position, as the mean of ``target`` there; each MLP adds what is missing to the target in the
+    attention of the next layer, whole where a layer scale follows. A learned projection starts as channel 0 again.
+    Raises UserError when less than a patch of an image is left for the last layer, when ``halting`` is of another
+    number of layers, and for a model in which channel 0 is not free to be written: before the first change.
     """
+    if any(parameter is None for parameter, _ in channel_parameters(model)):
+        raise UserError("the fit of channel 0 takes learned positions, biases, and weights in all norms; leave it out")
+    if len(halting) != len(model.blocks):
+        raise UserError(f"halting is given for {len(halting)} layers, the model has {len(model.blocks)}")
     rule, trains = model.rule, model.training
     patches = model.patch_embed.num_patches
     if halting[-1] * patches < 1:
@@ -143,14 +158,18 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     model.eval()
     for parameter, index in channel_parameters(model):
         parameter[index] = 0.0
+    for scale in (scale for block in model.blocks for scale in _scales(block)):
+        scale[0] = 1.0
+    if model.direction is not None:
+        model.direction[0] = 1.0
     model.cls_token[..., 0] = -LEAD
     everyone = torch.ones(len(images), patches + 1, dtype=torch.bool, device=images.device)
     first = masked_block(model.blocks[0], model.embed(images), everyone)
     wish = SPREAD * standardised(target(model.blocks[1], first, everyone), everyone[:, 1:])
-    model.pos_embed[0, 1:, 0] = wish.mean(dim=0)
+    model.pos_embed[0, -patches:, 0] = wish.mean(dim=0)
     tokens = model.embed(images)
     state = initial_state(halting_score(tokens, rule))
-    for block, following, share in zip(model.blocks[:-1], model.blocks[1:], halting.tolist(), strict=False):
+    for block, following, share in zip(model.blocks[:-1], model.blocks[1:], halting[:-1].tolist(), strict=True):
         active = state.active
         if not active[:, 1:].any():  # patches that are all alike halt together
             break

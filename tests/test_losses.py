@@ -3,11 +3,16 @@
 import math
 
 import pytest
+import timm
 import torch
+import torch.distributed as dist
 from conftest import bright_and_dark, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import avit_lib
+from avit_lib.errors import UserError
 from avit_lib.losses import (
     AdaptiveLoss,
     TaskLoss,
@@ -101,6 +106,66 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     assert parts["distr"].item() == pytest.approx(divergence.item())
     assert parts["depth"].item() == pytest.approx(trace.depth.double().mean().item())
     assert min(parts["distr"], parts["ponder"], parts["task"]) > 0.01
+
+
+# --- in other people's loops ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def wrapped(model, wrapper):
+    if wrapper == "DDP":
+        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    return nn.DataParallel(model) if wrapper == "DataParallel" else torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+@pytest.mark.parametrize("wrapper", ["DDP", "DataParallel", "compile"])
+def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(wrapper, execution, one_process):
+    totals, gradients = [], []
+    for wrap in (False, True):
+        model = varied_model(0.5, execution=execution).train()
+        loss = AdaptiveLoss(alpha_ponder=0.25, target_depth=3.0)
+        called = wrapped(model, wrapper) if wrap else model
+        total = loss(called, bright_and_dark(), LABELS).total
+        total.backward()
+        totals.append(total.detach())
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*totals)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32(execution):
+    """As accelerate prepares a model."""
+    model, images = varied_model(0.5, execution=execution).float().train(), bright_and_dark().float()
+    loss, half = AdaptiveLoss(target_depth=3.0), torch.autocast("cpu", torch.bfloat16)
+    whole = loss(model, images, LABELS)
+    with half:
+        around = loss(model, images, LABELS)
+    model.forward = half(model.forward)
+    inside = loss(model, images, LABELS)
+    assert inside.parts["task"] == around.parts["task"] != whole.parts["task"]
+    assert {value.dtype for value in (inside.total, *inside.parts.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["deit_nano_patch7_28", "adapted"])
+def test_a_model_without_halting_scores_is_refused_in_one_line(name):
+    model = timm.create_model("deit_nano_patch7_28")
+    if name == "adapted":
+        model = avit_lib.adapt(model, bright_and_dark().float(), saved=0.2)
+    with pytest.raises(UserError, match="needs the halting scores of an A-ViT") as error:
+        AdaptiveLoss()(model, bright_and_dark().float(), LABELS)
+    assert "\n" not in str(error.value)
+
+
+# --- at the extremes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["paper", "code"])

@@ -4,6 +4,8 @@ Calibrated: the depth that was wished for, on backbones whose channel 0 is sprea
 spared, what the fit changes and what it must not, and how fast it then learns.
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,7 +68,10 @@ def images():
 
 
 def untouched_model(**settings):
-    return varied_model(name="avit_micro_patch4_28", gamma=5.0, **settings)
+    model = varied_model(name="avit_micro_patch4_28", gamma=5.0, **settings)
+    if model.direction is not None:  # as if it had been trained
+        torch.nn.init.normal_(model.direction)
+    return model
 
 
 def fitted_model(halting=HALTING, target=starts.unimportance, pixels=None, **settings):
@@ -109,9 +114,9 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     assert spared.isfinite().all() and (spared[:, 4] > 2 * spared[left].max()).all()
 
 
-@pytest.mark.parametrize("class_token_halts", [True, False])
-def test_as_many_patches_halt_in_each_layer_as_wished_for(class_token_halts):
-    model = fitted_model(class_token_halts=class_token_halts)
+@pytest.mark.parametrize("settings", [{}, {"class_token_halts": False}, {"init_values": 1e-5}, {"projection": True}])
+def test_as_many_patches_halt_in_each_layer_as_wished_for(settings):
+    model = fitted_model(**settings)
     depth = model.forward_with_trace(images())[1].depth[:, 1:]
     halted = depth.flatten().bincount(minlength=7)[1:] / depth.numel()
     assert halted.tolist() == pytest.approx(HALTING.tolist(), abs=0.01)
@@ -148,8 +153,9 @@ def test_the_class_token_halts_by_its_own_score_and_late():
     assert depth[:, 0].float().mean() > depth[:, 1:].float().mean() + 1
 
 
-def test_only_channel_0_changes():
-    before, after = untouched(untouched_model()), untouched(fitted_model())
+@pytest.mark.parametrize("settings", [{}, {"init_values": 1e-5}])
+def test_only_channel_0_changes(settings):
+    before, after = untouched(untouched_model(**settings)), untouched(fitted_model(**settings))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -191,6 +197,22 @@ def test_halting_that_leaves_nobody_for_the_last_layer_is_refused():
     with pytest.raises(UserError, match="leaves no patch for the last layer; raise target_depth") as error:
         fit_start(untouched_model(), images(), torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0, 0.0]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings, halting, message",
+    [
+        ({"proj_bias": False}, HALTING, "takes learned positions, biases"),
+        ({"final_norm": False}, HALTING, "and weights in all norms"),
+        ({}, HALTING[1:], "given for 5 layers, the model has 6"),
+    ],
+)
+def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halting, message):
+    model = untouched_model(**settings)
+    before = deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=message):
+        fit_start(model, images(), halting)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])

@@ -31,7 +31,7 @@ def save_checkpoint(path: Path, model: nn.Module, name: str, arguments: dict[str
     write_atomically(path, weights)
     description = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest(), **facts}
     if isinstance(model, Adaptive):
-        description["merging"] = {"importance_weight": model.importance_weight}
+        description["merging"] = {"importance_weight": model.importance_weight.item()}
     write_json(path.with_suffix(".json"), description)
 
 
@@ -57,12 +57,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError if it differs.
 
-    A learned projection that the weights lack starts as what it replaces, channel 0.
+    The weights alone: by what tokens leave, gamma and beta say, stays as the model was made.
     """
-    weights, own = _read_weights(Path(path)), model.state_dict()
-    if "direction" in own:
-        weights.setdefault("direction", own["direction"])
-    _load_strictly(model, weights, path)
+    weights, settings = _read_weights(Path(path)), getattr(model, "added", ())
+    _load_strictly(model, {key: value for key, value in weights.items() if key not in settings}, path)
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
@@ -109,13 +107,17 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     own = model.state_dict()
-    if missing := sorted(own.keys() - weights.keys()):
+    added = {"direction", *getattr(model, "added", ())}  # which the model itself sets where a plain one's lack them
+    if missing := sorted(own.keys() - weights.keys() - added):
         raise UserError(f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more")
     if surplus := sorted(weights.keys() - own.keys()):
         raise UserError(f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare")
     for key, value in own.items():
-        found, wanted = list(weights[key].shape), list(value.shape)
+        found, wanted = list(weights.get(key, value).shape), list(value.shape)
         if found != wanted:
             what = "number of classes" if key.startswith("head.") else "shape"
             raise UserError(f"{path} has another {what}: {key} is {found}, the model's {wanted}")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} is of a model that halts otherwise: {str(error).splitlines()[1].strip()}") from None

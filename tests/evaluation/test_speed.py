@@ -1,5 +1,6 @@
 """Workloads and timings do what they say; how fast they are is no matter for tests."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from avit_lib.errors import UserError
 from avit_lib.evaluation import counted_flops
 from avit_lib.evaluation.speed import (
     MODELS,
+    allocator_thresholds,
     benchmark,
     depth_sweep,
     interleaved,
@@ -41,23 +43,57 @@ NEW_PAGES = """
 import resource, torch
 from avit_lib.evaluation.speed import interleaved
 
-def new_pages():
+def new_pages(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
-        torch.ones(2**24)  # 64 MiB
+        torch.ones(count)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-by_default, timed = new_pages(), []
-interleaved({"a step": lambda: timed.append(new_pages())}, 3, minimum=0.0)
-print(timed[-1] / by_default)
+def settled():
+    return [(new_pages(count), new_pages(count))[1] for count in (2**22, 2**24)]  # 16 and 64 MiB
+
+before, timed = settled(), []
+interleaved({"a step": lambda: timed.append(new_pages(2**24))}, 3, minimum=0.0)
+print(*before, timed[-1], *settled())
 """
+KEPT = {"mmap_threshold": 2**30, "trim_threshold": 2**32}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives large buffers back at once")
-def test_freed_buffers_are_kept_while_something_is_timed():
+@pytest.mark.parametrize(
+    ("environment", "are_kept"),
+    [
+        ({}, (True, False)),
+        ({f"MALLOC_{name.upper()}_": f"{size}" for name, size in KEPT.items()}, (True, True)),
+        ({"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={size}" for name, size in KEPT.items())}, (True, True)),
+    ],
+)
+def test_freed_buffers_are_kept_while_something_is_timed_and_afterwards_as_before(environment, are_kept):
     # In a new process: where buffers lie in an old one is chance.
-    share = subprocess.run([sys.executable, "-c", NEW_PAGES], capture_output=True, text=True, check=True).stdout
-    assert float(share) < 0.5
+    others = {name: value for name, value in os.environ.items() if "MALLOC" not in name.upper()}
+    ran = subprocess.run(
+        [sys.executable, "-c", NEW_PAGES], capture_output=True, text=True, check=True, env=others | environment
+    )
+    *before, timed, after_16, after_64 = map(int, ran.stdout.split())
+    assert timed < 1000
+    assert tuple(pages < 1000 for pages in before) == are_kept
+    assert tuple(pages < 1000 for pages in (after_16, after_64)) == are_kept
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("UNSET", "", (2**25, 2**26)),  # where growth ends
+        ("MALLOC_MMAP_THRESHOLD_", "0x100000", (2**20, 2**17)),  # the other one stays where growth begins
+        ("MALLOC_TOP_PAD_", "0", (2**17, 2**17)),
+        ("GLIBC_TUNABLES", "glibc.malloc.check=1:glibc.malloc.trim_threshold=4294967296", (2**17, -1)),
+    ],
+)
+def test_one_allocator_setting_ends_the_growth_of_the_others(name, value, expected, monkeypatch):
+    for known in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setenv(name, value)
+    assert allocator_thresholds() == expected
 
 
 def test_functions_take_turns():

@@ -41,6 +41,29 @@ def test_round_trip(model, saved):
     assert sorted(path.name for path in saved.parent.iterdir()) == ["last.json", "last.safetensors"]
 
 
+def test_what_was_set_after_the_model_was_made_is_kept(model, tmp_path):
+    model.gamma, model.beta, model.eps = 4.0, -7.5, 0.25
+    save_checkpoint(tmp_path / "calibrated.safetensors", model, NAME, ARGUMENTS)
+    found, _ = load_checkpoint(tmp_path / "calibrated.safetensors")
+    assert (found.gamma, found.beta, found.eps) == (4.0, -7.5, 0.25)
+
+
+def test_of_a_file_without_halting_settings_the_arguments_set_them(model, tmp_path):
+    """As A-ViTs were written once."""
+    for name in ("gamma", "beta", "eps"):
+        delattr(model, name)
+    save_checkpoint(tmp_path / "old.safetensors", model, NAME, ARGUMENTS)
+    found, _ = load_checkpoint(tmp_path / "old.safetensors")
+    assert (found.gamma, found.beta) == (3.0, -2.0)
+
+
+def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(saved, model):
+    other = timm.create_model(NAME, num_classes=5, beta=-9.0, class_token_halts=False)
+    load_weights(other, saved)
+    assert (other.gamma, other.beta, other.rule.class_token_halts) == (5.0, -9.0, False)
+    assert torch.equal(other.head.weight, model.head.weight)
+
+
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_plain_model_starts_an_adaptive_one(tmp_path, projection):
     torch.manual_seed(1)
@@ -95,10 +118,13 @@ def test_a_damaged_description(saved, content):
     assert_one_line(error, path)
 
 
-def test_a_description_of_another_model(saved):
+@pytest.mark.parametrize(
+    "other, message", [({"num_classes": 6}, "number of classes"), ({"class_token_halts": False}, "halts otherwise")]
+)
+def test_a_description_of_another_model(saved, other, message):
     path = saved.with_suffix(".json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"arguments": {"num_classes": 6}}))
-    with pytest.raises(UserError, match="number of classes") as error:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"arguments": ARGUMENTS | other}))
+    with pytest.raises(UserError, match=message) as error:
         load_checkpoint(saved)
     assert_one_line(error, saved)
 

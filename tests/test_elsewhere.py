@@ -1,0 +1,47 @@
+"""The page on other people's code: its Python runs as it stands, on a small model."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+PAGE = (Path(__file__).parents[1] / "docs" / "elsewhere.md").read_text()
+FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """What somebody has who has read the page so far: the model, images, labels, data sets."""
+    plain = timm.create_model("deit_nano_patch7_28", num_classes=10)
+    save_file(plain.state_dict(), tmp_path / "deit_nano_patch7_28.fb_in1k.safetensors")
+    monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 1, 28, 28), torch.arange(16) % 10
+    pairs = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
+    dictionaries = [{"pixel_values": image, "labels": label} for image, label in pairs]
+    named = {"images": images, "labels": labels, "more_images": torch.randn(5, 1, 28, 28)}
+    found = named | {"pairs": pairs, "dictionaries": dictionaries, "plain": plain}
+    exec(FIRST.replace("tiny_patch16_224", "nano_patch7_28"), found)
+    return found
+
+
+def test_pretrained_weights_are_those_in_the_folder(reader):
+    own = reader["model"].state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in reader["plain"].state_dict().items())
+
+
+@pytest.mark.parametrize("block", OTHERS, ids=lambda block: re.search(r"loss|Trainer|lightning|export", block).group())
+def test_a_piece_of_code_runs_and_does_what_the_page_says(block, reader):
+    model, before = reader["model"], reader["plain"].state_dict()
+    try:
+        exec(block, reader)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    if "export" in block:
+        assert torch.allclose(reader["logits"], model(reader["more_images"]), atol=1e-5)
+    else:
+        assert model.head.weight.isfinite().all() and not torch.equal(model.head.weight, before["head.weight"])
