@@ -101,7 +101,7 @@ def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
         images = images.select(split_pool(images, data, seed)["test"])
     elif data.test_per_class != "all":
         images = images.select(pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0)))
-    return load(images, "test") if decode else images
+    return load(images)[0] if decode else images
 
 
 def check_split(recorded: dict, split: dict) -> None:
@@ -119,7 +119,7 @@ def check_split(recorded: dict, split: dict) -> None:
 def folder_test_data(folder: Path, size: int, channels: int, classes: Sequence[str], decode: bool = True) -> Images:
     """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
     images = folder_images(folder / "test", size, channels, classes)
-    return load(images, "test") if decode else images
+    return load(images)[0] if decode else images
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
@@ -147,7 +147,7 @@ def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     train = parts["train"]
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else decoded_size(data.image_size)
     train = replace(train, transform=batch_transform(size, data.image_size, data.channels, data.augmentation))
-    return TrainingData(load(train, "training"), load(parts["validation"], "validation"), split, data.augmentation)
+    return TrainingData(*load(train, parts["validation"]), split, data.augmentation)
 
 
 def _description(dataset: str, seed: int, parts: dict[str, Images], content: bytes, **listed: Any) -> dict:

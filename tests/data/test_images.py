@@ -34,7 +34,7 @@ def write_folder(root, split="train", counts=(("ants", 6), ("bees", 7))):
 
 def loaded(root, image_size, channels=3):
     """The images that ``write_folder`` wrote."""
-    return load(folder_images(root / "train", image_size, channels), "training")
+    return load(folder_images(root / "train", image_size, channels))[0]
 
 
 def test_evaluation_sees_what_timm_shows(tmp_path):

@@ -93,15 +93,15 @@ def test_a_folder_with_validation_images_keeps_them_apart(tmp_path):
     assert (len(data.train), data.validation.labels.tolist()) == (6, [0, 1, 1])
 
 
-def test_validation_classes_are_those_of_training(tmp_path):
+def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"bees": 2})
-    try:
-        data = folder_training_data(tmp_path, SMOKE, seed=0)
-    except UserError as error:
-        assert "val" in str(error)  # refusing is as good
-    else:
-        assert data.validation.labels.tolist() == [1, 1]
+    data = folder_training_data(tmp_path, SMOKE, seed=0)
+    assert data.validation.labels.tolist() == [1, 1] and data.validation.classes == data.train.classes
+    assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
+    write_images(tmp_path / "val", {"wasps": 2})
+    with pytest.raises(UserError, match=r"other classes than .*: ants, wasps; rename"):
+        folder_training_data(tmp_path, SMOKE, seed=0)
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -110,6 +110,8 @@ def test_test_images_of_a_folder_are_of_the_classes_of_the_model(tmp_path, decod
     data = folder_test_data(tmp_path, 16, 3, ("ants", "bees"), decode)
     assert isinstance(data.images, torch.Tensor if decode else ImageFiles)
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    more = folder_test_data(tmp_path, 16, 3, ("wasps", "bees", "ants"), decode)
+    assert more.labels.tolist() == [2, 2, 1, 1, 1] and len(more.classes) == 3
     with pytest.raises(UserError, match=r"other classes than the model .*: ants, wasps") as error:
         folder_test_data(tmp_path, 16, 3, ("bees", "wasps"), decode)
     assert_named(error, tmp_path / "test")
