@@ -5,6 +5,7 @@ little larger than what a model sees: evaluation cuts out its centre, augmentati
 once; and whether a set lies in memory or on disk makes no difference to a batch.
 """
 
+import hashlib
 import math
 import struct
 import zlib
@@ -108,6 +109,26 @@ def _make_room(images: Tensor | ImageFiles, count: int) -> Tensor | ImageFiles:
     side = decoded_size(images.image_size)
     shape = (count, images.channels, side, side)
     return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else images
+
+
+def digest(data: Images) -> str:
+    """The SHA-256 of what is in the images: of pixels and labels, or of the bytes of files, in order.
+
+    A file that cannot be opened counts as empty: reading it names it.
+    """
+    if isinstance(data.images, Tensor):
+        parts = [data.images.numpy().tobytes(), data.labels.numpy().tobytes()]
+    else:
+        paths = [data.images.root / name for name in data.images.names]
+        parts = read_all(_digest_file, paths, "comparing")
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _digest_file(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return b""
 
 
 def loader(data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)) -> DataLoader:
