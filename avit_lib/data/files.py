@@ -56,7 +56,7 @@ def find_images(
     """
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
-    waiting, links = [("", root)], deque()
+    waiting, links = [("", root)] if os.path.isdir(root) else [], deque()
     images, folders, others = [], [], []
     while waiting or links:  # links last: what they lead to may have a name of its own
         name, place = waiting.pop() if waiting else links.popleft()
