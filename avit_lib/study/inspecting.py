@@ -16,6 +16,7 @@ from avit_lib.evaluation import bootstrap_intervals, metrics
 from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import adapting, pictures
+from avit_lib.study.figures import legible
 from avit_lib.study.releasing import released
 from avit_lib.study.settings import get_profile
 from avit_lib.study.study import Study, predict
@@ -67,7 +68,7 @@ def picture(
     """
     if not isinstance(model, AViT | Adaptive):
         raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
-    numbers, classes, statistics, words = [int(name) for name in images if name.isdigit()], run["classes"], None, []
+    numbers, classes, statistics, words = [int(name) for name in images if name.isdecimal()], run["classes"], None, []
     if numbers and (len(numbers) < len(images) or not classes):
         raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
     if numbers:
@@ -86,9 +87,11 @@ def picture(
     depth = nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
     titles = adapting.titles(names, logits, trace.depth, classes)
     columns = math.ceil(len(images) / math.ceil(len(images) / 6))  # at most six, and as many in every row
-    figure = pictures.depth_maps(data.to_pixels(pixels, statistics), depth, len(model.blocks), titles, columns)
+    pixels, grid = data.to_pixels(pixels, statistics), model.patch_embed.grid_size
+    figure = pictures.depth_maps(pixels, depth, len(model.blocks), titles, columns, grid)
     words += [f"{KEY}{', here all.' if trace.depth.max() < len(model.blocks) else '.'}"]
-    figure.suptitle("\n".join(textwrap.fill(line, 100) for line in words), fontsize=9)
+    above = legible("\n".join(textwrap.fill(line, 100) for line in words))
+    figure.suptitle(above, fontsize=9, parse_math=False)
     return figure
 
 
