@@ -205,8 +205,8 @@ def train_epoch(
         for what, value in (("loss", total), ("gradient", norm)):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning rate and run "
-                    f"again (the checkpoints of the last finished epoch are kept)"
+                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning rate and train "
+                    f"into another folder, by --output (the checkpoints of the last finished epoch are kept)"
                 )
         state.optimizer.step()
         if state.ema:
@@ -221,11 +221,13 @@ def train_epoch(
 
 def _check_shares(config: Training, images: int) -> None:
     """Raises UserError unless every process gets as many images of a batch as the others, two by two for Mixup."""
-    batch_size, count = min(config.batch_size, images), processes.count()
-    if batch_size % count:
-        raise UserError(f"{count} processes cannot share {batch_size} images: make batch_size a multiple of them")
-    if (config.mixup or config.cutmix) and batch_size // count % 2:
-        raise UserError(f"Mixup takes images in pairs: make batch_size a multiple of {2 * count}")
+    batch_size, mixed = min(config.batch_size, images), bool(config.mixup or config.cutmix)
+    unit = processes.count() * (2 if mixed else 1)
+    if batch_size % unit:
+        fitting = max(unit, batch_size - batch_size % unit)
+        remedy = f"set batch_size (--batch-size) to {fitting}" if fitting <= images else "add images"
+        why = f"{processes.count()} processes share it{', and Mixup takes pairs' if mixed else ''}"
+        raise UserError(f"a batch of {batch_size} images is no multiple of {unit} ({why}): {remedy}")
 
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
