@@ -5,6 +5,7 @@ What takes long to import, as torch does, is imported where it is used: ``--help
 
 import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ app = App(
 Several = Parameter(consume_multiple=1)
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))]
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
+PICTURES = ("png", "jpg", "jpeg", "webp", "pdf", "svg")
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -72,8 +74,14 @@ class Trained(Computing):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C.
+
+    141 when nobody reads what it prints any more: ``| head -1``.
+    """
     speaker = ""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     try:
         command, given, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
         if command.__module__ != __name__:  # cyclopts' own: --help
@@ -82,9 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with processes.processes():
             speaker = f"process {processes.rank()}: " if processes.count() > 1 else ""
-            return command(*given.args, **given.kwargs) or 0
-    except (UserError, CycloptsError) as error:
-        print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = command(*given.args, **given.kwargs) or 0
+            print(end="", flush=True)  # what is printed may fail here, and not when Python ends
+            return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        return 141
+    except (UserError, CycloptsError, OSError) as error:
+        remedy = "; allow that, or name another" if isinstance(error, OSError) else ""
+        print(f"{speaker}error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to resume", file=sys.stderr)
@@ -145,7 +159,8 @@ def adapt(
         images: A folder with some hundred images, in it or below; no labels.
         output: The .safetensors to write, which test and visualize take as --ckpt.
         model: Its timm name.
-        weights: Its .safetensors: of timm, or one that fit wrote with its .json. Default: timm's pretrained ones.
+        weights: Its .safetensors or .pth, of timm, or the .safetensors that fit wrote with its .json. Default: timm's
+            pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
@@ -190,9 +205,10 @@ def test(
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
     if processes.rank() == 0:
-        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
+    if processes.rank() == 0:  # after they are printed, for the folder may be read-only
+        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
     print(f"written to {target}", file=sys.stderr)
 
 
@@ -201,20 +217,24 @@ def visualize(
     *, common: Trained = Trained(), output: Path = Path("halting.png"),
     images: Annotated[list[str], Several] = ["22", "29", "40", "43", "76", "109"],
 ) -> None:  # fmt: skip
-    """Draw where an A-ViT stopped looking, and what it still saw, into one PNG.
+    """Draw where an A-ViT stopped looking, and what it still saw, into one picture.
 
     Args:
-        output: The PNG to write.
+        output: The .png, .jpg, .webp, .pdf or .svg to write; without a suffix, a PNG.
         images: Numbers of test images, or paths of image files.
     """
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device, write_atomically
 
+    kind = output.suffix.lower()[1:] or "png"
+    if kind not in PICTURES:
+        raise UserError(f"--output must end in .{', .'.join(PICTURES)}, not {output.name!r}")
     model, run, _ = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
-    figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
-    write_atomically(output, png.getvalue())
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=150, bbox_inches="tight")
+    write_atomically(output, drawn.getvalue())
     print(f"written to {output}")
 
 

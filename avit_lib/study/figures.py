@@ -26,13 +26,9 @@ CURVES = {  # marker, line, what is varied and stands beside the points
 BY_BETA = ("o", "--", "mean depth")
 PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20), (9, -3), (-27, -3)]  # of words by a point
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
-# For names in Chinese, Japanese and Korean, of which a system has one or none; those missing would each warn.
-FALLBACKS = (
-    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Source Han Sans", "WenQuanYi Zen Hei", "IPAGothic",
-    "Hiragino Sans", "PingFang SC", "Apple SD Gothic Neo", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic",
-)  # fmt: skip
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
-THEME["font.family"] = ["sans-serif", *(name for name in FALLBACKS if name in get_font_names())]
+# A font that is missing would warn at every word.
+THEME["font.family"] = [name for name in THEME["font.family"] if name in get_font_names()]
 
 
 class NotebookFigure(Figure):

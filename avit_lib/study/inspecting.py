@@ -22,6 +22,7 @@ from avit_lib.study.settings import get_profile
 from avit_lib.study.study import Study, predict
 from avit_lib.training import load_checkpoint
 
+MOST = 240  # images in one picture, which matplotlib could not draw if it were much higher
 KEY = """Depth is the number of layers that compute a token. Blue covers tokens that left the computation:
 the earlier, the bluer; in the last row, those that did not reach the last layer"""
 
@@ -38,7 +39,7 @@ def load(profile: str, seed: int, device: str, name: str | None, path: Path | No
     kind = "AViT" if isinstance(model, AViT) else "DeiT"
     if name and name.lower() in {"avit", "deit"} - {kind.lower()}:
         raise UserError(f"{path} is of kind {kind}, not {name}; correct --model or leave it out")
-    return model, description["run"], path
+    return model, {"classes": [], "seed": seed} | description.get("run", {}), path
 
 
 def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, decode: bool = True) -> data.Images:
@@ -69,6 +70,11 @@ def picture(
     if not isinstance(model, AViT | Adaptive):
         raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
     numbers, classes, statistics, words = [int(name) for name in images if name.isdecimal()], run["classes"], None, []
+    folders = [name for name in images if not name.isdecimal() and Path(name).is_dir()]
+    if folders:
+        raise UserError(f"--images {folders[0]!r} is a folder; name its files: {Path(folders[0], '*.jpg')}")
+    if len(images) > MOST:
+        raise UserError(f"{len(images)} images are too many for one picture; name {MOST} at most")
     if numbers and (len(numbers) < len(images) or not classes):
         raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
     if numbers:
@@ -97,9 +103,10 @@ def picture(
 
 def what_it_sees(model: nn.Module, classes: list[str]) -> str:
     """What becomes of a photograph, and among which classes it is put, in a sentence."""
-    size, colour = model.patch_embed.img_size[0], "grey pixels" if model.in_chans == 1 else "pixels"
+    height, width = model.patch_embed.img_size
+    colour = "grey pixels" if model.in_chans == 1 else "pixels"
     known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
     return (
-        f"Photographs are cropped to their centre and scaled to {size} x {size} {colour}, for that is what this model "
-        f"sees. It knows {model.num_classes:,} classes{known}."
+        f"Photographs are cropped to their centre and scaled to {height} x {width} {colour}, for that is what this "
+        f"model sees. It knows {model.num_classes:,} classes{known}."
     )
