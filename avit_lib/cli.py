@@ -74,14 +74,13 @@ class Trained(Computing):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C.
+    """Run a command; returns the exit status: 0, or 2 after a fault that the user can mend.
 
-    141 when nobody reads what it prints any more: ``| head -1``.
+    130 after Ctrl-C; 141 when nobody reads any more what it prints, as in ``| head -1``.
     """
     speaker = ""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name may have characters that the terminal cannot show
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may have what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command, given, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
         if command.__module__ != __name__:  # cyclopts' own: --help
@@ -94,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", flush=True)  # what is printed may fail here, and not when Python ends
             return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        # Or Python would complain when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, CycloptsError, OSError) as error:
         remedy = "; allow that, or name another" if isinstance(error, OSError) else ""
@@ -159,8 +159,8 @@ def adapt(
         images: A folder with some hundred images, in it or below; no labels.
         output: The .safetensors to write, which test and visualize take as --ckpt.
         model: Its timm name.
-        weights: Its .safetensors or .pth, of timm, or the .safetensors that fit wrote with its .json. Default: timm's
-            pretrained ones.
+        weights: Its .safetensors or .pth, of timm, or the .safetensors that fit wrote with its
+            .json. Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
@@ -208,7 +208,8 @@ def test(
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
     if processes.rank() == 0:  # after they are printed, for the folder may be read-only
-        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
+        made = provenance(get_profile(common.profile).name, common.seed)
+        write_json(target, facts | {"provenance": made})
     print(f"written to {target}", file=sys.stderr)
 
 

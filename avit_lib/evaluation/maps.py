@@ -15,8 +15,8 @@ OBJECT, BACKGROUND = 0.5, 0.02  # share of differing pixels: patches of the obje
 def differing(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Of images [B, C, H, W] (0..1): whether the border has one colour, [B], and how much of each patch is another.
 
-    The colour is the border's median; the share of differing pixels is [B, P], of ``grid`` (rows, columns) patches, a
-    number being both.
+    The colour is the border's median; the share of differing pixels is [B, P], of the patches of a
+    ``grid`` (rows, columns), a number being both.
     """
     edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     border = torch.cat(edges, dim=-1)  # [B, C, pixels]
@@ -27,7 +27,7 @@ def differing(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, Tens
 
 
 def plain_backgrounds(data: Images, grid: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The numbers [k] of the images of ``data`` whose border has one colour, and ``differing`` of them [k, P]."""
+    """The numbers [k] of the images of ``data`` whose border has one colour, with ``differing`` [k, P]."""
     plain, share = zip(*(differing(to_pixels(images), grid) for images, _ in loader(data, 250)), strict=True)
     chosen = torch.cat(plain).nonzero()[:, 0]
     return chosen, torch.cat(share)[chosen]
@@ -49,13 +49,11 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
 
 
 def chessboard(depth: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-    """How far depth [B, P] of a ``grid`` is a chessboard, [B]: |correlation| with the parity of row + column.
+    """How far depth [B, P] is a chessboard, [B]: |correlation| with the parity of row + column.
 
-    ``grid`` is (rows, columns), by default as many; raises ValueError when P is not their product.
+    ``grid`` is (rows, columns), by default as many; RuntimeError when P is not their product.
     """
     rows, columns = grid or [round(depth.shape[1] ** 0.5)] * 2
-    if rows * columns != depth.shape[1]:
-        raise ValueError(f"{depth.shape[1]} patches are not {rows} rows of {columns}; name their grid")
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     parity = ((row + column) % 2).flatten().float()
     parity, depth = parity - parity.mean(), depth.float() - depth.float().mean(dim=1, keepdim=True)

@@ -39,8 +39,8 @@ CLASSES = 1000  # of ImageNet
 def trained_model(name: str, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model and what ``save_checkpoint`` says of it: one that fit wrote, else timm's ``name``.
 
-    ``weights``: a .safetensors or .pth of timm's keys, for as many classes as it has; or of fit, with its .json;
-    default: the pretrained ones of ``name``.
+    ``weights``: a .safetensors or .pth of timm's keys, for as many classes as it has; or of fit,
+    with its .json; default: the pretrained ones of ``name``.
     """
     if weights and weights.with_suffix(".json").is_file():
         model, found = load_checkpoint(weights)
@@ -48,7 +48,8 @@ def trained_model(name: str, weights: Path | None) -> tuple[nn.Module, dict[str,
         return model, {"name": found["model"], "arguments": found["arguments"], "run": run}
     classes = count_classes(weights) if weights else None
     arguments = {"num_classes": classes} if classes else {}
-    model, described = create_model(name, arguments), {"name": name, "arguments": arguments, "run": {"classes": []}}
+    model = create_model(name, arguments)
+    described = {"name": name, "arguments": arguments, "run": {"classes": []}}
     without_thresholds(model)  # or an error, before anything is downloaded
     if weights:
         load_weights(model, weights)

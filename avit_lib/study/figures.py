@@ -50,7 +50,7 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
 
 
 def legible(words: str) -> str:
-    """``words`` with what the theme's fonts cannot draw escaped, such as \\u732b, also bytes that are not UTF-8."""
+    """``words``, escaped (such as \\u732b) where no font can draw them or they are not UTF-8."""
     fonts = [get_font(findfont(FontProperties([family]))) for family in THEME["font.family"]]
     known = {ord("\n")}.union(*(font.get_charmap() for font in fonts))
     return "".join(one if ord(one) in known else ascii(one)[1:-1] for one in words)

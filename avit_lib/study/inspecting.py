@@ -69,10 +69,8 @@ def picture(
     """
     if not isinstance(model, AViT | Adaptive):
         raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
-    numbers, classes, statistics, words = [int(name) for name in images if name.isdecimal()], run["classes"], None, []
-    folders = [name for name in images if not name.isdecimal() and Path(name).is_dir()]
-    if folders:
-        raise UserError(f"--images {folders[0]!r} is a folder; name its files: {Path(folders[0], '*.jpg')}")
+    numbers = [int(name) for name in images if name.isdecimal()]
+    classes, statistics, words = run["classes"], None, []
     if len(images) > MOST:
         raise UserError(f"{len(images)} images are too many for one picture; name {MOST} at most")
     if numbers and (len(numbers) < len(images) or not classes):
@@ -84,6 +82,9 @@ def picture(
         pixels, labels = found[numbers]
         names = [f"true: {classes[label]}" for label in labels]
     else:
+        for name in images:
+            if Path(name).is_dir():
+                raise UserError(f"{name!r} is a folder; name its files: {Path(name, '*.jpg')}")
         read, statistics = adapting.reader(model, run)
         pixels = torch.stack([read(Path(name)) for name in images])
         names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
@@ -107,6 +108,6 @@ def what_it_sees(model: nn.Module, classes: list[str]) -> str:
     colour = "grey pixels" if model.in_chans == 1 else "pixels"
     known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
     return (
-        f"Photographs are cropped to their centre and scaled to {height} x {width} {colour}, for that is what this "
-        f"model sees. It knows {model.num_classes:,} classes{known}."
+        f"Photographs are cropped to their centre and scaled to {height} x {width} {colour}, for "
+        f"that is what this model sees. It knows {model.num_classes:,} classes{known}."
     )

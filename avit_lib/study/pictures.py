@@ -1,7 +1,7 @@
 """Pictures of images and of what becomes of their tokens: arrays or CPU tensors in, a matplotlib Figure out.
 
-B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of a grid of patches
-of R rows and K columns.
+B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of
+a grid of patches of R rows and K columns.
 """
 
 import textwrap
@@ -22,7 +22,7 @@ Row = tuple[str, np.ndarray, list[str]]  # its name, pictures [B, H, W, 3], and 
 
 
 def mosaic(rows: list[Row], layers: int = 0) -> Figure:
-    """Rows of pictures with their names on the left; with the key of depth maps, if there are ``layers``.
+    """Rows of pictures, their names on the left; with the key of depth maps, if there are ``layers``.
 
     Names and titles are drawn as they are written: no part of them is a formula.
     """
@@ -42,8 +42,10 @@ def mosaic(rows: list[Row], layers: int = 0) -> Figure:
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
             width, parts = max(8, 100 // columns), legible(title.replace("_", " ")).split("\n")
-            wrapped = "\n".join(_wrap(part, width) for part in parts)
-            axis.set_title(wrapped, fontsize=9 if columns <= 8 else 8, parse_math=False)
+            # A long word stays whole, unless it would cover the next picture's.
+            wrapped = [textwrap.fill(part, width, break_long_words=len(part) > 3 * width) for part in parts]
+            size = 9 if columns <= 8 else 8
+            axis.set_title("\n".join(wrapped), fontsize=size, parse_math=False)
     if layers:
         _depth_key(figure, axes, layers)
     return figure
@@ -63,15 +65,15 @@ def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> F
 
 
 def depth_maps(
-    images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None, columns: int = 10,
-    grid: tuple[int, int] | None = None,
+    images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None,
+    columns: int = 10, grid: tuple[int, int] | None = None,
 ) -> Figure:  # fmt: skip
     """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the last layer sees.
 
     More than ``columns`` images go on in four further rows. Veils span the depths shown but for the outer 2 percent at
-    either end. ``grid`` as in ``grids``.
+    either end. ``grid`` is (R, K); default: that of square patches.
     """
-    grid = grids(depth, grid, images)
+    grid = grids(depth, grid or np.shape(images)[2:])
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = []
@@ -90,7 +92,8 @@ def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], la
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
     rows = []
     for name, (images, depth, titles) in groups.items():
-        rows += [(name, rgb(images), titles), ("depth", coloured(grids(depth, images=images), layers), [])]
+        maps = coloured(grids(depth, np.shape(images)[2:]), layers)
+        rows += [(name, rgb(images), titles), ("depth", maps, [])]
     return mosaic(rows, layers)
 
 
@@ -99,7 +102,7 @@ def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
 
     At most seven layers, from the last that computes all patches of these images to the deepest reached.
     """
-    grid = grids(depth, images=images)
+    grid = grids(depth, np.shape(images)[2:])
     rows = []
     for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
         shares = (grid >= layer).mean(axis=(1, 2))
@@ -107,22 +110,19 @@ def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
     return mosaic(rows)
 
 
-def grids(depth: ArrayLike, grid: tuple[int, int] | None = None, images: ArrayLike | None = None) -> np.ndarray:
-    """The depth [B, N] of the patch tokens in their places, [B, R, K] float; the class token is left out.
+def grids(depth: ArrayLike, shape: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """The depth [B, N] of the patch tokens in their places, [B, R, K] float; no class token.
 
-    ``grid`` is (R, K); default: that of square patches on ``images`` [B, C, H, W], which are square if not given.
-    Raises ValueError when N - 1 is not R * K.
+    ``shape`` is (R, K), or (H, W) of the images if patches are square; default: as many rows as
+    columns. Raises ValueError when N - 1 patches have no grid of this shape.
     """
     patches = np.asarray(depth, dtype=float)[:, 1:]
-    if grid is None:
-        height, width = (1, 1) if images is None else np.shape(images)[2:]
-        rows = round((patches.shape[1] * height / width) ** 0.5)
-        grid = rows, patches.shape[1] // max(rows, 1)
-    return patches.reshape(len(patches), *grid)
+    rows = round((patches.shape[1] * shape[0] / shape[1]) ** 0.5)
+    return patches.reshape(len(patches), rows, round(rows * shape[1] / shape[0]))
 
 
 def coloured(grid: np.ndarray, layers: int) -> np.ndarray:
-    """Depths [B, R, K] as colours [B, R, K, 3], the same in every figure: they run from the first layer to the last."""
+    """Depths [B, R, K] as colours [B, R, K, 3], in every figure from the first layer to the last."""
     return mpl.colormaps[DEPTH_COLOURS](Normalize(1, layers)(grid))[..., :3]
 
 
@@ -133,17 +133,16 @@ def rgb(images: ArrayLike) -> np.ndarray:
 
 
 def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
-    """Images [B, C, H, W] as RGB [B, H, W, 3], each token covered as ``veil`` [B, R, K] says: 0 not, 1 nearly all."""
+    """Images [B, C, H, W] as RGB [B, H, W, 3], each token covered as ``veil`` [B, R, K] says.
+
+    0 leaves it as it is, 1 covers nearly all of it.
+    """
     pixels = rgb(images)
-    row, column = (np.arange(pixels.shape[side]) * veil.shape[side] // pixels.shape[side] for side in (1, 2))
+    height, width = pixels.shape[1:3]
+    row = np.arange(height) * veil.shape[1] // height
+    column = np.arange(width) * veil.shape[2] // width
     opacity = 0.88 * veil[:, row[:, None], column, None]
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
-
-
-def _wrap(words: str, width: int) -> str:
-    """``words`` in lines of ``width`` characters; a word is broken only if it would cover the next picture's."""
-    far_too_long = any(len(word) > 2 * width for word in words.split())
-    return textwrap.fill(words, width, break_long_words=far_too_long)
 
 
 def _depth_key(figure: Figure, axes: np.ndarray, layers: int) -> None:

@@ -87,7 +87,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self):
         if "$" in self.label:
-            raise ValueError(f"label {self.label!r}: figures would draw it as a formula; leave out the $")
+            raise ValueError(f"label {self.label!r}: figures take it for a formula; leave out the $")
         if self.halting and self.saved:
             raise ValueError("it both halts and merges; leave out halting or saved")
         if bool(self.halting) != self.model.startswith("avit_"):

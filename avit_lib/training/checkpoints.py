@@ -18,9 +18,10 @@ from avit_lib.errors import UserError
 from avit_lib.merging import Adaptive, without_thresholds
 from avit_lib.training.files import read_json, write_atomically, write_json
 
-# What safetensors and torch raise for files that are damaged or hold something else, a pickle of code say.
+# What safetensors and torch raise for files that are damaged or hold something else, such as code.
 BAD_WEIGHTS = (
-    SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, AttributeError, ValueError,
+    SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError,
+    AttributeError, ValueError,
 )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ def _download(timm_name: str, wanted: Path) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors or .pth, out of a wrapped model or a whole checkpoint, too; runs no code."""
+    """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
     if not path.is_file():
         raise UserError(f"checkpoint {path} is missing or a folder; train it first, or name another")
     path.open("rb").close()  # of a file that may not be read safetensors says that it is missing
@@ -120,8 +121,8 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     except BAD_WEIGHTS as error:
         reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
         raise UserError(
-            f"{path} is not a whole safetensors file, nor a state dict that torch saved ({reason}); train or download "
-            f"it again, or save the state_dict() of its model"
+            f"{path} is not a whole safetensors file, nor a state dict that torch saved ({reason}); "
+            f"train or download it again, or save the state_dict() of its model"
         ) from None
 
 

@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; raises UserError when it is missing, damaged or holds something else."""
+    """Read the object in a JSON file; raises UserError when it is missing, damaged or no object."""
     try:
         found = json.loads(path.read_text())
     except FileNotFoundError:

@@ -205,8 +205,9 @@ def train_epoch(
         for what, value in (("loss", total), ("gradient", norm)):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning rate and train "
-                    f"into another folder, by --output (the checkpoints of the last finished epoch are kept)"
+                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning "
+                    f"rate and train into another folder, by --output (the checkpoints of the last "
+                    f"finished epoch are kept)"
                 )
         state.optimizer.step()
         if state.ema:
@@ -225,9 +226,11 @@ def _check_shares(config: Training, images: int) -> None:
     unit = processes.count() * (2 if mixed else 1)
     if batch_size % unit:
         fitting = max(unit, batch_size - batch_size % unit)
-        remedy = f"set batch_size (--batch-size) to {fitting}" if fitting <= images else "add images"
+        size = f"set batch_size (--batch-size) to {fitting}"
+        remedy = size if fitting <= images else "add images"
         why = f"{processes.count()} processes share it{', and Mixup takes pairs' if mixed else ''}"
-        raise UserError(f"a batch of {batch_size} images is no multiple of {unit} ({why}): {remedy}")
+        what = f"a batch of {batch_size} images is no multiple of {unit}"
+        raise UserError(f"{what} ({why}): {remedy}")
 
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:

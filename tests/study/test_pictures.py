@@ -85,9 +85,11 @@ def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figur
 
 
 def test_maps_of_images_that_are_not_square_keep_their_shape():
-    depth, images = np.concatenate([[99], np.arange(1, 129)])[None], np.random.default_rng(0).random((1, 3, 32, 64))
+    depth = np.concatenate([[99], np.arange(1, 129)])[None]
+    images = np.random.default_rng(0).random((1, 3, 32, 64))
     expected = pictures.coloured(np.arange(1, 129).reshape(1, 8, 16), 128)[0]
-    for figure in (pictures.depth_maps(images, depth, 128), pictures.depth_extremes({"x": (images, depth, [])}, 128)):
+    extremes = pictures.depth_extremes({"x": (images, depth, [])}, 128)
+    for figure in (pictures.depth_maps(images, depth, 128), extremes):
         (axis,) = rows(figure)["depth"]
         np.testing.assert_array_equal(shown(axis), expected)
         FigureCanvasAgg(figure).draw()
@@ -98,8 +100,9 @@ def test_maps_of_images_that_are_not_square_keep_their_shape():
 
 def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
     depth = np.arange(145)[None]
-    assert pictures.grids(depth, (6, 24))[0, 0, -1] == 24 and pictures.grids(depth).shape == (1, 12, 12)
-    assert pictures.grids(depth, images=np.zeros((1, 3, 48, 192))).shape == (1, 6, 24)
+    assert pictures.grids(depth, (6, 24))[0, 0, -1] == 24
+    assert pictures.grids(depth).shape == (1, 12, 12)
+    assert pictures.grids(depth, (48, 192)).shape == (1, 6, 24)
     with pytest.raises(ValueError, match="reshape"):
         pictures.grids(np.ones((121, 129)))  # 128 patches are no square
     figure = pictures.depth_maps(np.zeros((1, 1, 96, 96)), depth, 144, grid=(6, 24))
