@@ -3,9 +3,7 @@
 What takes long to import, as torch does, is imported where it is used: ``--help`` needs none of it.
 """
 
-import io
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,8 +24,7 @@ app = App(
 )  # fmt: skip
 Several = Parameter(consume_multiple=1)
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))]
-Count = Annotated[int, Parameter(validator=Number(gte=1))]
-PICTURES = ("png", "jpg", "jpeg", "webp", "pdf", "svg")
+Count = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -74,13 +71,8 @@ class Trained(Computing):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, or 2 after a fault that the user can mend.
-
-    130 after Ctrl-C; 141 when nobody reads any more what it prints, as in ``| head -1``.
-    """
+    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
     speaker = ""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name may have what the terminal cannot show
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command, given, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
         if command.__module__ != __name__:  # cyclopts' own: --help
@@ -93,9 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(end="", flush=True)  # what is printed may fail here, and not when Python ends
             return status
     except BrokenPipeError:
-        # Or Python would complain when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        raise
     except (UserError, CycloptsError, OSError) as error:
         remedy = "; allow that, or name another" if isinstance(error, OSError) else ""
         print(f"{speaker}error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
@@ -141,8 +131,7 @@ def fit(
         output, history = study.folder(declared.name), study.train_chain(declared.name)
     else:
         run = changed(declared, declared.name, training=msgspec.to_builtins(declared.training) | wanted)
-        settings = study.profile.data
-        found = folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
+        found = folder_training_data(data_dir, study.profile.data, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")
@@ -159,8 +148,7 @@ def adapt(
         images: A folder with some hundred images, in it or below; no labels.
         output: The .safetensors to write, which test and visualize take as --ckpt.
         model: Its timm name.
-        weights: Its .safetensors or .pth, of timm, or the .safetensors that fit wrote with its
-            .json. Default: timm's pretrained ones.
+        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
@@ -204,12 +192,10 @@ def test(
     found = inspecting.test_images(common.profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
+    print(json.dumps(facts, indent=1))
     if processes.rank() == 0:
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
-    print(json.dumps(facts, indent=1))
-    if processes.rank() == 0:  # after they are printed, for the folder may be read-only
-        made = provenance(get_profile(common.profile).name, common.seed)
-        write_json(target, facts | {"provenance": made})
+        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
     print(f"written to {target}", file=sys.stderr)
 
 
@@ -225,17 +211,12 @@ def visualize(
         images: Numbers of test images, or paths of image files.
     """
     from avit_lib.study import inspecting
-    from avit_lib.training import pick_device, write_atomically
+    from avit_lib.training import pick_device
 
-    kind = output.suffix.lower()[1:] or "png"
-    if kind not in PICTURES:
-        raise UserError(f"--output must end in .{', .'.join(PICTURES)}, not {output.name!r}")
     model, run, _ = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=kind, dpi=150, bbox_inches="tight")
-    write_atomically(output, drawn.getvalue())
+    inspecting.write_picture(figure, output)
     print(f"written to {output}")
 
 
@@ -324,7 +305,7 @@ def release(*, common: Computing = Computing()) -> None:
 
 
 @app.command
-def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
+def notebooks(*, common: Common = Common(), fresh: bool = False) -> int | None:
     """Run those notebooks of a profile whose results are out of date, by papermill, then write the pages of results.
 
     Args:
@@ -344,14 +325,13 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
 
 
 @app.command
-def readme(*, common: Common = Common()) -> int:
+def readme(*, common: Common = Common()) -> None:
     """Write the page of a profile's results and the tables in README.md again."""
     from avit_lib.study import get_profile
     from avit_lib.study.results import stamp_pages, write_page
 
     print(f"results: {write_page(get_profile(common.profile))}")
     stamp_pages()
-    return 0
 
 
 @app.command

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from avit_lib import data
+from avit_lib.__main__ import run
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
@@ -122,7 +123,8 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(trained, folder, tmp_pa
     image = shutil.copy(folder / "test" / "dark" / "0.jpg", tmp_path / "bad$\\foo$\udce9.jpg")
     monkeypatch.setattr(sys, "stdout", terminal)
     command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--images", str(image)]
-    assert main([*command, "--output", str(output)]) == 0
+    monkeypatch.setattr(sys, "argv", ["avit_lib", *command, "--output", str(output)])
+    assert run() == 0
     assert output.is_file() and terminal.buffer.getvalue().endswith(rb"caf\udce9 \u732b.png" + b"\n")
 
 
@@ -131,7 +133,8 @@ def test_it_ends_quietly_when_nobody_reads_on(monkeypatch, capsys):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert main(["data", "--profile", "smoke"]) == 141
+        monkeypatch.setattr(sys, "argv", ["avit_lib", "data", "--profile", "smoke"])
+        assert run() == 141
     assert not capsys.readouterr().err
 
 

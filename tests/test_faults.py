@@ -140,6 +140,17 @@ def learning_rate_that_is_no_number(place):
     return place.fit("--lr", "nan")
 
 
+@fault("training.learning_rate: expected `float` <= 1000000.0")
+def infinite_learning_rate(place):
+    """One step of it would spoil the weights, after the loss was seen to be finite."""
+    return place.fit("--lr", "inf")
+
+
+@fault("training.batch_size: expected `int` <= 2147483647")
+def a_batch_that_no_computer_counts(place):
+    return place.fit("--batch-size", 10**22)
+
+
 @fault('Invalid value for --epochs: unable to convert "two" into int')
 def epochs_in_words(place):
     return place.fit("--epochs", "two")

@@ -1,5 +1,6 @@
 """What ``test`` and ``visualize`` do with one trained model: load it, its test images, its figures, its picture."""
 
+import io
 import math
 import textwrap
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from avit_lib.study.figures import legible
 from avit_lib.study.releasing import released
 from avit_lib.study.settings import get_profile
 from avit_lib.study.study import Study, predict
-from avit_lib.training import load_checkpoint
+from avit_lib.training import load_checkpoint, write_atomically
 
+FORMATS = ("png", "jpg", "jpeg", "webp", "pdf", "svg")
 MOST = 240  # images in one picture, which matplotlib could not draw if it were much higher
 KEY = """Depth is the number of layers that compute a token. Blue covers tokens that left the computation:
 the earlier, the bluer; in the last row, those that did not reach the last layer"""
@@ -100,6 +102,16 @@ def picture(
     above = legible("\n".join(textwrap.fill(line, 100) for line in words))
     figure.suptitle(above, fontsize=9, parse_math=False)
     return figure
+
+
+def write_picture(figure: Figure, output: Path) -> None:
+    """Write ``figure`` in the format of the suffix, PNG without one; UserError for an unknown one."""
+    kind = output.suffix.lower()[1:] or "png"
+    if kind not in FORMATS:
+        raise UserError(f"--output must end in .{', .'.join(FORMATS)}, not {output.name!r}")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=150, bbox_inches="tight")
+    write_atomically(output, drawn.getvalue())
 
 
 def what_it_sees(model: nn.Module, classes: list[str]) -> str:

@@ -34,16 +34,17 @@ RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
-Positive, Fraction = Annotated[float, Meta(gt=0)], Annotated[float, Meta(ge=0, lt=1)]
-NotNegative = Annotated[float, Meta(ge=0)]
+Positive, Fraction = Annotated[float, Meta(gt=0, le=1e6)], Annotated[float, Meta(ge=0, lt=1)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
 
 
 class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a model is trained, with linear warm-up and a cosine to zero: the section ``training`` of a profile."""
 
-    epochs: Annotated[int, Meta(ge=1)]
+    epochs: Count
     learning_rate: Positive
-    batch_size: Annotated[int, Meta(ge=1)] = 64  # of all processes together
+    batch_size: Count = 64  # of all processes together
     weight_decay: NotNegative = 0.05
     warmup_epochs: NotNegative = 0.5
     label_smoothing: Fraction = 0.1
