@@ -13,10 +13,10 @@ import sys
 
 # Who asks `python -m avit_lib` for help (or for nothing, which is the same) need not wait for torch.
 if sys.argv[:1] != ["-m"] or sys.orig_argv[-1] not in ("avit_lib", "-h", "--help"):
+    from avit_lib.adaptive import Adaptive, adapt
     from avit_lib.errors import UserError
     from avit_lib.halting import HaltingRule, HaltingTrace
     from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
-    from avit_lib.merging import Adaptive, adapt
     from avit_lib.model import AViT
     from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
 

@@ -1,7 +1,7 @@
 """timm's VisionTransformer as a base for models whose tokens leave: its interface, kept or refused.
 
 Two kinds of models stand on it: one whose tokens halt (``model.AViT``) and one whose tokens merge
-(``merging.Adaptive``). Each says what its layers make of images; what timm offers in public follows
+(``adaptive.Adaptive``). Each says what its layers make of images; what timm offers in public follows
 from that here, so that no inherited method runs the plain transformer instead.
 """
 

@@ -13,9 +13,9 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import ParallelThingsBlock
 from torch import nn
 
+from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.backbone import TokensLeave
 from avit_lib.errors import UserError
-from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT, masked_block
 
 NAME = "avit_nano_patch7_28"

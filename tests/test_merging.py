@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 import avit_lib
+from avit_lib.adaptive import Adaptive, adapt, without_thresholds
 from avit_lib.errors import UserError
 from avit_lib.evaluation import counted_flops, flops_per_image
-from avit_lib.merging import IMPORTANCE_WEIGHT, Adaptive, adapt, without_thresholds
+from avit_lib.merging import IMPORTANCE_WEIGHT
 
 SMALL = dict(depth=4, embed_dim=48, num_heads=3, num_classes=7)
 ARCHITECTURES = {

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from avit_lib.adaptive import Adaptive
 from avit_lib.flops import block_flops, fixed_flops
 from avit_lib.halting import executed_depth
-from avit_lib.merging import Adaptive
 
 
 def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:

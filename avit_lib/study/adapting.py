@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize
 from tqdm.auto import tqdm
 
+from avit_lib.adaptive import Adaptive, adapt, without_thresholds
 from avit_lib.data import find_images, loader, read_all, read_image, to_pixels
 from avit_lib.data.datasets import folder_images
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import counted_flops, flops_per_image
-from avit_lib.merging import Adaptive, adapt, without_thresholds
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.study.results import provenance
 from avit_lib.study.tables import ADAPTED, IMAGENET, adapted_like
@@ -83,7 +83,7 @@ def adapt_files(
     model: nn.Module, described: dict[str, Any], images: Path, saved: float, output: Path, seed: int,
     device: torch.device,
 ) -> Adaptive:  # fmt: skip
-    """``merging.adapt`` on at most ``CALIBRATION`` image files in or below the folder ``images``; writes ``output``."""
+    """``adaptive.adapt`` on at most ``CALIBRATION`` image files in or below ``images``; writes ``output``."""
     if output.suffix != ".safetensors":
         raise UserError(f"--output must end in .safetensors, not {output.name!r}")
     if not images.is_dir():

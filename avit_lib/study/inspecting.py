@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from avit_lib import data
+from avit_lib.adaptive import Adaptive
 from avit_lib.errors import UserError
 from avit_lib.evaluation import bootstrap_intervals, metrics
-from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import adapting, pictures
 from avit_lib.study.figures import legible

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
 from avit_lib.losses import TaskLoss, Teacher
-from avit_lib.merging import MOST
 from avit_lib.training import Training
 from avit_lib.training.loop import NotNegative, Positive
 
@@ -80,7 +80,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     init: str  # "random", "pretrained", or the name of the run whose weights it starts from
     training: Training
     halting: Halting | None = None  # None: a plain transformer
-    saved: Saved = 0.0  # share of FLOPs that a plain one saves by ``merging.adapt``
+    saved: Saved = 0.0  # share of FLOPs that a plain one saves by ``adaptive.adapt``
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
     teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
     distillation: Distillation = Distillation()  # of the teacher, if there is one

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from avit_lib import evaluation, training
+from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.data import Images, TrainingData, images, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
-from avit_lib.merging import Adaptive, adapt
 from avit_lib.model import AViT, register, run_masked
 from avit_lib.packed import run_packed
 from avit_lib.starts import fit_start, scale_channel_rate

@@ -11,25 +11,25 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, counted_flops, metrics
 from avit_lib.evaluation.speed import throughput
 from avit_lib.flops import plain_flops
-from avit_lib.merging import Adaptive, adapt
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
 from avit_lib.study.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
-ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``merging.adapt``
+ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
 IMAGENET = PUBLISHED.pop("imagenet")  # what others published of DeiT-T on ImageNet's validation images
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
     """What needs no training: the plain model with ToMe, the bar for a model that learns to halt, and as much saved by
-    ``merging.adapt``, with thresholds set on 256 validation images."""
+    ``adaptive.adapt``, with thresholds set on 256 validation images."""
     plain = study.load(study.profile.plain.name)
     peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
     if not peers:

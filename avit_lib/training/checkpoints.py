@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 
+from avit_lib.adaptive import Adaptive, without_thresholds
 from avit_lib.data import weights_dir
 from avit_lib.errors import UserError
-from avit_lib.merging import Adaptive, without_thresholds
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 # What safetensors and torch raise for files that are damaged or hold something else, such as code.

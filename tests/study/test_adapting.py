@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.cli import main
 from avit_lib.data import to_pixels
-from avit_lib.merging import Adaptive, adapt
 from avit_lib.study import adapting
 from avit_lib.training import load_checkpoint
 
@@ -109,7 +109,7 @@ FAULTS = {
     "between 0 and 0.8": ["--saved", "0.9"],
     "must end in .safetensors": ["--output", "adaptive.bin"],
     "checkpoint nothing.safetensors is missing": ["--weights", "nothing.safetensors"],
-    "is of another architecture": ["--model", "vit_tiny_r_s16_p8_224"],
+    "is of another architecture": ["--model", "deit_tiny_distilled_patch16_224"],
 }
 
 

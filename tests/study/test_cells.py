@@ -15,9 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from msgspec import structs
 
+from avit_lib.adaptive import adapt
 from avit_lib.evaluation import Predictions, metrics, predict
 from avit_lib.flops import plain_flops
-from avit_lib.merging import adapt
 from avit_lib.model import AViT
 from avit_lib.study import figures, get_profile, tables
 from avit_lib.study.settings import Profile

@@ -183,8 +183,8 @@ def test_what_only_evaluates_trains_nobody_again(rewrite, thing, before, after):
         (halting.HaltingRule, "When a token halts", "If a token halts"),
         (halting.halting_step, "halts = active & (", "halts = (active) & ("),
         (losses.distribution_loss, "direction must be 'paper'", "say 'paper'"),
-        (losses.AdaptiveLoss, '``progress`` is the fraction of training done, 0..1', ""),
-        (loop.train_epoch, "lower the learning rate and run", "lower it and run"),
+        (losses.AdaptiveLoss, "``progress`` is the fraction of training done, 0..1", ""),
+        (loop.train_epoch, "train into another folder", "train elsewhere"),
         (starts.fit_start, "leaves no patch", "leaves nothing"),
     ],
 )

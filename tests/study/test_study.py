@@ -8,11 +8,11 @@ import torch
 from conftest import random_images
 from msgspec import structs
 
+from avit_lib.adaptive import Adaptive
 from avit_lib.data import TrainingData
 from avit_lib.errors import UserError
 from avit_lib.evaluation import metrics, predict
 from avit_lib.flops import plain_flops
-from avit_lib.merging import Adaptive
 from avit_lib.starts import channel_parameters
 from avit_lib.study.settings import Halting, Run
 from avit_lib.study.study import initial_model, train_run
