@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from avit_lib.errors import UserError
@@ -24,8 +24,11 @@ class TokensLeave(VisionTransformer):
     exact: tuple[str, ...] = ()  # buffers that decide who leaves: float32 whatever the weights are
     added: tuple[str, ...] = ()  # the names in a state dict that a plain model's lacks
 
-    def compute_features(self, x: Tensor, attn_mask: Tensor | None, traced: bool) -> tuple:
-        """Normalised features of images [B, C, H, W], and the trace (None unless ``traced``)."""
+    def compute_features(self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool) -> tuple[Tensor, Any]:
+        """Normalised features of images [B, C, H, W], and, if ``traced``, the trace.
+
+        Unless they are wanted ``whole``, what ``forward_head`` reads of them is enough.
+        """
         raise NotImplementedError
 
     def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -48,7 +51,7 @@ class TokensLeave(VisionTransformer):
         ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
         """
         _check_flags(x, is_causal)
-        features, trace = self.compute_features(x, attn_mask, with_trace)
+        features, trace = self.compute_features(x, attn_mask, with_trace, whole=False)
         logits = self.forward_head(features)
         return (logits, trace) if with_trace else logits
 
@@ -56,12 +59,10 @@ class TokensLeave(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
         return self(images, with_trace=True)
 
-    def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
         _check_flags(x, is_causal)
-        return self.compute_features(x, attn_mask, False)[0]
+        return self.compute_features(x, attn_mask, traced=False, whole=True)[0]
 
     def forward_intermediates(
         self,

@@ -15,15 +15,15 @@ import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
-import torch.nn.functional as F
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from avit_lib.backbone import TokensLeave, is_exporting, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
-from avit_lib.halting import HaltingTrace
 from avit_lib.packed import Layout, packed_attending, packed_mlp, split_off, whole_layout
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
@@ -136,43 +136,70 @@ def planned(model: VisionTransformer, count: int, saved: float, spread: float) -
     return share(high)[1]
 
 
-class Adaptive(VisionTransformer):
+@dataclass(frozen=True)
+class MergingTrace:
+    """How deep each token of a batch went before it became part of another."""
+
+    depth: Tensor  # [B, N], integer, 1..L
+
+
+class Adaptive(TokensLeave):
     """A VisionTransformer of timm's whose tokens merge where their score exceeds the threshold of their layer.
 
-    State dict: the original's and ``thresholds`` [L]; infinite, they leave the model as it was, bit for bit. The
-    weight of importance is no part of it: load by the one with which the thresholds were set.
+    State dict: the original's, ``thresholds`` [L] and ``importance_weight``; infinite thresholds
+    leave the model as it was, bit for bit.
     """
 
-    thresholds: Tensor
-    importance_weight: float
+    exact = ("thresholds", "importance_weight")
+    added = exact
+    original: type = VisionTransformer  # the class of the model that was made adaptive
     spread: float = SPREAD
 
-    def embed(self, images: Tensor) -> Tensor:
-        """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+    def compute_features(
+        self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool
+    ) -> tuple[Tensor, MergingTrace | None]:
+        """The normalised tokens [B, N, D] of images [B, C, H, W], and the trace.
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """The normalised tokens [B, N, D] of images [B, C, H, W], each merged one as what stands for it."""
-        if not self.thresholds.isfinite().any():
-            return super().forward_features(images)
-        return self._run(images)[0]
+        A merged token is what stands for it. Unless ``traced`` or ``whole``, only those before the
+        patches are there, if the head reads no other.
+        """
+        if not self._merges(x):
+            layers, features = len(self.blocks), VisionTransformer.forward_features(self, x, attn_mask)
+            return features, MergingTrace(torch.full(features.shape[:2], layers, device=x.device))
+        self._check_followed(attn_mask)
+        tokens = self.embed(x)
+        packed, into, depth = self._layers(tokens)
+        if not (traced or whole) and self.global_pool == "token":
+            first = packed.layout.starts[packed.layout.images.argsort(), None]
+            read = first + torch.arange(self.num_prefix_tokens, device=first.device)
+            return self.norm(packed.tokens[read]), None
+        features = self.norm(self._unpacked(packed, into)).view_as(tokens)
+        return features, MergingTrace(depth.view(tokens.shape[:2]))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        if self.global_pool != "token" or not self.thresholds.isfinite().any():
-            return self.forward_head(self.forward_features(images))
-        packed = self._layers(self.embed(images))[0]  # of an image only those before the patches are read
-        first = packed.layout.starts[packed.layout.images.argsort(), None]
-        read = first + torch.arange(self.num_prefix_tokens, device=first.device)
-        return self.forward_head(self.norm(packed.tokens[read]))
+    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The normalised tokens [B, N, D] of images, and the tokens [B, N, D] after each layer."""
+        tokens, layers = self.embed(x), []
+        if not self._merges(x):
+            for block in self.blocks:
+                tokens = self.run(block, tokens, attn_mask)
+                layers.append(tokens)
+            return self.norm(tokens), layers
+        self._check_followed(attn_mask)
 
-    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, HaltingTrace]:
-        """Logits [B, K] of images [B, C, H, W], and how deep each token went before it merged."""
-        tokens, depth = self._run(images)
-        layers = len(self.blocks)
-        scores = tokens.new_zeros(len(depth), layers, depth.shape[1])
-        weights = F.one_hot(torch.full_like(depth[:, 0], layers - 1), layers).float()  # only the last layer is read
-        return self.forward_head(tokens), HaltingTrace(depth, depth.float(), scores, weights)
+        def observe(packed: Packed, into: Tensor) -> None:
+            layers.append(self._unpacked(packed, into).view_as(tokens))
+
+        self._layers(tokens, observe)
+        return self.norm(layers[-1]), layers
+
+    def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
+        """As timm's."""
+        taken = super().prune_intermediate_layers(*args, **kwargs)
+        self.thresholds = self.thresholds[: len(self.blocks)]
+        return taken
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _blank, (self.original,), self.__dict__.copy()
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, saved: float, report: Callable = lambda _: None) -> None:
@@ -181,6 +208,9 @@ class Adaptive(VisionTransformer):
         ``report`` gets the share that is saved after each pass over the images, of which there are at most eight.
         Raises UserError for fewer than two images, images that are no numbers, or a share that is out of reach.
         """
+        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+            what = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}")
         if len(images) < 2:
             raise UserError(f"{len(images)} images are too few to set thresholds on; take some hundred")
         wanted = [self.patch_embed.proj.in_channels, *self.patch_embed.img_size]
@@ -193,44 +223,74 @@ class Adaptive(VisionTransformer):
         if saved == 0:
             self.thresholds.fill_(torch.inf)
             return
-        training, before, wish = self.training, self.thresholds.clone(), saved
+        training, before, wish, reached = self.training, self.thresholds.clone(), saved, False
         self.eval()
         try:
             for _ in range(8):
-                report(found := self._set_thresholds(images, wish))
-                if reached := abs(found - saved) <= TOLERANCE:
+                found = self._set_thresholds(images, wish)
+                report(found)
+                reached = abs(found - saved) <= TOLERANCE
+                if reached:
                     break
                 wish = min(max(wish + saved - found, 0.0), 0.95)
         finally:
             self.train(training)
+            if not reached:  # also after an interruption
+                self.thresholds.copy_(before)
         if not reached:
-            self.thresholds.copy_(before)
             raise UserError(f"{saved:.0%} of the FLOPs are out of reach for this model: the last try saved {found:.0%}")
 
-    def _layers(self, tokens: Tensor) -> tuple[Packed, Tensor, Tensor]:
-        """What is left of embedded tokens [B, N, D]; of each [B * N], which one stands for it and its depth."""
+    def _merges(self, images: Tensor) -> bool:
+        if is_exporting():
+            raise UserError(
+                "an adapted model merges other tokens in each image, which no exporter can follow; "
+                "export the plain model, or an A-ViT"
+            )
+        return len(images) > 0 and bool(self.thresholds.isfinite().any())
+
+    def _check_followed(self, attn_mask: Tensor | None) -> None:
+        """Raise UserError where somebody counts on tokens in their places."""
+        if attn_mask is not None:
+            raise UserError("tokens that merge have no place in an attention mask; leave out attn_mask")
+        parts = [part for block in self.blocks for part in (block, block.attn)]
+        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+            raise UserError(
+                "a hook on a block would never be called, since tokens merge inside of it; "
+                "use forward_intermediates, or a hook on its norms or MLP"
+            )
+
+    # The compiler has nothing to gain on lengths that differ in every batch.
+    @torch.compiler.disable
+    def _layers(
+        self,
+        tokens: Tensor,
+        observe: Callable[[Packed, Tensor], None] = lambda packed, into: None,
+    ) -> tuple[Packed, Tensor, Tensor]:
+        """What is left of embedded tokens [B, N, D]; of each [B * N], which one it became part of and its depth.
+
+        ``observe`` is told the first two after each layer.
+        """
         batch, count, _ = tokens.shape
         into = torch.arange(batch * count, device=tokens.device)
         depth, packed = torch.full_like(into, len(self.blocks)), unmerged(tokens)
         for layer, (block, threshold) in enumerate(zip(self.blocks, self.thresholds.tolist(), strict=True), start=1):
-            packed, qkv = self._attend(block, packed, count)
+            packed, qkv = self.run(self._attend, block, packed, count)
             if math.isfinite(threshold):
                 score, partner = self._score(qkv, packed, count)
                 merges, index = (score > threshold).nonzero()[:, 0], packed.layout.index
                 into[index[merges]], depth[index[merges]] = index[partner[merges]], layer
                 packed = merged(packed, merges, partner[merges])
-            packed = feed_forward(block, packed)
-        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # its partner may have merged later
-            into = into[into]
+            packed = self.run(feed_forward, block, packed)
+            observe(packed, into)
         return packed, into, depth
 
-    def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised tokens [B, N, D] and depth [B, N] of images; of a merged token, those it became part of."""
-        batch, count, _ = (tokens := self.embed(images)).shape
-        packed, into, depth = self._layers(tokens)
+    def _unpacked(self, packed: Packed, into: Tensor) -> Tensor:
+        """The tokens [B * N, D] in their places, each merged one as what stands for it."""
+        for _ in range(math.ceil(math.log2(len(self.blocks) + 1))):  # its partner may have merged later
+            into = into[into]
         row = torch.empty_like(into)
         row[packed.layout.index] = torch.arange(len(packed.tokens), device=into.device)
-        return self.norm(packed.tokens)[row[into]].view(batch, count, -1), depth.view(batch, count)
+        return packed.tokens[row[into]]
 
     def _attend(self, block: nn.Module, packed: Packed, count: int) -> tuple[Packed, Tensor]:
         """The tokens after attention, the first half of timm's Block; and queries, keys, values [T, 3, heads, d]."""
@@ -302,10 +362,25 @@ def without_thresholds(model: VisionTransformer, importance_weight: float = IMPO
     if reason := why_not(model):
         raise UserError(f"{type(model).__name__} cannot be adapted: {reason}")
     adaptive = deepcopy(model)
-    adaptive.__class__ = type(f"Adaptive{type(model).__name__}", (Adaptive, type(model)), {})
-    adaptive.importance_weight = importance_weight
-    adaptive.register_buffer("thresholds", torch.full((len(model.blocks),), torch.inf))
+    adaptive.__class__ = adaptive_class(type(model))
+    device = model.patch_embed.proj.weight.device
+    adaptive.register_buffer("thresholds", torch.full((len(model.blocks),), torch.inf, device=device))
+    adaptive.register_buffer("importance_weight", torch.tensor(importance_weight, device=device))
     return adaptive
+
+
+@cache
+def adaptive_class(original: type) -> type:
+    """The class of adaptive models of a class of timm's."""
+    if original is VisionTransformer:
+        return Adaptive
+    return type(f"Adaptive{original.__name__}", (Adaptive, original), {"original": original})
+
+
+def _blank(original: type) -> Adaptive:
+    """An adaptive model without content, for pickle to fill."""
+    kind = adaptive_class(original)
+    return kind.__new__(kind)
 
 
 def why_not(model: nn.Module) -> str:
@@ -314,10 +389,11 @@ def why_not(model: nn.Module) -> str:
         return "it is no VisionTransformer of timm's"
     if isinstance(model, Adaptive):
         return "it is adaptive already; use its calibrate"
-    if type(model).forward_features is not VisionTransformer.forward_features:
+    own = [getattr(type(model), name) is getattr(VisionTransformer, name) for name in ("forward", "forward_features")]
+    if not all(own):
         return "it runs its blocks in a way of its own"
-    if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
-        return "its blocks are not timm's plain ones"
+    if reason := why_not_plain(model):
+        return reason
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         return "it is in half precision; convert it by model.float()"
     return "" if isinstance(model.patch_drop, nn.Identity | None) else "it drops patches at random"

@@ -65,7 +65,7 @@ class AViT(TokensLeave):
         return HaltingRule(self.gamma, self.beta, self.eps, halts, self.direction)
 
     def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool
+        self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool
     ) -> tuple[Tensor, HaltingTrace | None]:
         """The normalised representation [B, 1, D] of images [B, C, H, W], and the trace."""
         tokens, trace = self.embed(x), None
@@ -142,9 +142,7 @@ def run_masked(
     return representation.to(tokens.dtype), trace
 
 
-def masked_block(
-    block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None
-) -> Tensor:
+def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
     keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
@@ -184,7 +182,7 @@ def register(kind: str, model_class: type, size: str) -> None:
         if pretrained and own and here.is_file():
             options["pretrained_cfg_overlay"] = {"file": str(here)} | (options.get("pretrained_cfg_overlay") or {})
         model = build_model_with_cfg(model_class, name, pretrained, **options)
-        if grey:  # learnt positions start as sines and cosines, which saves epochs
+        if grey and not pretrained:  # learnt positions start as sines and cosines, which saves epochs
             inner = getattr(model, "model", model)  # features_only wraps it
             with torch.no_grad():
                 sines = build_sincos2d_pos_embed(list(inner.patch_embed.grid_size), inner.embed_dim)

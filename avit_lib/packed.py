@@ -194,9 +194,7 @@ def packed_layers(
 
 
 @torch.compiler.disable
-def predict_packed(
-    blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, run: Callable = call
-) -> Tensor:
+def predict_packed(blocks: nn.Sequential, tokens: Tensor, rule: HaltingRule, run: Callable = call) -> Tensor:
     """The representation [B, 1, D] before the final norm of the embedded tokens [B, N, D], and nothing else."""
     representation = 0.0 * tokens[:, 0]
     for layout, buffer, _, weight in packed_layers(blocks, tokens, rule, False, run):

@@ -175,7 +175,7 @@ def test_the_spread_moves_merges_to_later_layers_and_saves_as_much():
 def test_weights_and_thresholds_are_saved_and_loaded_together():
     model = make()
     adaptive = adapted(model)
-    assert set(adaptive.state_dict()) == {*model.state_dict(), "thresholds"}
+    assert set(adaptive.state_dict()) == {*model.state_dict(), "thresholds", "importance_weight"}
     again = without_thresholds(make())
     again.load_state_dict(adaptive.state_dict())
     assert torch.equal(again(photographs(model)), adaptive(photographs(model)))
