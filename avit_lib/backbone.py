@@ -132,10 +132,8 @@ class TokensLeave(VisionTransformer):
         return self
 
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
-        if not any(f"{prefix}{name}" in weights for name in self.exact):  # those of a plain model
-            own = {name: getattr(self, name) for name in self.added}
-            missing = {f"{prefix}{name}": value for name, value in own.items() if value is not None}
-            weights.update(missing | weights)
+        for name in self.exact:  # those of a plain model lack them
+            weights.setdefault(f"{prefix}{name}", self._buffers[name])
         super()._load_from_state_dict(weights, prefix, *args)
 
 

@@ -238,8 +238,8 @@ def data(*, common: Common = Common()) -> None:
     path = results_dir(profile.name) / "metrics" / "split.json"
     recorded = read_json(path) if path.is_file() else {}
     if recorded.get("seed") == common.seed and "sha256" in recorded:
-        datasets.check_split(recorded, split)
-        print(f"the same as in {path}")
+        compared = datasets.check_split(recorded, split)
+        print(f"the same as in {path}, compared by {compared}")
 
 
 @app.command

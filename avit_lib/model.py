@@ -95,6 +95,8 @@ class AViT(TokensLeave):
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
         if self.direction is not None:  # who reads channel 0 has none
             weights.setdefault(f"{prefix}direction", self.direction.detach())
+        if self.class_token_runs_on is not None and f"{prefix}gamma" not in weights:  # a plain model
+            weights[f"{prefix}class_token_runs_on"] = self.class_token_runs_on
         super()._load_from_state_dict(weights, prefix, *args)
 
     def _packs(self) -> bool:

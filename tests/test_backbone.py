@@ -1,7 +1,7 @@
 """What timm's VisionTransformer offers in public: of models whose tokens leave, right or refused in one line."""
 
 import copy
-import io
+import pickle
 from functools import cache
 
 import pytest
@@ -67,7 +67,7 @@ def test_intermediates_end_in_the_features(make):
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_a_token_that_halted_stays_as_it_was(execution):
     model = halting(execution=execution)
-    *_, depth = vars(model.forward_with_trace(images())[1]).values(), model.forward_with_trace(images())[1].depth
+    depth = model.forward_with_trace(images())[1].depth
     pairs = model.forward_intermediates(images(), output_fmt="NLC", return_prefix_tokens=True)[1]
     layers = torch.stack([torch.cat([prefix, patches], dim=1) for patches, prefix in pairs])
     last = layers.gather(0, (depth - 1)[None, ..., None].expand(1, *layers.shape[1:]))[0]
@@ -177,11 +177,6 @@ def test_an_attention_mask_is_timms(kind):
     expected = plain(images(), attn_mask=mask)
     assert (expected - plain(images())).abs().max() > 1e-4
     torch.testing.assert_close(model(images(), attn_mask=mask), expected)
-    if kind == "truth":  # who may not be attended to might as well halt at once
-        halted = timm.create_model(NAME, gamma=1.0, beta=-1e4).eval()
-        halted.load_state_dict(plain.state_dict())
-        halted.beta = -1e4
-        torch.testing.assert_close(halted(images(), attn_mask=mask), expected)
     with refused("attn_mask"):
         merging()(images(), attn_mask=mask)
 
@@ -307,10 +302,8 @@ def test_a_class_token_that_runs_on_is_not_loaded_into_one_that_halts():
 
 @each_kind
 def test_it_is_pickled_whole(make):
-    model, buffer = make(), io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    again = torch.load(buffer, weights_only=False)
+    model = make()
+    again = pickle.loads(pickle.dumps(model))
     assert type(again) is type(model)
     assert torch.equal(again(images()), model(images()))
 

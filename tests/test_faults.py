@@ -232,9 +232,9 @@ def a_class_with_one_image(place):
     return place.fit()
 
 
-@fault("val has other classes than the model or the training images: bright")
+@fault("val has other classes than the model or the training images: bright, dark, grey; rename")
 def other_classes_for_validation(place):
-    shutil.copytree(place.images / "test" / "dark", place.images / "val" / "dark")
+    shutil.copytree(place.images / "test" / "dark", place.images / "val" / "grey")
     return place.fit()
 
 

@@ -1,9 +1,11 @@
-"""Images: where they come from (``datasets``), who sees them (``splits``), how they become batches (``images``).
+"""Images: their files (``files``), where they come from (``datasets``), who sees them (``splits``),
+and how they become batches (``images``).
 
 May import the method's errors; no other room. The others import what is named here, not the modules.
 """
 
 from avit_lib.data.datasets import Data
+from avit_lib.data.files import find_images, read_all
 from avit_lib.data.images import Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
@@ -17,6 +19,7 @@ from avit_lib.data.splits import (
 from avit_lib.places import data_dir, project_root, weights_dir
 
 __all__ = [
-    "Data", "Images", "TrainingData", "check_split", "data_dir", "folder_test_data", "folder_training_data", "loader",
-    "pick_per_class", "project_root", "read_image", "test_data", "to_pixels", "training_data", "weights_dir",
+    "Data", "Images", "TrainingData", "check_split", "data_dir", "find_images",
+    "folder_test_data", "folder_training_data", "loader", "pick_per_class", "project_root",
+    "read_all", "read_image", "test_data", "to_pixels", "training_data", "weights_dir",
 ]  # fmt: skip

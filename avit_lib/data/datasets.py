@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torchvision.datasets as torchvision_sets
 from msgspec import Meta, Struct
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
+from avit_lib.data.files import find_images, name_some, tell
 from avit_lib.data.images import ImageFiles, Images, batch_transform, decoded_size
 from avit_lib.errors import UserError
 from avit_lib.places import data_dir
@@ -67,7 +67,7 @@ def official_images(data: Data, train: bool) -> Images:
         transform = batch_transform(images.shape[-1], size, channels)
         return Images(images, torch.as_tensor(source.targets), classes, transform)
     if name in POOLS:
-        folder, leave_out = data_dir() / POOLS[name][0], POOLS[name][1]
+        folder, *leave_out = data_dir() / POOLS[name][0], POOLS[name][1]
         if not folder.is_dir():
             _downloaded(name, folder, f"unpack its archive so that there is {folder}/<class>/*.jpg")
         return folder_images(folder, size, channels, leave_out=leave_out)
@@ -81,31 +81,51 @@ def official_images(data: Data, train: bool) -> Images:
 
 
 def folder_images(
-    source: Path, image_size: int, channels: int, classes: Sequence[str] | None = None, leave_out: str | None = None
+    source: Path,
+    image_size: int,
+    channels: int,
+    classes: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> Images:
     """The image files in ``source``, one folder a class, sorted by name; grey for one channel, else RGB; not decoded.
 
-    ``leave_out``: a class that a pool has too many; images in folders inside a class's are then left out as well, as
-    torchvision does it. Raises UserError when there are none, or when their classes are not ``classes``.
+    ``classes``: those to which the images have to belong; one without images is told on stderr.
+    ``leave_out``: classes that a pool has too many; images in folders inside a class's are then left
+    out as well, as torchvision does it. Raises UserError when there are no images, none in a folder,
+    or some of other classes.
     """
-    try:
-        found = [name for name in find_classes(source)[0] if name != leave_out]
-        samples = make_dataset(source, {name: label for label, name in enumerate(found)}, IMG_EXTENSIONS)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        reason = _first_line(error).split(". ")[0]  # "Found no valid file for the classes ..."
+
+    def in_a_class(name: str) -> bool:
+        return name.count("/") == 1 or ("/" in name and not leave_out)
+
+    files, folders = find_images(source, in_a_class, leave_out)
+    found = sorted({_class_of(name) for name in files})
+    empty = sorted({_class_of(name) for name in folders if name} - set(found))
+    if not files or (empty and not classes):
+        reason = f"none in {name_some(empty)}" if empty else "none at all"
         raise UserError(
             f"{source} holds no images in one folder a class ({reason}); see `python -m avit_lib fit --help`"
-        ) from None
-    if classes is not None and list(classes) != found:
-        differing = ", ".join(sorted(set(classes) ^ set(found)))
-        raise UserError(f"{source} has other classes than the model or the training images: {differing}")
-    files = [(Path(path).relative_to(source).as_posix(), label) for path, label in samples]
-    if leave_out:
-        files = [(name, label) for name, label in files if name.count("/") == 1]
-    names, labels = zip(*files, strict=True)
-    images = ImageFiles(source, np.array(names), image_size, channels)
+        )
+    if classes and not set(found) <= set(classes):
+        differing = name_some(sorted(set(classes) ^ set(found)))
+        raise UserError(
+            f"{source} has other classes than the model or the training images: {differing}; "
+            f"rename or remove their folders"
+        )
+    classes = tuple(classes) or tuple(found)
+    missing = sorted(set(classes) - set(found))
+    if missing:
+        tell(f"{source} holds no images of {name_some(missing)}")
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([number_of[_class_of(name)] for name in files])
+    images = ImageFiles(source, np.array(files), image_size, channels)
     transform = batch_transform(decoded_size(image_size), image_size, channels)
-    return Images(images, torch.tensor(labels), tuple(found), transform)
+    return Images(images, labels, classes, transform)
+
+
+def _class_of(name: str) -> str:
+    """The folder at the front of the ``name`` of a file or folder."""
+    return name.partition("/")[0]
 
 
 def _downloaded(name: str, place: Path, mend: str, **options: Any) -> torchvision_sets.VisionDataset:

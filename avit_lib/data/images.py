@@ -5,25 +5,23 @@ little larger than what a model sees: evaluation cuts out its centre, augmentati
 once; and whether a set lies in memory or on disk makes no difference to a batch.
 """
 
+import hashlib
 import math
-import os
 import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-from avit_lib.errors import UserError
+from avit_lib.data.files import FORMATS, Unreadable, read_all, worker_count
 
 # Mean and deviation of each channel, of pixels 0..1, by the number of channels: Fashion-MNIST's and ImageNet's.
 STATISTICS = {1: ((0.286,), (0.353,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
@@ -31,19 +29,12 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 SMALL_IMAGE = 64  # pixels; up to this image size nothing is cut off the shorter side, there is little enough of it
 CROP_AREA = (0.5, 1.0)  # of the decoded square, seen by a training crop: moderate, the square is most of the object
 MEMORY_LIMIT = 4 * 2**30  # bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again
-FAULTS_SHOWN = 5
+
+WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
+WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits
 
 # What Pillow raises for files that are damaged or no images: OSError is also its UnidentifiedImageError.
 READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-
-
-class Unreadable(UserError):
-    """Files that cannot be read as images: "path (reason)" of each is an argument, the message shows the first few."""
-
-    def __str__(self) -> str:
-        what = "1 file" if len(self.args) == 1 else f"{len(self.args)} files"
-        more = f" and {len(self.args) - FAULTS_SHOWN} more" if len(self.args) > FAULTS_SHOWN else ""
-        return f"{what} cannot be read as images: {', '.join(self.args[:FAULTS_SHOWN])}{more}; mend or remove them"
 
 
 @dataclass(frozen=True)
@@ -87,36 +78,57 @@ class Images(Dataset):
         return replace(self, images=chosen, labels=self.labels[indices])
 
 
-def load(data: Images, description: str) -> Images:
+def load(*sets: Images) -> list[Images]:
     """Decode image files into memory if they fit (``MEMORY_LIMIT``), else only check that every one can be read.
 
-    Raises UserError that names the first few of all files that cannot be read: now, not in the middle of an epoch.
+    Raises Unreadable for all files of all sets that cannot be read: now, not in mid-epoch.
     """
-    files = data.images
-    if isinstance(files, Tensor):
-        return data
-    side = decoded_size(files.image_size)
-    shape = (len(data), files.channels, side, side)
-    images = torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else None
+    decoded = [_make_room(data.images, len(data)) for data in sets]
 
-    def faults(index: int) -> tuple[str, ...]:
-        try:
-            if images is None:
-                _read(files.root / files.names[index], "RGB", draft=True)
-            else:
-                images[index] = files[index]
-        except Unreadable as error:
-            return error.args
-        return ()
+    def read(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> None:
+        files, pixels, index = job
+        if pixels is files:
+            _read(files.root / files.names[index], "RGB", draft=True)
+        else:
+            pixels[index] = files[index]
 
-    with ThreadPool(worker_count()) as threads:  # Pillow lets other threads run while it decodes
-        tasks = threads.imap(faults, range(len(data)), chunksize=16)
-        verb = "checking" if images is None else "decoding"
-        bar = tqdm(tasks, desc=f"{verb} {description}", total=len(data), unit="image", disable=None)
-        found = [fault for of_image in bar for fault in of_image]
-    if found:
-        raise Unreadable(*found)
-    return data if images is None else replace(data, images=images)
+    jobs = [
+        (data.images, pixels, index)
+        for data, pixels in zip(sets, decoded, strict=True)
+        if isinstance(data.images, ImageFiles)
+        for index in range(len(data))
+    ]
+    read_all(read, jobs, "reading")
+    return [replace(data, images=pixels) for data, pixels in zip(sets, decoded, strict=True)]
+
+
+def _make_room(images: Tensor | ImageFiles, count: int) -> Tensor | ImageFiles:
+    """Memory for ``count`` decoded files; ``images`` themselves if too large, or decoded."""
+    if isinstance(images, Tensor):
+        return images
+    side = decoded_size(images.image_size)
+    shape = (count, images.channels, side, side)
+    return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else images
+
+
+def digest(data: Images) -> str:
+    """The SHA-256 of what is in the images: of pixels and labels, or of the bytes of files, in order.
+
+    A file that cannot be opened counts as empty: reading it names it.
+    """
+    if isinstance(data.images, Tensor):
+        parts = [data.images.numpy().tobytes(), data.labels.numpy().tobytes()]
+    else:
+        paths = [data.images.root / name for name in data.images.names]
+        parts = read_all(_digest_file, paths, "comparing")
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _digest_file(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:
+        return b""
 
 
 def loader(data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)) -> DataLoader:
@@ -202,30 +214,47 @@ def to_pixels(images: Tensor, statistics: tuple | None = None) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def worker_count() -> int:
-    """Processes that decode images: the processors, shared among the processes that torchrun started here."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
 def _read(path: Path, mode: str, draft: bool = False) -> Image.Image:
-    """An image file as "RGB" or "L"; a JPEG at an eighth of its size, which is faster, if a ``draft`` is enough."""
+    """An image file, upright, as "RGB" or "L"; of one beyond the aspect ratio ``WIDEST`` the middle.
+
+    A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if draft:
                 image.draft(None, (1, 1))
-            return _to_bytes(image, mode)
+            layout = str(image.tile)
+            ImageOps.exif_transpose(image, in_place=True)
+            most = WIDEST * min(image.size)
+            middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
+            return _to_bytes(middle, mode, layout)
     except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(reason.split())
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image" if unknown else " ".join(reason.split())
         raise Unreadable(f"{path} ({reason})") from None
 
 
-def _to_bytes(image: Image.Image, mode: str) -> Image.Image:
-    """An image of whatever mode as "RGB" or "L": 16 bits scaled to 8, what is transparent laid on white."""
+def _to_bytes(image: Image.Image, mode: str, layout: str) -> Image.Image:
+    """An image of any mode as "RGB" or "L": 16 bits scaled to 8, what is transparent laid on white.
+
+    Grey files of 16 bits seldom say how many are used: we take the fewest of 8, 12 and 16 that hold
+    the brightest pixel. So what a sensor of 10 or 14 bits took is dark, at most by a factor of 4; and
+    a picture without a pixel above a sixteenth of white becomes 16 times as bright. Of colours of 16
+    bits Pillow keeps the upper 8: an image in which all are that dark is refused.
+    ``layout``: how Pillow finds the pixels in the file.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > WHITES[-1]:
+            raise ValueError("its pixels are whole numbers beyond 16 bits, of unknown range")
+        whites = (4095,) if "I;12" in layout else WHITES
+        white = next(white for white in whites if pixels.max() <= white)
+        image = Image.fromarray((pixels / white * 255).round().astype(np.uint8))
+    elif ";16" in layout and max(most for _, most in image.convert("RGB").getextrema()) < 16:
+        raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save it with 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

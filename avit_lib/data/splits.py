@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
-from avit_lib.data.images import Images, batch_transform, decoded_size, load
+from avit_lib.data.images import Images, batch_transform, decoded_size, digest, load
 from avit_lib.errors import UserError
 
 
@@ -21,7 +21,9 @@ class TrainingData:
 
     train: Images
     validation: Images
-    split: dict  # data set, seed, sizes, what tells the images apart, its checksum; ready for JSON
+    # Ready for JSON: data set, seed, sizes, what tells the images apart (names or indices) and its
+    # checksum ("sha256"), and the checksum of what each part holds ("content").
+    split: dict
     augmentation: str = "none"  # of the training images
 
 
@@ -83,8 +85,9 @@ def training_data(data: Data, seed: int) -> TrainingData:
     parts = {role: official.select(indices) for role, indices in chosen.items()}
     if isinstance(official.images, Tensor):  # images without names: the indices of those held out
         indices = chosen["validation"].tolist()
-        content = str(indices).encode() + parts["validation"].labels.numpy().tobytes()
-        split = _description(data.dataset, seed, parts, content, validation_indices=indices)
+        names = str(indices).encode() + parts["validation"].labels.numpy().tobytes()
+        split = _description(data.dataset, seed, parts, names, validation_indices=indices)
+        split["content"]["test"] = digest(official_images(data, train=False))
     else:
         complete = data.dataset not in POOLS and data.train_per_class == "all"
         split = _describe_files(data.dataset, seed, parts, list_training=not complete)
@@ -101,15 +104,23 @@ def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
         images = images.select(split_pool(images, data, seed)["test"])
     elif data.test_per_class != "all":
         images = images.select(pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0)))
-    return load(images, "test") if decode else images
+    return load(images)[0] if decode else images
 
 
-def check_split(recorded: dict, split: dict) -> None:
-    """Raise UserError unless ``split`` (see ``TrainingData``) is of the same images as the ``recorded`` one."""
-    if recorded.get("sha256") == split["sha256"]:
-        return
+def check_split(recorded: dict, split: dict) -> str:
+    """By what ``split`` (see ``TrainingData``) is the same as the ``recorded`` one: "content", or
+    "names" where the record has no more.
+
+    Raises UserError when they are not of the same images.
+    """
+    content = recorded.get("content", {})
+    found = split["content"]
+    other = {f"the content of {role}" for role in content if content[role] != found.get(role)}
+    if recorded.get("sha256") == split["sha256"] and not other:
+        return "content" if content else "names"
     found = [{name for names in part.get("files", {}).values() for name in names} for part in (recorded, split)]
-    named = f" (such as {min(found[0] ^ found[1])})" if found[0] != found[1] else ""
+    other = found[0] ^ found[1] or other
+    named = f" (such as {min(other)})" if other else ""
     raise UserError(
         f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on record{named}; "
         f"compare the files with those of the published archive"
@@ -119,7 +130,7 @@ def check_split(recorded: dict, split: dict) -> None:
 def folder_test_data(folder: Path, size: int, channels: int, classes: Sequence[str], decode: bool = True) -> Images:
     """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
     images = folder_images(folder / "test", size, channels, classes)
-    return load(images, "test") if decode else images
+    return load(images)[0] if decode else images
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
@@ -147,13 +158,17 @@ def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     train = parts["train"]
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else decoded_size(data.image_size)
     train = replace(train, transform=batch_transform(size, data.image_size, data.channels, data.augmentation))
-    return TrainingData(load(train, "training"), load(parts["validation"], "validation"), split, data.augmentation)
+    return TrainingData(*load(train, parts["validation"]), split, data.augmentation)
 
 
-def _description(dataset: str, seed: int, parts: dict[str, Images], content: bytes, **listed: Any) -> dict:
-    """The split, ready for JSON, with the checksum of ``content``."""
+def _description(dataset: str, seed: int, parts: dict[str, Images], names: bytes, **listed: Any) -> dict:
+    """The split, ready for JSON, with the checksum of ``names``, and of what each part holds."""
     sizes = {f"{role}_images": len(images) for role, images in parts.items()}
-    return {"dataset": dataset, "seed": seed, **sizes, "sha256": hashlib.sha256(content).hexdigest(), **listed}
+    checksums = {
+        "sha256": hashlib.sha256(names).hexdigest(),
+        "content": {role: digest(images) for role, images in parts.items()},
+    }
+    return {"dataset": dataset, "seed": seed, **sizes, **checksums, **listed}
 
 
 def _describe_files(dataset: str, seed: int, parts: dict[str, Images], list_training: bool) -> dict:

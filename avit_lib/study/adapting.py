@@ -10,11 +10,10 @@ import timm
 import torch
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import normalize
 from tqdm.auto import tqdm
 
-from avit_lib.data import loader, read_image, to_pixels
+from avit_lib.data import find_images, loader, read_all, read_image, to_pixels
 from avit_lib.data.datasets import folder_images
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import counted_flops, flops_per_image
@@ -76,10 +75,10 @@ def adapt_files(
         raise UserError(f"--output must end in .safetensors, not {output.name!r}")
     if not images.is_dir():
         raise UserError(f"{images} is no folder; name one with some hundred images, which need no labels")
-    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    files, _ = find_images(images)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
     read = reader(model, described["run"])[0]
-    pixels = [read(files[number]) for number in tqdm(order.tolist(), desc="reading", unit="image", disable=None)]
+    pixels = read_all(read, [images / files[number] for number in order.tolist()], "reading")
     if len(pixels) < 2:
         raise UserError(f"{images} holds {len(pixels)} images; thresholds are set on two or more, better some hundred")
     with fitting_memory(len(pixels), "name a folder with fewer images"):

@@ -45,7 +45,7 @@ def run_search(study: Study) -> pd.DataFrame:
     path = study.results.folder / "metrics" / "search.json"
     record = read_json(path)["candidates"] if path.is_file() else {}
     data = study.data
-    facts = [[len(data.train), data.split["sha256"], data.augmentation], list(data.train.classes), study.seed]
+    facts = [[len(data.train), data.split["content"], data.augmentation], list(data.train.classes), study.seed]
     images = digest(facts)
     for number, run in enumerate(declared, start=1):
         known, settings = record.get(run.name), msgspec.to_builtins(run)

@@ -136,7 +136,7 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
         "arguments": model_arguments(run, len(data.train.classes)),
         "classes": list(data.train.classes),
         "settings": msgspec.to_builtins(run),
-        "images": [len(data.train), data.split["sha256"], data.augmentation],
+        "images": [len(data.train), data.split["sha256"], data.split["content"], data.augmentation],
         "start": read_json(start.with_suffix(".json"))["sha256"] if start else run.init,
         "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else run.teacher,
     }

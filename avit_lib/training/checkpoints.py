@@ -31,7 +31,7 @@ def save_checkpoint(path: Path, model: nn.Module, name: str, arguments: dict[str
     write_atomically(path, weights)
     description = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest(), **facts}
     if isinstance(model, Adaptive):
-        description["merging"] = {"importance_weight": model.importance_weight}
+        description["merging"] = {"importance_weight": model.importance_weight.item()}
     write_json(path.with_suffix(".json"), description)
 
 

@@ -73,7 +73,7 @@ def test_the_embedded_archives_are_the_published_ones():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_of_a_folder_become_squares(tmp_path, channels):
     write_images(tmp_path / "test", {"ants": 2, "bees": 3})
-    data = load(folder_images(tmp_path / "test", 16, channels), "test")
+    data = load(folder_images(tmp_path / "test", 16, channels))[0]
     assert data.images.shape == (5, channels, 16, 16) and data.images.dtype == torch.uint8
     assert data.classes == ("ants", "bees") and data.labels.tolist() == [0, 0, 1, 1, 1]
     if channels == 3:
@@ -84,13 +84,13 @@ def test_images_of_a_folder_become_squares(tmp_path, channels):
 
 def test_faults_of_a_folder_are_named(tmp_path):
     with pytest.raises(UserError) as error:
-        load(folder_images(tmp_path / "train", 16, 3), "train")
+        load(folder_images(tmp_path / "train", 16, 3))[0]
     assert_named(error, tmp_path / "train")
     write_images(tmp_path / "train", {"ants": 2})
     broken = tmp_path / "train" / "ants" / "00.png"
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(UserError) as error:
-        load(folder_images(tmp_path / "train", 16, 3), "train")
+        load(folder_images(tmp_path / "train", 16, 3))[0]
     assert_named(error, broken)
 
 

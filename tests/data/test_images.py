@@ -1,13 +1,16 @@
 """Images of every kind become the same bytes; what cannot be read is named; on disk or in memory, batches are equal."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 from conftest import random_images
 from msgspec.structs import replace
-from PIL import Image
+from PIL import ExifTags, Image
 from small_sets import COLOUR
 from timm.data import create_transform
+from torchvision.transforms import v2
 
 from avit_lib.data import folder_training_data, images, loader, read_image
 from avit_lib.data.datasets import folder_images
@@ -34,7 +37,7 @@ def write_folder(root, split="train", counts=(("ants", 6), ("bees", 7))):
 
 def loaded(root, image_size, channels=3):
     """The images that ``write_folder`` wrote."""
-    return load(folder_images(root / "train", image_size, channels), "training")
+    return load(folder_images(root / "train", image_size, channels))[0]
 
 
 def test_evaluation_sees_what_timm_shows(tmp_path):
@@ -89,6 +92,119 @@ def test_a_cmyk_jpeg_is_converted(tmp_path):
     Image.new("CMYK", (20, 20), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")
     red, green, blue = decode(tmp_path / "cmyk.jpg", 16, 3)[:, 8, 8].tolist()
     assert red > 200 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_is_stored_turned_is_upright(tmp_path, orientation, ending):
+    upright = np.zeros((40, 60, 3), dtype=np.uint8)
+    upright[:20, :30], upright[:20, 30:], upright[20:, :30] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
+    turn = Image.Transpose  # what undoes what the tag asks for, by the definition of the tag
+    stored = [
+        None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE,
+        turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270,
+    ][orientation - 1]  # fmt: skip
+    image = Image.fromarray(upright)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / f"image.{ending}"
+    (image if stored is None else image.transpose(stored)).save(path, exif=exif)
+    image.save(tmp_path / "upright.png")
+    expected = decode(tmp_path / "upright.png", 16, 3).int()
+    found = decode(path, 16, 3).int()
+    corners = [(2, 2), (2, 13), (13, 2), (13, 13)]
+    assert all((found - expected)[:, row, column].abs().max() < 60 for row, column in corners)
+    whole = read_image(path, 16, 3, transform=v2.functional.pil_to_tensor)
+    assert whole.shape == (3, 40, 60)
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000)])
+def test_of_a_very_long_image_the_middle_is_seen(tmp_path, size):
+    pixels = np.zeros((20_000, 1, 3), dtype=np.uint8)
+    pixels[9_990:10_010] = 200
+    image = Image.fromarray(pixels)
+    if size[1] == 1:
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    image.save(tmp_path / "long.png")
+    assert decode(tmp_path / "long.png", 224, 3).unique().tolist() == [200]
+    seen = read_image(tmp_path / "long.png", 16, 3, transform=v2.functional.pil_to_tensor)
+    assert seen.shape[1] * seen.shape[2] == images.WIDEST
+
+
+def test_an_image_of_too_many_pixels_is_refused(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(b"P6 40000 40000 255\n")
+    with pytest.raises(UserError, match="1600000000 pixels") as error:
+        read_image(tmp_path / "bomb.png", 16, 3)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize(
+    ("brightest", "expected"),
+    [(65535, 128), (40000, 78), (4095, 128), (3000, 93), (255, 128), (0, 0)],
+)
+def test_how_many_of_16_bits_are_used(tmp_path, ending, brightest, expected):
+    """The fewest of 8, 12 and 16 that hold the brightest pixel; most pixels are half as bright."""
+    pixels = np.full((20, 20), round(brightest / 2), dtype=np.uint16)
+    pixels[0, 0] = brightest
+    Image.fromarray(pixels).save(tmp_path / f"grey.{ending}")
+    for channels in (1, 3):
+        found = decode(tmp_path / f"grey.{ending}", 20, channels)[0, 10, 10].item()
+        assert abs(found - expected) <= 1
+
+
+def tiff(bits, colours, data, size=20):
+    """An uncompressed TIFF of size x size pixels of so many bits."""
+    tags = {
+        256: size, 257: size, 258: bits, 259: 1, 262: 2 if colours == 3 else 1, 273: 200,
+        277: colours, 278: size, 279: len(data),
+    }  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    if colours == 3:
+        one, three = struct.pack("<HHII", 258, 4, 1, bits), struct.pack("<HHII", 258, 3, 3, 180)
+        entries = entries.replace(one, three)
+    head = struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4)
+    return head.ljust(180, b"\0") + struct.pack("<HHH", bits, bits, bits).ljust(20, b"\0") + data
+
+
+def test_a_tiff_that_tells_12_bits(tmp_path):
+    (tmp_path / "dark.tif").write_bytes(tiff(12, 1, bytes.fromhex("0c80c8") * 200))  # all 200
+    assert decode(tmp_path / "dark.tif", 20, 1).unique().tolist() == [12]
+
+
+def test_16_bit_colours_that_would_be_black_are_refused(tmp_path):
+    for value, name in ((4000, "dark.tif"), (40_000, "bright.tif")):
+        (tmp_path / name).write_bytes(tiff(16, 3, struct.pack("<H", value) * 1200))
+    with pytest.raises(UserError, match="12 bits of 16"):
+        decode(tmp_path / "dark.tif", 20, 3)
+    assert decode(tmp_path / "bright.tif", 20, 3).unique().tolist() == [40_000 // 256]
+
+
+@pytest.mark.parametrize("value", [70_000, -5])
+def test_whole_numbers_beyond_16_bits_are_refused(tmp_path, value):
+    Image.fromarray(np.full((20, 20), value, dtype=np.int32)).save(tmp_path / "deep.tif")
+    with pytest.raises(UserError, match="unknown range"):
+        decode(tmp_path / "deep.tif", 16, 3)
+
+
+def test_of_an_animation_the_first_image_counts(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ((250, 0, 0), (0, 0, 250))]
+    for ending in ("gif", "webp", "png"):
+        path = tmp_path / f"animated.{ending}"
+        frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+        assert decode(path, 16, 3)[:, 8, 8].tolist() == [250, 0, 0]
+
+
+def test_lab_becomes_rgb(tmp_path):
+    Image.new("LAB", (20, 20), (128, 128, 128)).save(tmp_path / "lab.tif")
+    assert decode(tmp_path / "lab.tif", 16, 3)[:, 8, 8].tolist() == [119, 119, 119]
+
+
+def test_what_is_no_picture_is_not_opened_whatever_its_name(tmp_path):
+    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    (tmp_path / "program.jpg").write_text(program)
+    with pytest.raises(UserError, match="not an image"):
+        read_image(tmp_path / "program.jpg", 16, 3)
 
 
 def damage(paths):

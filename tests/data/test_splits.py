@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from msgspec.structs import replace
+from PIL import Image
 from small_sets import COLOUR, SMOKE, assert_named, carried, indices, write_fashion, write_images, write_pool
 
 from avit_lib.data import (
@@ -93,15 +94,15 @@ def test_a_folder_with_validation_images_keeps_them_apart(tmp_path):
     assert (len(data.train), data.validation.labels.tolist()) == (6, [0, 1, 1])
 
 
-def test_validation_classes_are_those_of_training(tmp_path):
+def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"bees": 2})
-    try:
-        data = folder_training_data(tmp_path, SMOKE, seed=0)
-    except UserError as error:
-        assert "val" in str(error)  # refusing is as good
-    else:
-        assert data.validation.labels.tolist() == [1, 1]
+    data = folder_training_data(tmp_path, SMOKE, seed=0)
+    assert data.validation.labels.tolist() == [1, 1] and data.validation.classes == data.train.classes
+    assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
+    write_images(tmp_path / "val", {"wasps": 2})
+    with pytest.raises(UserError, match=r"other classes than .*: ants, wasps; rename"):
+        folder_training_data(tmp_path, SMOKE, seed=0)
 
 
 @pytest.mark.parametrize("decode", [True, False])
@@ -110,6 +111,8 @@ def test_test_images_of_a_folder_are_of_the_classes_of_the_model(tmp_path, decod
     data = folder_test_data(tmp_path, 16, 3, ("ants", "bees"), decode)
     assert isinstance(data.images, torch.Tensor if decode else ImageFiles)
     assert data.labels.tolist() == [0, 0, 1, 1, 1]
+    more = folder_test_data(tmp_path, 16, 3, ("wasps", "bees", "ants"), decode)
+    assert more.labels.tolist() == [2, 2, 1, 1, 1] and len(more.classes) == 3
     with pytest.raises(UserError, match=r"other classes than the model .*: ants, wasps") as error:
         folder_test_data(tmp_path, 16, 3, ("bees", "wasps"), decode)
     assert_named(error, tmp_path / "test")
@@ -179,6 +182,45 @@ def test_other_files_than_on_record_are_noticed(caltech):
     with pytest.raises(UserError, match="bass/image_0") as error:
         check_split(recorded, training_data(COLOUR, 0).split)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("role", ["train", "validation", "test"])
+def test_other_pictures_under_the_names_on_record_are_noticed(caltech, role):
+    recorded = training_data(COLOUR, 0).split
+    Image.new("RGB", (20, 30), "red").save(caltech / recorded["files"][role][0], "PNG")
+    found = training_data(COLOUR, 0).split
+    assert found["sha256"] == recorded["sha256"]
+    changed = dict(found["content"].items() - recorded["content"].items())
+    assert list(changed) == [role]
+    with pytest.raises(UserError, match=f"such as the content of {role}") as error:
+        check_split(recorded, found)
+    assert "\n" not in str(error.value)
+    assert check_split(found, found) == "content"
+    del recorded["content"]
+    assert check_split(recorded, found) == "names"  # all that older records say
+
+
+def test_classes_that_changed_their_folders_are_noticed(tmp_path):
+    write_images(tmp_path / "train", {"ants": 3})
+    write_images(tmp_path / "train", {"bees": 3}, size=(30, 20))
+    before = folder_training_data(tmp_path, COLOUR, seed=0).split
+    for name, target in (("ants", "x"), ("bees", "ants"), ("x", "bees")):
+        (tmp_path / "train" / name).rename(tmp_path / "train" / target)
+    after = folder_training_data(tmp_path, COLOUR, seed=0).split
+    assert before["sha256"] == after["sha256"] and before["content"]["train"] != after["content"]["train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [("train-images", {"train", "validation"}), ("t10k-images", {"test"}), ("t10k-labels", {"test"})],
+)
+def test_a_file_of_zeros_is_noticed(small, name, roles):
+    before = training_data(SMOKE, 0).split["content"]
+    path = next(small.glob(f"{name}*"))
+    content = path.read_bytes()
+    path.write_bytes(content[:16] + bytes(len(content) - 16))
+    after = training_data(SMOKE, 0).split["content"]
+    assert {role for role in before if before[role] != after[role]} == roles
 
 
 @pytest.mark.parametrize(

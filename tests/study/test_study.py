@@ -34,7 +34,7 @@ def run():
 
 @pytest.fixture
 def data():
-    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": ""})
+    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}})
 
 
 def channels(model):
@@ -96,3 +96,10 @@ def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     taught = structs.replace(run, teacher="plain")
     assert "train_distillation" in train_run(taught, data, tmp_path / "run", None, weights, 0, CPU)
+
+
+def test_a_model_trained_on_other_pictures_of_these_names_is_not_taken_for_this_one(run, data, tmp_path):
+    train_run(run, data, tmp_path, None, None, 0, CPU)
+    other = replace(data, split=data.split | {"content": {"train": "another checksum"}})
+    with pytest.raises(UserError, match="holds another run"):
+        train_run(run, other, tmp_path, None, None, 0, CPU)
