@@ -3,7 +3,6 @@
 What takes long to import, as torch does, is imported where it is used: ``--help`` needs none of it.
 """
 
-import io
 import json
 import signal
 import sys
@@ -25,7 +24,7 @@ app = App(
 )  # fmt: skip
 Several = Parameter(consume_multiple=1)
 Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))]
-Count = Annotated[int, Parameter(validator=Number(gte=1))]
+Count = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -82,9 +81,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         with processes.processes():
             speaker = f"process {processes.rank()}: " if processes.count() > 1 else ""
-            return command(*given.args, **given.kwargs) or 0
-    except (UserError, CycloptsError) as error:
-        print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr)
+            status = command(*given.args, **given.kwargs) or 0
+            print(end="", flush=True)  # what is printed may fail here, and not when Python ends
+            return status
+    except BrokenPipeError:
+        raise
+    except (UserError, CycloptsError, OSError) as error:
+        remedy = "; allow that, or name another" if isinstance(error, OSError) else ""
+        print(f"{speaker}error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to resume", file=sys.stderr)
@@ -127,8 +131,7 @@ def fit(
         output, history = study.folder(declared.name), study.train_chain(declared.name)
     else:
         run = changed(declared, declared.name, training=msgspec.to_builtins(declared.training) | wanted)
-        settings = study.profile.data
-        found = folder_training_data(data_dir, settings, common.seed) if data_dir else study.data
+        found = folder_training_data(data_dir, study.profile.data, common.seed) if data_dir else study.data
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")
@@ -145,7 +148,7 @@ def adapt(
         images: A folder with some hundred images, in it or below; no labels.
         output: The .safetensors to write, which test and visualize take as --ckpt.
         model: Its timm name.
-        weights: Its .safetensors: of timm, or one that fit wrote with its .json. Default: timm's pretrained ones.
+        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
@@ -189,10 +192,10 @@ def test(
     found = inspecting.test_images(common.profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
-    if processes.rank() == 0:
-        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
-        print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
     print(json.dumps(facts, indent=1))
+    if processes.rank() == 0:
+        print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
+        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
     print(f"written to {target}", file=sys.stderr)
 
 
@@ -201,20 +204,19 @@ def visualize(
     *, common: Trained = Trained(), output: Path = Path("halting.png"),
     images: Annotated[list[str], Several] = ["22", "29", "40", "43", "76", "109"],
 ) -> None:  # fmt: skip
-    """Draw where an A-ViT stopped looking, and what it still saw, into one PNG.
+    """Draw where an A-ViT stopped looking, and what it still saw, into one picture.
 
     Args:
-        output: The PNG to write.
+        output: The .png, .jpg, .webp, .pdf or .svg to write; without a suffix, a PNG.
         images: Numbers of test images, or paths of image files.
     """
     from avit_lib.study import inspecting
-    from avit_lib.training import pick_device, write_atomically
+    from avit_lib.training import pick_device
 
     model, run, _ = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
-    figure.savefig(png := io.BytesIO(), dpi=150, bbox_inches="tight")
-    write_atomically(output, png.getvalue())
+    inspecting.write_picture(figure, output)
     print(f"written to {output}")
 
 
@@ -303,7 +305,7 @@ def release(*, common: Computing = Computing()) -> None:
 
 
 @app.command
-def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
+def notebooks(*, common: Common = Common(), fresh: bool = False) -> int | None:
     """Run those notebooks of a profile whose results are out of date, by papermill, then write the pages of results.
 
     Args:
@@ -323,14 +325,13 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int:
 
 
 @app.command
-def readme(*, common: Common = Common()) -> int:
+def readme(*, common: Common = Common()) -> None:
     """Write the page of a profile's results and the tables in README.md again."""
     from avit_lib.study import get_profile
     from avit_lib.study.results import stamp_pages, write_page
 
     print(f"results: {write_page(get_profile(common.profile))}")
     stamp_pages()
-    return 0
 
 
 @app.command

@@ -5,8 +5,11 @@ from pathlib import Path
 
 
 def project_root() -> Path:
-    """The checkout in which we are (the nearest folder upward with avit_lib beside pyproject.toml), else here."""
-    upward = (Path.cwd(), *Path.cwd().parents)
+    """The checkout in which we are (the nearest folder upward with avit_lib beside pyproject.toml).
+
+    Else that of this file; else, where the package is installed without one, the current folder.
+    """
+    upward = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
     found = (path for path in upward if (path / "pyproject.toml").is_file() and (path / "avit_lib").is_dir())
     return next(found, upward[0])
 

@@ -1,5 +1,6 @@
 """The command line as a new user tries it: a folder of one's own images, then the faults it may have."""
 
+import io
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from avit_lib import data
+from avit_lib.__main__ import run
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
@@ -100,6 +102,47 @@ def test_visualize_draws_images_of_the_user(trained, folder, tmp_path):
     assert main(command) == 0
     with Image.open(output) as picture:
         assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [("a.pdf", b"%PDF"), ("a.SVG", b"<?xml"), ("a.jpg", b"\xff\xd8"), ("plain", b"\x89PNG"), ("a.gif", None)],
+)
+def test_the_suffix_says_in_which_format_it_is_drawn(name, begins, trained, folder, tmp_path, capsys):
+    image = str(folder / "test" / "dark" / "0.jpg")
+    command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--images", image, "--output"]
+    assert main([*command, str(tmp_path / name)]) == (0 if begins else 2)
+    if begins:
+        assert (tmp_path / name).read_bytes().startswith(begins)
+    else:
+        assert "--output must end in .png" in capsys.readouterr().err and not (tmp_path / name).exists()
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(trained, folder, tmp_path, monkeypatch):
+    output, terminal = tmp_path / "caf\udce9 \u732b.png", io.TextIOWrapper(io.BytesIO(), "ascii")
+    image = shutil.copy(folder / "test" / "dark" / "0.jpg", tmp_path / "bad$\\foo$\udce9.jpg")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--images", str(image)]
+    monkeypatch.setattr(sys, "argv", ["avit_lib", *command, "--output", str(output)])
+    assert run() == 0
+    assert output.is_file() and terminal.buffer.getvalue().endswith(rb"caf\udce9 \u732b.png" + b"\n")
+
+
+def test_it_ends_quietly_when_nobody_reads_on(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        monkeypatch.setattr(sys, "argv", ["avit_lib", "data", "--profile", "smoke"])
+        assert run() == 141
+    assert not capsys.readouterr().err
+
+
+def test_from_another_folder_the_checkout_of_the_package_is_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "--profile", "smoke"]) == 0
+    assert f"under {Path(__file__).parents[1] / 'data'}" in capsys.readouterr().out
+    assert data.project_root() == Path(__file__).parents[1] and not any(tmp_path.iterdir())
 
 
 def test_numbers_of_images_are_those_of_the_folder_or_refused(trained, folder, tmp_path, capsys):
@@ -201,8 +244,16 @@ def test_lost_weights_of_a_finished_run_are_trained_again(trained, folder, tmp_p
 
 def test_images_that_do_not_exist(trained, capsys, tmp_path):
     command = ["visualize", "--ckpt", str(trained / "last.safetensors"), "--output", str(tmp_path / "a.png")]
-    assert main([*command, "--images", "nothing.jpg"]) == 2
-    assert "nothing.jpg" in capsys.readouterr().err
+    wrong = {
+        "nothing.jpg": "nothing.jpg",
+        "²": "² (No such file",
+        str(tmp_path): f"is a folder; name its files: {tmp_path}/*.jpg",
+    }
+    for name, message in wrong.items():
+        assert main([*command, "--images", name]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--images", *["x.jpg"] * 241]) == 2
+    assert "name 240 at most" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -140,6 +140,17 @@ def learning_rate_that_is_no_number(place):
     return place.fit("--lr", "nan")
 
 
+@fault("training.learning_rate: expected `float` <= 1000000.0")
+def infinite_learning_rate(place):
+    """One step of it would spoil the weights, after the loss was seen to be finite."""
+    return place.fit("--lr", "inf")
+
+
+@fault("training.batch_size: expected `int` <= 2147483647")
+def a_batch_that_no_computer_counts(place):
+    return place.fit("--batch-size", 10**22)
+
+
 @fault('Invalid value for --epochs: unable to convert "two" into int')
 def epochs_in_words(place):
     return place.fit("--epochs", "two")
@@ -288,6 +299,35 @@ def a_damaged_description(place):
     return place.test()
 
 
+@fault("last.json holds a list; delete it and make it again")
+def a_description_that_is_a_list(place):
+    (place.trained / "last.json").write_text("[1, 2]")
+    return place.test()
+
+
+@fault("last.safetensors is missing or a folder")
+def a_folder_in_place_of_a_checkpoint(place):
+    (place.trained / "last.safetensors").unlink()
+    (place.trained / "last.safetensors").mkdir()
+    return place.test()
+
+
+@pytest.mark.parametrize("name", ["last.json", "last.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(name, place, capsys):
+    opened = Path.open
+
+    def refused(path, *mode, **more):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *mode, **more)
+
+    place.patch.setattr(Path, "open", refused)
+    place.patch.setattr(Path, "read_text", lambda path, *more: refused(path).read())
+    assert main(place.test()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and f"Permission denied: '{place.trained / name}'" in line
+
+
 @fault("is of another architecture: it lacks blocks.3.", also="foreign.safetensors")
 def weights_of_another_architecture(place):
     model = timm.create_model(MODEL, depth=3, num_classes=2)
@@ -376,7 +416,7 @@ def not_a_number(losses: Losses) -> Losses:
     return Losses(losses.total * float("nan"), losses.parts)
 
 
-@fault("the loss became nan in epoch 1, batch 2; lower the learning rate and run again")
+@fault("the loss became nan in epoch 1, batch 2; lower the learning rate and train into another folder, by --output")
 def a_loss_that_is_no_number(place):
     place.at_batch(2, not_a_number)
     return place.fit()
@@ -451,14 +491,14 @@ def place(prepared, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("arrange", "message", "also", "leaves"), ROWS)
 def test_a_fault_is_one_line_and_loses_nothing(arrange, message, also, leaves, place, capsys):
     arguments = arrange(place)
-    before = {path: path.read_bytes() for path in place.trained.rglob("*.*")}
+    before = {path: path.read_bytes() for path in place.trained.rglob("*.*") if path.is_file()}
     capsys.readouterr()
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line and also in line
     if arrange is not a_finished_run_without_its_history:
         assert {path.name for path in place.output.glob("*")} == leaves
-    assert {path: path.read_bytes() for path in place.trained.rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in place.trained.rglob("*.*") if path.is_file()} == before
     assert not (place.root / "exploded").exists() and not (place.root / "results").exists()
     place.patch.undo()
     if leaves:  # the fault is mended: the same command goes on

@@ -12,10 +12,11 @@ BORDER = 0.98  # share of its pixels that have the border colour, where the back
 OBJECT, BACKGROUND = 0.5, 0.02  # share of differing pixels: patches of the object have more, of the background less
 
 
-def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+def differing(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Of images [B, C, H, W] (0..1): whether the border has one colour, [B], and how much of each patch is another.
 
-    The colour is the border's median; the share of differing pixels is [B, grid * grid].
+    The colour is the border's median; the share of differing pixels is [B, P], of the patches of a
+    ``grid`` (rows, columns), a number being both.
     """
     edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
     border = torch.cat(edges, dim=-1)  # [B, C, pixels]
@@ -25,8 +26,8 @@ def differing(images: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     return plain, F.adaptive_avg_pool2d(other, grid).flatten(1)
 
 
-def plain_backgrounds(data: Images, grid: int) -> tuple[Tensor, Tensor]:
-    """The numbers [k] of the images of ``data`` whose border has one colour, and ``differing`` of them [k, grid²]."""
+def plain_backgrounds(data: Images, grid: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The numbers [k] of the images of ``data`` whose border has one colour, with ``differing`` [k, P]."""
     plain, share = zip(*(differing(to_pixels(images), grid) for images, _ in loader(data, 250)), strict=True)
     chosen = torch.cat(plain).nonzero()[:, 0]
     return chosen, torch.cat(share)[chosen]
@@ -47,10 +48,13 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
     return torch.stack(found) if found else torch.zeros(0)
 
 
-def chessboard(depth: Tensor) -> Tensor:
-    """How far depth [B, P] of a square grid is a chessboard, [B]: |correlation| with the parity of row + column."""
-    side = round(depth.shape[1] ** 0.5)
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+def chessboard(depth: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """How far depth [B, P] is a chessboard, [B]: |correlation| with the parity of row + column.
+
+    ``grid`` is (rows, columns), by default as many; RuntimeError when P is not their product.
+    """
+    rows, columns = grid or [round(depth.shape[1] ** 0.5)] * 2
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     parity = ((row + column) % 2).flatten().float()
     parity, depth = parity - parity.mean(), depth.float() - depth.float().mean(dim=1, keepdim=True)
     return (depth @ parity).abs() / (depth.norm(dim=1) * parity.norm()).clamp(min=1e-12)

@@ -21,7 +21,14 @@ from avit_lib.merging import Adaptive, adapt, without_thresholds
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.study.results import provenance
 from avit_lib.study.tables import ADAPTED, IMAGENET, adapted_like
-from avit_lib.training import create_model, load_checkpoint, load_pretrained, load_weights, save_checkpoint
+from avit_lib.training import (
+    count_classes,
+    create_model,
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    save_checkpoint,
+)
 
 CALIBRATION = 512  # images on which thresholds are set, at most
 PEERS = (8, 13, 16)  # r of ToMe, beside which an adapted model is measured
@@ -31,12 +38,17 @@ CLASSES = 1000  # of ImageNet
 def trained_model(name: str, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
     """A trained model and what ``save_checkpoint`` says of it: one that fit wrote, else timm's ``name``.
 
-    ``weights``: a .safetensors of timm's keys, or of fit, with its .json; default: the pretrained ones of ``name``.
+    ``weights``: a .safetensors or .pth of timm's keys, for as many classes as it has; or of fit,
+    with its .json; default: the pretrained ones of ``name``.
     """
     if weights and weights.with_suffix(".json").is_file():
         model, found = load_checkpoint(weights)
-        return model, {"name": found["model"], "arguments": found["arguments"], "run": found["run"]}
-    model, described = create_model(name, {}), {"name": name, "arguments": {}, "run": {"classes": []}}
+        run = found.get("run", {"classes": []})
+        return model, {"name": found["model"], "arguments": found["arguments"], "run": run}
+    classes = count_classes(weights) if weights else None
+    arguments = {"num_classes": classes} if classes else {}
+    model = create_model(name, arguments)
+    described = {"name": name, "arguments": arguments, "run": {"classes": []}}
     without_thresholds(model)  # or an error, before anything is downloaded
     if weights:
         load_weights(model, weights)

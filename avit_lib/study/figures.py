@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
@@ -26,6 +27,8 @@ BY_BETA = ("o", "--", "mean depth")
 PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20), (9, -3), (-27, -3)]  # of words by a point
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 THEME = rc_params_from_file(Path(__file__).with_name("theme.mplstyle"), use_default_template=False)
+# A font that is missing would warn at every word.
+THEME["font.family"] = [name for name in THEME["font.family"] if name in get_font_names()]
 
 
 class NotebookFigure(Figure):
@@ -44,6 +47,13 @@ def subplots(rows: int = 1, columns: int = 1, height: float = 3.2, layout: str =
     if layout == "constrained":
         figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def legible(words: str) -> str:
+    """``words``, escaped (such as \\u732b) where no font can draw them or they are not UTF-8."""
+    fonts = [get_font(findfont(FontProperties([family]))) for family in THEME["font.family"]]
+    known = {ord("\n")}.union(*(font.get_charmap() for font in fonts))
+    return "".join(one if ord(one) in known else ascii(one)[1:-1] for one in words)
 
 
 def model_colour(label: str) -> ColorType:

@@ -1,5 +1,6 @@
 """What ``test`` and ``visualize`` do with one trained model: load it, its test images, its figures, its picture."""
 
+import io
 import math
 import textwrap
 from collections.abc import Callable
@@ -16,11 +17,14 @@ from avit_lib.evaluation import bootstrap_intervals, metrics
 from avit_lib.merging import Adaptive
 from avit_lib.model import AViT
 from avit_lib.study import adapting, pictures
+from avit_lib.study.figures import legible
 from avit_lib.study.releasing import released
 from avit_lib.study.settings import get_profile
 from avit_lib.study.study import Study, predict
-from avit_lib.training import load_checkpoint
+from avit_lib.training import load_checkpoint, write_atomically
 
+FORMATS = ("png", "jpg", "jpeg", "webp", "pdf", "svg")
+MOST = 240  # images in one picture, which matplotlib could not draw if it were much higher
 KEY = """Depth is the number of layers that compute a token. Blue covers tokens that left the computation:
 the earlier, the bluer; in the last row, those that did not reach the last layer"""
 
@@ -37,7 +41,7 @@ def load(profile: str, seed: int, device: str, name: str | None, path: Path | No
     kind = "AViT" if isinstance(model, AViT) else "DeiT"
     if name and name.lower() in {"avit", "deit"} - {kind.lower()}:
         raise UserError(f"{path} is of kind {kind}, not {name}; correct --model or leave it out")
-    return model, description["run"], path
+    return model, {"classes": [], "seed": seed} | description.get("run", {}), path
 
 
 def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, decode: bool = True) -> data.Images:
@@ -67,7 +71,10 @@ def picture(
     """
     if not isinstance(model, AViT | Adaptive):
         raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
-    numbers, classes, statistics, words = [int(name) for name in images if name.isdigit()], run["classes"], None, []
+    numbers = [int(name) for name in images if name.isdecimal()]
+    classes, statistics, words = run["classes"], None, []
+    if len(images) > MOST:
+        raise UserError(f"{len(images)} images are too many for one picture; name {MOST} at most")
     if numbers and (len(numbers) < len(images) or not classes):
         raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
     if numbers:
@@ -77,6 +84,9 @@ def picture(
         pixels, labels = found[numbers]
         names = [f"true: {classes[label]}" for label in labels]
     else:
+        for name in images:
+            if Path(name).is_dir():
+                raise UserError(f"{name!r} is a folder; name its files: {Path(name, '*.jpg')}")
         read, statistics = adapting.reader(model, run)
         pixels = torch.stack([read(Path(name)) for name in images])
         names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
@@ -86,17 +96,30 @@ def picture(
     depth = nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
     titles = adapting.titles(names, logits, trace.depth, classes)
     columns = math.ceil(len(images) / math.ceil(len(images) / 6))  # at most six, and as many in every row
-    figure = pictures.depth_maps(data.to_pixels(pixels, statistics), depth, len(model.blocks), titles, columns)
+    pixels, grid = data.to_pixels(pixels, statistics), model.patch_embed.grid_size
+    figure = pictures.depth_maps(pixels, depth, len(model.blocks), titles, columns, grid)
     words += [f"{KEY}{', here all.' if trace.depth.max() < len(model.blocks) else '.'}"]
-    figure.suptitle("\n".join(textwrap.fill(line, 100) for line in words), fontsize=9)
+    above = legible("\n".join(textwrap.fill(line, 100) for line in words))
+    figure.suptitle(above, fontsize=9, parse_math=False)
     return figure
+
+
+def write_picture(figure: Figure, output: Path) -> None:
+    """Write ``figure`` in the format of the suffix, PNG without one; UserError for an unknown one."""
+    kind = output.suffix.lower()[1:] or "png"
+    if kind not in FORMATS:
+        raise UserError(f"--output must end in .{', .'.join(FORMATS)}, not {output.name!r}")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=150, bbox_inches="tight")
+    write_atomically(output, drawn.getvalue())
 
 
 def what_it_sees(model: nn.Module, classes: list[str]) -> str:
     """What becomes of a photograph, and among which classes it is put, in a sentence."""
-    size, colour = model.patch_embed.img_size[0], "grey pixels" if model.in_chans == 1 else "pixels"
+    height, width = model.patch_embed.img_size
+    colour = "grey pixels" if model.in_chans == 1 else "pixels"
     known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
     return (
-        f"Photographs are cropped to their centre and scaled to {size} x {size} {colour}, for that is what this model "
-        f"sees. It knows {model.num_classes:,} classes{known}."
+        f"Photographs are cropped to their centre and scaled to {height} x {width} {colour}, for "
+        f"that is what this model sees. It knows {model.num_classes:,} classes{known}."
     )

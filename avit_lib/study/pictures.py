@@ -1,6 +1,7 @@
 """Pictures of images and of what becomes of their tokens: arrays or CPU tensors in, a matplotlib Figure out.
 
-B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of a grid [G, G].
+B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of
+a grid of patches of R rows and K columns.
 """
 
 import textwrap
@@ -12,7 +13,7 @@ from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from avit_lib.study.figures import WIDTH, subplots
+from avit_lib.study.figures import WIDTH, legible, subplots
 
 DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # what covers halted tokens: a colour, so that it shows on black and on white
@@ -21,22 +22,30 @@ Row = tuple[str, np.ndarray, list[str]]  # its name, pictures [B, H, W, 3], and 
 
 
 def mosaic(rows: list[Row], layers: int = 0) -> Figure:
-    """Rows of square pictures with their names on the left; with the key of depth maps, if there are ``layers``."""
+    """Rows of pictures, their names on the left; with the key of depth maps, if there are ``layers``.
+
+    Names and titles are drawn as they are written: no part of them is a formula.
+    """
     columns = max(len(pictures) for _, pictures, _ in rows)
     side = (WIDTH - 1.0) / columns
-    lines = [max((1 + title.count("\n") for title in titles), default=0) for _, _, titles in rows]
-    height = sum(side + 0.2 * number for number in lines) + (0.7 if layers else 0)
+    height = 0.7 if layers else 0
+    for _, pictures, titles in rows:
+        lines = max((1 + title.count("\n") for title in titles), default=0)
+        height += side * len(pictures[0]) / len(pictures[0][0]) + 0.2 * lines
     figure, axes = subplots(len(rows), columns, height, "compressed")
     for axis in axes.flat:
         bare(axis)
     for (name, pictures, titles), row in zip(rows, axes, strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center", labelpad=6)
+        look = {"rotation": 0, "ha": "right", "va": "center", "labelpad": 6}
+        row[0].set_ylabel(legible(name), parse_math=False, **look)
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
-            width, parts = max(8, 100 // columns), title.replace("_", " ").split("\n")
-            wrapped = [textwrap.fill(part, width, break_long_words=False) for part in parts]
-            axis.set_title("\n".join(wrapped), fontsize=9 if columns <= 8 else 8)
+            width, parts = max(8, 100 // columns), legible(title.replace("_", " ")).split("\n")
+            # A long word stays whole, unless it would cover the next picture's.
+            wrapped = [textwrap.fill(part, width, break_long_words=len(part) > 3 * width) for part in parts]
+            size = 9 if columns <= 8 else 8
+            axis.set_title("\n".join(wrapped), fontsize=size, parse_math=False)
     if layers:
         _depth_key(figure, axes, layers)
     return figure
@@ -56,14 +65,15 @@ def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> F
 
 
 def depth_maps(
-    images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None, columns: int = 10
-) -> Figure:
+    images: ArrayLike, depth: ArrayLike, layers: int, titles: list[str] | None = None,
+    columns: int = 10, grid: tuple[int, int] | None = None,
+) -> Figure:  # fmt: skip
     """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the last layer sees.
 
     More than ``columns`` images go on in four further rows. Veils span the depths shown but for the outer 2 percent at
-    either end.
+    either end. ``grid`` is (R, K); default: that of square patches.
     """
-    grid = grids(depth)
+    grid = grids(depth, grid or np.shape(images)[2:])
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = []
@@ -82,7 +92,8 @@ def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], la
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
     rows = []
     for name, (images, depth, titles) in groups.items():
-        rows += [(name, rgb(images), titles), ("depth", coloured(grids(depth), layers), [])]
+        maps = coloured(grids(depth, np.shape(images)[2:]), layers)
+        rows += [(name, rgb(images), titles), ("depth", maps, [])]
     return mosaic(rows, layers)
 
 
@@ -91,7 +102,7 @@ def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
 
     At most seven layers, from the last that computes all patches of these images to the deepest reached.
     """
-    grid = grids(depth)
+    grid = grids(depth, np.shape(images)[2:])
     rows = []
     for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
         shares = (grid >= layer).mean(axis=(1, 2))
@@ -99,15 +110,19 @@ def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
     return mosaic(rows)
 
 
-def grids(depth: ArrayLike) -> np.ndarray:
-    """The depth [B, N] of the patch tokens in their places, [B, G, G] float; the class token is left out."""
+def grids(depth: ArrayLike, shape: tuple[int, int] = (1, 1)) -> np.ndarray:
+    """The depth [B, N] of the patch tokens in their places, [B, R, K] float; no class token.
+
+    ``shape`` is (R, K), or (H, W) of the images if patches are square; default: as many rows as
+    columns. Raises ValueError when N - 1 patches have no grid of this shape.
+    """
     patches = np.asarray(depth, dtype=float)[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    return patches.reshape(-1, side, side)
+    rows = round((patches.shape[1] * shape[0] / shape[1]) ** 0.5)
+    return patches.reshape(len(patches), rows, round(rows * shape[1] / shape[0]))
 
 
 def coloured(grid: np.ndarray, layers: int) -> np.ndarray:
-    """Depths [B, G, G] as colours [B, G, G, 3], the same in every figure: they run from the first layer to the last."""
+    """Depths [B, R, K] as colours [B, R, K, 3], in every figure from the first layer to the last."""
     return mpl.colormaps[DEPTH_COLOURS](Normalize(1, layers)(grid))[..., :3]
 
 
@@ -118,10 +133,15 @@ def rgb(images: ArrayLike) -> np.ndarray:
 
 
 def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
-    """Images [B, C, H, W] as RGB [B, H, W, 3], each token covered as ``veil`` [B, G, G] says: 0 not, 1 nearly all."""
+    """Images [B, C, H, W] as RGB [B, H, W, 3], each token covered as ``veil`` [B, R, K] says.
+
+    0 leaves it as it is, 1 covers nearly all of it.
+    """
     pixels = rgb(images)
-    patch = pixels.shape[1] // veil.shape[1]
-    opacity = 0.88 * np.kron(veil, np.ones((patch, patch)))[..., None]
+    height, width = pixels.shape[1:3]
+    row = np.arange(height) * veil.shape[1] // height
+    column = np.arange(width) * veil.shape[2] // width
+    opacity = 0.88 * veil[:, row[:, None], column, None]
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 

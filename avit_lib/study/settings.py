@@ -86,6 +86,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     distillation: Distillation = Distillation()  # of the teacher, if there is one
 
     def __post_init__(self):
+        if "$" in self.label:
+            raise ValueError(f"label {self.label!r}: figures take it for a formula; leave out the $")
         if self.halting and self.saved:
             raise ValueError("it both halts and merges; leave out halting or saved")
         if bool(self.halting) != self.model.startswith("avit_"):
@@ -225,7 +227,7 @@ def _path(name: str, folder: Path, where: str = "") -> Path:
 def _extended(path: Path, *seen: Path) -> dict[str, Any]:
     """The tables of a file, laid over those of the profile it extends."""
     try:
-        tables = msgspec.toml.decode(path.read_bytes())
+        tables = msgspec.toml.decode(path.read_text("utf-8-sig"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; mend this line") from None
     base = tables.pop("extends", None)

@@ -1,6 +1,7 @@
 """Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
 
 import hashlib
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 
 from avit_lib.data import weights_dir
 from avit_lib.errors import UserError
 from avit_lib.merging import Adaptive, without_thresholds
 from avit_lib.training.files import read_json, write_atomically, write_json
+
+# What safetensors and torch raise for files that are damaged or hold something else, such as code.
+BAD_WEIGHTS = (
+    SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError,
+    AttributeError, ValueError,
+)  # fmt: skip
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -53,6 +60,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
         raise UserError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
+
+
+def count_classes(path: Path) -> int | None:
+    """How many classes the state dict in ``path`` tells apart; None if it has no head."""
+    head = _read_weights(path).get("head.weight")
+    return None if head is None else len(head)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -98,12 +111,18 @@ def _download(timm_name: str, wanted: Path) -> Path:
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
     if not path.is_file():
-        raise UserError(f"checkpoint {path} is missing; train it first, or name another")
+        raise UserError(f"checkpoint {path} is missing or a folder; train it first, or name another")
+    path.open("rb").close()  # of a file that may not be read safetensors says that it is missing
     try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); train or download it again") from None
+        return timm.models.load_state_dict(str(path), weights_only=True)
+    except BAD_WEIGHTS as error:
+        reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
+        raise UserError(
+            f"{path} is not a whole safetensors file, nor a state dict that torch saved ({reason}); "
+            f"train or download it again, or save the state_dict() of its model"
+        ) from None
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:

@@ -22,7 +22,7 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
     The old content is kept as ``previous``, if given. Raises UserError when the disk is full or may not be written
     to; the old content is then untouched.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / f"{path.name}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -78,11 +78,14 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises UserError when it is missing or damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file; raises UserError when it is missing, damaged or no object."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} is missing; make it again, or name another checkpoint") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}; delete it and make it again")
+    return found

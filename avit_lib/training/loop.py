@@ -34,16 +34,17 @@ RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]  # model, images, labels, progress 0..1
 
-Positive, Fraction = Annotated[float, Meta(gt=0)], Annotated[float, Meta(ge=0, lt=1)]
-NotNegative = Annotated[float, Meta(ge=0)]
+Positive, Fraction = Annotated[float, Meta(gt=0, le=1e6)], Annotated[float, Meta(ge=0, lt=1)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
 
 
 class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a model is trained, with linear warm-up and a cosine to zero: the section ``training`` of a profile."""
 
-    epochs: Annotated[int, Meta(ge=1)]
+    epochs: Count
     learning_rate: Positive
-    batch_size: Annotated[int, Meta(ge=1)] = 64  # of all processes together
+    batch_size: Count = 64  # of all processes together
     weight_decay: NotNegative = 0.05
     warmup_epochs: NotNegative = 0.5
     label_smoothing: Fraction = 0.1
@@ -205,8 +206,9 @@ def train_epoch(
         for what, value in (("loss", total), ("gradient", norm)):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning rate and run "
-                    f"again (the checkpoints of the last finished epoch are kept)"
+                    f"the {what} became {value} in epoch {epoch}, batch {step + 1}; lower the learning "
+                    f"rate and train into another folder, by --output (the checkpoints of the last "
+                    f"finished epoch are kept)"
                 )
         state.optimizer.step()
         if state.ema:
@@ -221,11 +223,15 @@ def train_epoch(
 
 def _check_shares(config: Training, images: int) -> None:
     """Raises UserError unless every process gets as many images of a batch as the others, two by two for Mixup."""
-    batch_size, count = min(config.batch_size, images), processes.count()
-    if batch_size % count:
-        raise UserError(f"{count} processes cannot share {batch_size} images: make batch_size a multiple of them")
-    if (config.mixup or config.cutmix) and batch_size // count % 2:
-        raise UserError(f"Mixup takes images in pairs: make batch_size a multiple of {2 * count}")
+    batch_size, mixed = min(config.batch_size, images), bool(config.mixup or config.cutmix)
+    unit = processes.count() * (2 if mixed else 1)
+    if batch_size % unit:
+        fitting = max(unit, batch_size - batch_size % unit)
+        size = f"set batch_size (--batch-size) to {fitting}"
+        remedy = size if fitting <= images else "add images"
+        why = f"{processes.count()} processes share it{', and Mixup takes pairs' if mixed else ''}"
+        what = f"a batch of {batch_size} images is no multiple of {unit}"
+        raise UserError(f"{what} ({why}): {remedy}")
 
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:

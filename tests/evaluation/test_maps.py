@@ -44,3 +44,14 @@ def test_a_chessboard_is_one_and_smooth_maps_are_not():
     board = (3 + 4 * ((row + column) % 2)).flatten()
     depth = torch.stack([board, 10 - board, row.flatten(), torch.full((16,), 5)])
     assert chessboard(depth).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
+
+
+def test_maps_that_are_not_square_have_a_grid():
+    row, column = torch.meshgrid(torch.arange(2), torch.arange(8), indexing="ij")
+    board = ((row + column) % 2).flatten()[None]
+    assert chessboard(board, (2, 8)).item() == pytest.approx(1, abs=1e-6)
+    with pytest.raises(RuntimeError, match="size"):
+        chessboard(board[:, :15])
+    image = torch.ones(1, 3, 8, 16)
+    image[..., 4:, 8:12] = 0
+    assert differing(image, (2, 4))[1].tolist() == [[0, 0, 0, 0, 0, 0, 1, 0]]

@@ -71,6 +71,26 @@ def test_a_model_of_the_study_is_adapted_and_tested(folder, tmp_path, capsys):
     assert '"gflops_per_image"' in capsys.readouterr().out
 
 
+def test_weights_of_other_classes_in_a_wrapped_checkpoint_of_torch_are_read(folder, tmp_path):
+    torch.manual_seed(0)
+    weights = timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()
+    path, output = tmp_path / "deit.pth", tmp_path / "adaptive.safetensors"
+    torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, path)
+    command = ["adapt", "--model", "vit_tiny_patch16_224", "--weights", str(path), "--images", str(folder)]
+    assert main([*command, "--saved", "0.3", "--output", str(output)]) == 0
+    model = load_checkpoint(output)[0]
+    assert model.num_classes == 10 and torch.equal(model.head.weight, weights["head.weight"])
+
+
+@pytest.mark.parametrize("content", [timm.create_model("vit_tiny_patch16_224", **TINY), [1, 2], "text", b""])
+def test_a_pth_that_holds_no_state_dict_is_one_line(content, folder, tmp_path, capsys):
+    path = tmp_path / "deit.pth"
+    path.write_bytes(content) if content == b"" else torch.save(content, path)
+    assert main(["adapt", "--weights", str(path), "--images", str(folder), "--output", "a.safetensors"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "deit.pth is not a whole safetensors file, nor a state dict" in line
+
+
 def test_titles_say_name_prediction_and_mean_depth():
     depth = torch.tensor([[12, 6], [4, 4]])
     found = adapting.titles(["a.jpg", "b.jpg"], torch.eye(3)[[2, 0]], depth, ["ant", "bee", "cat"])

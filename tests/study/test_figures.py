@@ -14,7 +14,8 @@ from avit_lib.study.settings import profile_names
 
 LAYERS = (4, 12)
 HELPERS = {
-    "label_points", "subplots", "model_colour", "percent", "legend_above", "curve", "batch_axis", "NotebookFigure",
+    "label_points", "subplots", "model_colour", "percent", "legend_above", "curve", "batch_axis",
+    "NotebookFigure", "legible",
 }  # fmt: skip
 
 

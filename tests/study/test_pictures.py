@@ -84,6 +84,57 @@ def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figur
     np.testing.assert_allclose(colours[:, :3], [first[0, 0], first[0, 1], second[0, 1]], atol=0.01)
 
 
+def test_maps_of_images_that_are_not_square_keep_their_shape():
+    depth = np.concatenate([[99], np.arange(1, 129)])[None]
+    images = np.random.default_rng(0).random((1, 3, 32, 64))
+    expected = pictures.coloured(np.arange(1, 129).reshape(1, 8, 16), 128)[0]
+    extremes = pictures.depth_extremes({"x": (images, depth, [])}, 128)
+    for figure in (pictures.depth_maps(images, depth, 128), extremes):
+        (axis,) = rows(figure)["depth"]
+        np.testing.assert_array_equal(shown(axis), expected)
+        FigureCanvasAgg(figure).draw()
+    last = shown(rows(pictures.halting_progress(images, depth))["layer 128"][0])
+    unveiled = (last == pictures.rgb(images)[0]).all(axis=-1)
+    assert unveiled[28:, 60:].all() and unveiled.sum() == 16  # the last patch, of 4 x 4 pixels
+
+
+def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
+    depth = np.arange(145)[None]
+    assert pictures.grids(depth, (6, 24))[0, 0, -1] == 24
+    assert pictures.grids(depth).shape == (1, 12, 12)
+    assert pictures.grids(depth, (48, 192)).shape == (1, 6, 24)
+    with pytest.raises(ValueError, match="reshape"):
+        pictures.grids(np.ones((121, 129)))  # 128 patches are no square
+    figure = pictures.depth_maps(np.zeros((1, 1, 96, 96)), depth, 144, grid=(6, 24))
+    assert shown(rows(figure)["depth"][0]).shape == (6, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("cost $5 and $6.jpg", "cost $5 and $6.jpg"),
+        (r"bad$\foo$.jpg", r"bad$\foo$.jpg"),
+        ("caf\udce9.jpg", r"caf\udce9.jpg"),  # as Python names a file that is not UTF-8
+        ("\U000e1234", r"\U000e1234"),  # which no font has
+    ],
+)
+def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
+    figure = pictures.samples(np.zeros((1, 1, 28, 28)), [0], (name,))
+    titled = pictures.depth_maps(np.zeros((1, 1, 28, 28)), np.ones((1, 17)), 4, [name])
+    for canvas in (figure, titled):
+        FigureCanvasAgg(canvas).draw()
+    words = figure.axes[0].yaxis.label, titled.axes[0].title
+    assert [word.get_text() for word in words] == [drawn] * 2
+    assert not any(word.get_parse_math() for word in words)
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
+
+
+def test_a_name_too_long_for_its_place_is_broken():
+    figure = pictures.depth_maps(np.zeros((2, 1, 28, 28)), np.ones((2, 17)), 4, ["x" * 240, "stegosaurus"])
+    longest = max(figure.axes[0].get_title().split("\n"), key=len)
+    assert len(longest) <= 50 and figure.axes[1].get_title() == "stegosaurus"
+
+
 def test_more_images_go_on_in_further_rows_with_their_titles():
     titles = [f"folder/image_{number}\npredicted: cat" for number in range(5)]
     figure = pictures.depth_maps(np.zeros((5, 1, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2)

@@ -78,6 +78,10 @@ def test_a_profile_extends_a_file_beside_it_whatever_the_working_folder(profile,
     assert own.runs == SMOKE.runs
 
 
+def test_a_profile_with_a_byte_order_mark_is_read(profile):
+    assert profile("\ufeffextends = 'smoke'\n", base=None).runs == SMOKE.runs
+
+
 def test_a_profile_is_read_by_its_path_from_the_working_folder(profile, tmp_path, monkeypatch):
     own = profile("")
     monkeypatch.chdir(tmp_path)
@@ -186,6 +190,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("runs.avit.halting.channel_rate = 0.5", r"runs\.avit\.halting: channel_rate is of a fitted"),
         ("runs.deit.training.warmup_epochs = 2", r"runs\.deit: warmup_epochs must be fewer than epochs, not 2 of 2"),
         ("runs.deit.label = 'A-ViT'", "label 'A-ViT': .* that no other run has"),
+        ("runs.deit.label = 'cost $5 and $6'", r"runs\.deit: label 'cost \$5 .* leave out the \$"),
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables need one without a comma"),
         ("[search.avit]\nextends = 'avit'\nhalting.beta = -1.0", r"search\.avit differs from the run of that name"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: expected `float` <= 0.8"),

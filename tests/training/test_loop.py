@@ -48,13 +48,13 @@ def validate(model):
     return metrics(model, predict(model, VALIDATION))
 
 
-def train(folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validate, **changes):
+def train(folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validate, data=TRAIN, **changes):
     """Train a fresh small model in ``folder``."""
     seed_everything(seed)
     model = timm.create_model(name, drop_rate=0.1, **({"beta": -3.0} if name == ADAPTIVE else {}))
     model.execution = config.execution
     description = {"model": name, "arguments": {}} | changes
-    return fit(model, TRAIN, loss or LOSSES[name], config, folder, validate, description=description, seed=seed)
+    return fit(model, data, loss or LOSSES[name], config, folder, validate, description=description, seed=seed)
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
@@ -222,9 +222,12 @@ def test_mixup_gives_the_loss_probabilities(tmp_path, name):
     assert history["train_loss"].notna().all()
 
 
-def test_mixup_of_an_odd_batch_is_refused(tmp_path):
-    with pytest.raises(UserError, match="in pairs: make batch_size a multiple of 2"):
-        train(tmp_path, config=replace(CONFIG, batch_size=15, mixup=0.8))
+@pytest.mark.parametrize(("batch_size", "images", "fitting"), [(15, 16, 14), (64, 13, 12), (1, 16, 2)])
+def test_mixup_of_an_odd_batch_is_refused_with_a_size_that_works(batch_size, images, fitting, tmp_path):
+    config, data = replace(CONFIG, batch_size=batch_size, mixup=0.8), TRAIN.select(torch.arange(images))
+    with pytest.raises(UserError, match=rf"Mixup takes pairs\): set batch_size \(--batch-size\) to {fitting}$"):
+        train(tmp_path, config=config, data=data)
+    assert len(train(tmp_path, config=replace(config, batch_size=fitting, epochs=1), data=data)) == 1
 
 
 def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path, monkeypatch):

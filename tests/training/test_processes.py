@@ -125,4 +125,6 @@ def test_every_image_is_evaluated_once_in_its_place(single, several, count):
 def test_a_batch_that_cannot_be_shared_is_refused(single, several):
     assert "odd batch" not in single
     for found in several:
-        assert found["odd batch"] == "2 processes cannot share 15 images: make batch_size a multiple of them"
+        assert found["odd batch"] == (
+            "a batch of 15 images is no multiple of 2 (2 processes share it): set batch_size (--batch-size) to 14"
+        )
