@@ -64,6 +64,7 @@ def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tens
     if run["classes"]:
         return partial(read_image, image_size=size, channels=channels), None
     config = resolve_model_data_config(model)
+    config["input_size"] = (channels, *model.patch_embed.img_size)  # the model may be made for another
     transform = create_transform(**config)
     return partial(read_image, image_size=size, channels=channels, transform=transform), (config["mean"], config["std"])
 

@@ -28,6 +28,14 @@ def test_the_picture_says_what_the_model_sees_of_a_photograph(photographs):
     assert [title.split("/")[-1].split()[0] for title in titles] == ["wide.jpg", "high.png"]
 
 
+def test_a_model_of_timm_s_that_is_not_square_is_drawn_as_it_sees(photographs):
+    model = timm.create_model("avit_tiny_patch16_224", img_size=(32, 64), depth=2).eval()
+    figure = inspecting.picture(model, {"classes": []}, photographs, lambda: None, CPU)
+    assert "scaled to 32 x 64 pixels" in " ".join(figure.get_suptitle().split())
+    shapes = [axis.images[0].get_array().shape for axis in figure.axes if axis.images]
+    assert shapes[0] == (32, 64, 3) and shapes[2] == (2, 4, 3)
+
+
 @pytest.mark.parametrize(("beta", "all_gone"), [(-1e4, False), (1e4, True)])
 def test_the_picture_says_when_no_token_reached_the_last_layer(photographs, beta, all_gone):
     model = timm.create_model("avit_nano_patch7_28", num_classes=3, beta=beta).eval()
