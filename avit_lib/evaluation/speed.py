@@ -1,14 +1,10 @@
 """Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import copy
-import ctypes
 import gc
 import math
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
+from avit_lib.evaluation.allocator import buffers_kept
 from avit_lib.evaluation.flops import counted_flops
 from avit_lib.halting import executed_depth
 from avit_lib.losses import AdaptiveLoss, TaskLoss
@@ -30,8 +27,6 @@ MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
 TIMED = ("DeiT", "A-ViT packed")  # where only these two are compared
 TASKS, PRECISIONS = ("inference", "training"), ("float32", "bfloat16")
 SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
-
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's mallopt
 
 Step = Callable[[], None]  # of inference or training, on a batch
 
@@ -104,42 +99,6 @@ def prepared(
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def buffers_kept() -> Iterator[None]:
-    """Let glibc keep freed buffers for the next step, as torch does on GPUs; where there is no glibc nothing changes.
-
-    By default it gives buffers above 32 MiB back at once, and to get them anew takes time. In a large batch DeiT's are
-    above, those of an A-ViT whose tokens have halted are not: the allocator would add to the speed-up. Afterwards the
-    thresholds are again those of the environment.
-    """
-    _set_thresholds(2**30, -1)
-    try:
-        yield
-    finally:
-        _set_thresholds(*allocator_thresholds())
-
-
-def _set_thresholds(mmap: int, trim: int) -> None:
-    if platform.libc_ver()[0] == "glibc":
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, mmap)
-        glibc.mallopt(M_TRIM_THRESHOLD, trim)
-        glibc.malloc_trim(0)
-
-
-def allocator_thresholds() -> tuple[int, int]:
-    """The bytes from which glibc maps a buffer, and from which it gives free memory back, by the environment.
-
-    Where nothing is set they grow with what is freed, which no program can turn on again: then where growth ends.
-    """
-    tunables = dict(part.partition("=")[::2] for part in os.environ.get("GLIBC_TUNABLES", "").split(":"))
-    names = ("mmap_threshold", "trim_threshold", "top_pad", "mmap_max")  # any of them ends growth, where it began
-    said = [tunables.get(f"glibc.malloc.{name}") or os.environ.get(f"MALLOC_{name.upper()}_") for name in names]
-    grown = (2**17, 2**17) if any(said) else (2**25, 2**26)
-    sizes = [int(value, 0) if value else size for value, size in zip(said, grown, strict=False)]
-    return tuple(size if size < 2**31 else -1 for size in sizes)  # mallopt takes an int; -1: never
 
 
 @buffers_kept()

@@ -10,9 +10,9 @@ import torch
 
 from avit_lib.errors import UserError
 from avit_lib.evaluation import counted_flops
+from avit_lib.evaluation.allocator import allocator_thresholds
 from avit_lib.evaluation.speed import (
     MODELS,
-    allocator_thresholds,
     benchmark,
     depth_sweep,
     interleaved,
