@@ -115,7 +115,10 @@ def traced(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
 
 @dataclass(frozen=True)
 class AdaptiveLoss:
-    """The A-ViT objective: the weighted sum of its terms (equation 8; defaults: the paper's)."""
+    """The A-ViT objective: the weighted sum of its terms (equation 8; defaults: the paper's).
+
+    Of a model as it is called, wrapped or not; raises UserError when that gives no halting scores.
+    """
 
     alpha_ponder: float = 5e-4  # alpha_p
     ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
@@ -127,10 +130,7 @@ class AdaptiveLoss:
     average: Callable[[Tensor], Tensor] = same  # the mean over the processes of a training, with a gradient
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
-        """The losses of ``model``, wrapped or not; ``progress`` is the fraction of training done, 0..1.
-
-        Raises UserError for a model that gives no halting scores.
-        """
+        """``progress`` is the fraction of training done, 0..1."""
         logits, trace = traced(model, images)
         target = target_distribution(self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device)
         task = self.task.of_logits(logits, images, labels)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from tqdm.auto import tqdm
 
-from avit_lib.adaptive import Adaptive
+from avit_lib.backbone import TokensLeave
 from avit_lib.data import Images, loader
 from avit_lib.errors import fitting_memory
 from avit_lib.evaluation.flops import flops_per_image
 from avit_lib.halting import executed_depth
-from avit_lib.model import AViT
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Predictions:
     logits: Tensor  # [n, K]
     labels: Tensor  # [n]
     depth: Tensor  # [n, N], every token to its own halting; of a plain transformer L everywhere
-    halting_scores: Tensor  # [n, L, N]; of other models 0 everywhere
+    halting_scores: Tensor  # [n, L, N]; of a model that does not halt 0 everywhere
     layers: int  # L
 
     @property
@@ -56,15 +55,12 @@ def predict(model: nn.Module, data: Images, batch_size: int = 250, device: str |
     with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
         batches = tqdm(loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None)
         for images, labels in batches:
-            if isinstance(model, AViT | Adaptive):
+            depth, scores = torch.full((len(images), tokens), layers), torch.zeros(len(images), layers, tokens)
+            if isinstance(model, TokensLeave):
                 logits, trace = model.forward_with_trace(images.to(device))
-                depth = trace.depth
+                depth, scores = trace.depth, getattr(trace, "halting_scores", scores)
             else:
                 logits = model(images.to(device))
-                depth = torch.full((len(images), tokens), layers)
-            scores = torch.zeros(len(images), layers, tokens)
-            if isinstance(model, AViT):
-                scores = trace.halting_scores
             outputs.append((logits.float().cpu(), labels, depth.cpu(), scores.cpu()))
     model.train(was_training)
     return Predictions(*(torch.cat(part) for part in zip(*outputs, strict=True)), layers)

@@ -53,6 +53,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
         model, checksum = create_model(description["model"], description["arguments"]), description["sha256"]
         if "merging" in description:
             model = without_thresholds(model, **description["merging"])
+            weights.setdefault("importance_weight", model.importance_weight)  # once it stood in the JSON alone
     except (KeyError, TypeError) as error:
         raise UserError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:

@@ -1,12 +1,15 @@
 """Checkpoints: what is written is what is read, and every fault is named in one line."""
 
 import json
+from hashlib import sha256
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from avit_lib.errors import UserError
+from avit_lib.merging import without_thresholds
 from avit_lib.training.checkpoints import load_checkpoint, load_pretrained, load_weights, save_checkpoint
 
 NAME, ARGUMENTS = "avit_nano_patch7_28", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
@@ -55,6 +58,23 @@ def test_of_a_file_without_halting_settings_the_arguments_set_them(model, tmp_pa
     save_checkpoint(tmp_path / "old.safetensors", model, NAME, ARGUMENTS)
     found, _ = load_checkpoint(tmp_path / "old.safetensors")
     assert (found.gamma, found.beta) == (3.0, -2.0)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_adapted_model_is_found_again_also_when_the_json_alone_weighs_importance(older, tmp_path):
+    plain = timm.create_model("deit_nano_patch7_28")
+    model = without_thresholds(plain, importance_weight=0.5)
+    model.thresholds.fill_(0.75)
+    path = tmp_path / "adapted.safetensors"
+    save_checkpoint(path, model, "deit_nano_patch7_28", {})
+    if older:
+        weights = model.state_dict()
+        del weights["importance_weight"]
+        save_file(weights, path)
+        facts = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(facts | {"sha256": sha256(path.read_bytes()).hexdigest()}))
+    found, _ = load_checkpoint(path)
+    assert found.importance_weight == 0.5 and (found.thresholds == 0.75).all()
 
 
 def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(saved, model):
