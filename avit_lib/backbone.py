@@ -139,7 +139,9 @@ class TokensLeave(VisionTransformer):
 
 def is_exporting() -> bool:
     """Whether an exporter follows one batch, to compute all others alike."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    # Until torch 2.12 its compiler counts as an exporter, too.
+    exports = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return torch.jit.is_tracing() or exports
 
 
 def why_not_plain(model: VisionTransformer) -> str:
