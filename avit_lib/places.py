@@ -21,4 +21,4 @@ def data_dir() -> Path:
 
 def weights_dir() -> Path:
     """Where pretrained weights lie: $AVIT_WEIGHTS, or data/weights/ in the checkout."""
-    return Path(os.environ.get("AVIT_WEIGHTS") or data_dir() / "weights")
+    return Path(os.environ.get("AVIT_WEIGHTS") or project_root() / "data" / "weights")

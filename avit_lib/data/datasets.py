@@ -24,6 +24,7 @@ POOLS = {
     "Caltech101": ("caltech101/101_ObjectCategories", "BACKGROUND_Google"),
     "Caltech256": ("caltech256/256_ObjectCategories", "257.clutter"),
 }
+CLASSES = {"Caltech101": 101, "Caltech256": 256}
 DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError, KeyError, UnpicklingError)
 
 Count, Share = Annotated[int, Meta(ge=1)], Annotated[float, Meta(gt=0, lt=1)]
@@ -35,6 +36,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dataset: Literal["FashionMNIST", "CIFAR10", "CIFAR100", "Caltech101", "Caltech256", "ImageNet"]
     image_size: Count  # pixels
     validation_per_class: Count | Share  # a share only of a pool
+    classes: tuple[str, ...] = ()  # of a pool, those that take part, by the names of their folders; none named: all
     train_per_class: Count | Share | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most
     augmentation: Literal["none", "standard"] = "none"  # of training images; "standard": random crops and mirroring
@@ -43,6 +45,8 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         shares = [n for n in (self.train_per_class, self.validation_per_class) if isinstance(n, float)]
         if shares and self.dataset not in POOLS:
             raise ValueError(f"{shares[0]} images of each class: a share is only for {' and '.join(POOLS)}")
+        if self.classes and self.dataset not in POOLS:
+            raise ValueError(f"classes of {self.dataset}: they can be chosen of {' and '.join(POOLS)} only")
 
     @property
     def channels(self) -> int:
@@ -70,7 +74,7 @@ def official_images(data: Data, train: bool) -> Images:
         folder, *leave_out = data_dir() / POOLS[name][0], POOLS[name][1]
         if not folder.is_dir():
             _downloaded(name, folder, f"unpack its archive so that there is {folder}/<class>/*.jpg")
-        return folder_images(folder, size, channels, leave_out=leave_out)
+        return folder_images(folder, size, channels, leave_out=_left_out(data, folder, leave_out))
     folder = data_dir() / "imagenet" / ("train" if train else "val")
     if not folder.is_dir():
         raise UserError(
@@ -78,6 +82,19 @@ def official_images(data: Data, train: bool) -> Images:
             f"n01440764 as classes, or set AVIT_DATA; it can't be downloaded without an account on image-net.org"
         )
     return folder_images(folder, size, channels)
+
+
+def _left_out(data: Data, folder: Path, leave_out: Sequence[str]) -> list[str]:
+    """The folders of a pool that are not of this study; raises UserError when one that is lacks."""
+    there = {path.name for path in folder.iterdir() if path.is_dir()} - set(leave_out)
+    missing = sorted(set(data.classes) - there)
+    if missing or (not data.classes and len(there) < CLASSES[data.dataset]):
+        what = name_some(missing) if missing else f"{CLASSES[data.dataset] - len(there)} of its classes"
+        raise UserError(
+            f"{data.dataset} under {folder} is not whole: it lacks {what}; bring them back (`git checkout -- data`), "
+            f"or set AVIT_DATA to a folder into which all of it can be downloaded"
+        )
+    return [*leave_out, *sorted(there - set(data.classes))] if data.classes else list(leave_out)
 
 
 def folder_images(

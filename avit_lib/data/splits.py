@@ -24,6 +24,7 @@ class TrainingData:
     # Ready for JSON: data set, seed, sizes, what tells the images apart (names or indices) and its
     # checksum ("sha256"), and the checksum of what each part holds ("content").
     split: dict
+    image_size: int  # pixels, as models see them
     augmentation: str = "none"  # of the training images
 
 
@@ -158,7 +159,7 @@ def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     train = parts["train"]
     size = train.images.shape[-1] if isinstance(train.images, Tensor) else decoded_size(data.image_size)
     train = replace(train, transform=batch_transform(size, data.image_size, data.channels, data.augmentation))
-    return TrainingData(*load(train, parts["validation"]), split, data.augmentation)
+    return TrainingData(*load(train, parts["validation"]), split, data.image_size, data.augmentation)
 
 
 def _description(dataset: str, seed: int, parts: dict[str, Images], names: bytes, **listed: Any) -> dict:

@@ -133,7 +133,7 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
     """
     return {
         "model": run.model,
-        "arguments": model_arguments(run, len(data.train.classes)),
+        "arguments": model_arguments(run, data),
         "classes": list(data.train.classes),
         "settings": msgspec.to_builtins(run),
         "images": [len(data.train), data.split["sha256"], data.split["content"], data.augmentation],
@@ -142,15 +142,16 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
     }
 
 
-def model_arguments(run: Run, classes: int) -> dict[str, Any]:
-    """The arguments of ``timm.create_model`` for a run and a number of classes."""
-    return {"num_classes": classes} | (run.halting.model_arguments if run.halting else {})
+def model_arguments(run: Run, data: TrainingData) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` for a run on these images."""
+    own = {"num_classes": len(data.train.classes), "img_size": data.image_size}
+    return own | (run.halting.model_arguments if run.halting else {})
 
 
 def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, device: torch.device) -> nn.Module:
     """The model of a run as its training starts: from the checkpoint ``start``, or as ``run.init`` says."""
     training.seed_everything(seed)
-    model = training.create_model(run.model, model_arguments(run, len(data.train.classes)))
+    model = training.create_model(run.model, model_arguments(run, data))
     if start is not None:
         training.load_weights(model, start)
     elif run.init == "pretrained":

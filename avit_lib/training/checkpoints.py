@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import save
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from avit_lib.adaptive import Adaptive, without_thresholds
@@ -79,13 +80,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """Load ImageNet weights from $AVIT_WEIGHTS/<timm name>.safetensors, else from timm's hub.
 
-    A classification head of another size is left at its initialisation. Raises UserError without weights, or when the
-    checksum of a download is not the one published.
+    A classification head of another size is left at its initialisation; positions are resampled to the model's grid.
+    Raises UserError without weights, or when the checksum of a download is not the one published.
     """
     path = weights_dir() / f"{timm_name}.safetensors"
     if not path.is_file():
         path = _download(timm_name, path)
-    weights = _read_weights(path)
+    weights = checkpoint_filter_fn(_read_weights(path), model)
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
         if key in weights and weights[key].shape != own[key].shape:
