@@ -22,7 +22,7 @@ from avit_lib.training import files, save_checkpoint
 
 FINISHED = {"best.json", "best.safetensors", "history.csv", "last.json", "last.safetensors"}
 UNFINISHED = FINISHED | {"resume.pt"}
-MODEL = "avit_nano_patch7_28"
+MODEL = "avit_nano"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def find_images(
     """The names below ``folder``, with slashes, of image files (sorted) and of folders.
 
     What is no image by its name, or not ``wanted`` by it, is told in one line on stderr; hidden names
-    and those that begin as ``leave_out`` are passed over. Links are followed, but every file and folder
+    and those in ``leave_out`` are passed over. Links are followed, but every file and folder
     counts once, by its own name if it has one here, and what holds ``folder`` never does.
     Raises UserError for a folder that cannot be read.
     """
@@ -66,7 +66,7 @@ def find_images(
             folders.append(name)
             for entry in _list_folder(place):
                 inner = f"{name}/{entry.name}".lstrip("/")
-                if entry.name.startswith((*HIDDEN, *leave_out)):
+                if entry.name.startswith(HIDDEN) or entry.name in leave_out:
                     continue
                 if entry.is_symlink():
                     links.append((inner, os.path.realpath(entry)))

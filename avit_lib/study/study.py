@@ -52,13 +52,12 @@ class Study:
         return test_data(self.profile.data, self.seed)
 
     def folder(self, run: str) -> Path:
-        """Where the checkpoints of a run, or candidate of the search, lie: aside, if a notebook by hand trained it."""
+        """Where the checkpoints of a run lie: aside, if a notebook by hand trained it."""
         aside, usual = self._folders(run)
         return aside if aside.is_dir() else usual
 
     def _folders(self, run: str) -> tuple[Path, Path]:
-        found = self.profile.run(run)
-        place = self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
+        place = self.checkpoints / self.profile.run(run).name
         return self.results.folder / place, results_dir(self.profile.name) / place
 
     def train(self, name: str) -> pd.DataFrame:
@@ -133,7 +132,7 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
     """
     return {
         "model": run.model,
-        "arguments": model_arguments(run, len(data.train.classes)),
+        "arguments": model_arguments(run, data),
         "classes": list(data.train.classes),
         "settings": msgspec.to_builtins(run),
         "images": [len(data.train), data.split["sha256"], data.split["content"], data.augmentation],
@@ -142,18 +141,19 @@ def describe(run: Run, data: TrainingData, start: Path | None, teacher: Path | N
     }
 
 
-def model_arguments(run: Run, classes: int) -> dict[str, Any]:
-    """The arguments of ``timm.create_model`` for a run and a number of classes."""
-    return {"num_classes": classes} | (run.halting.model_arguments if run.halting else {})
+def model_arguments(run: Run, data: TrainingData) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` for a run on these images."""
+    own = {"num_classes": len(data.train.classes), "img_size": data.image_size}
+    return own | (run.halting.model_arguments if run.halting else {})
 
 
 def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, device: torch.device) -> nn.Module:
     """The model of a run as its training starts: from the checkpoint ``start``, or as ``run.init`` says."""
     training.seed_everything(seed)
-    model = training.create_model(run.model, model_arguments(run, len(data.train.classes)))
+    model = training.create_model(run.model, model_arguments(run, data))
     if start is not None:
         training.load_weights(model, start)
-    elif run.init == "pretrained":
+    else:
         training.load_pretrained(model, run.pretrained)
     model.to(device)
     if run.saved:

@@ -30,7 +30,7 @@ def small(tmp_path, monkeypatch, no_network):
 
 def test_items_are_normalised(small):
     image, label = training_data(SMOKE, 0).train[0]
-    assert image.shape == (1, 28, 28) and image.dtype == torch.float32
+    assert image.shape == (3, 28, 28) and image.dtype == torch.float32
     assert image[0, -1, -1].item() == pytest.approx(-0.286 / 0.353, rel=1e-3)  # a black pixel
     assert 0 <= label < 10
 

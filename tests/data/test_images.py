@@ -330,8 +330,8 @@ def test_evaluation_cuts_out_the_centre_or_scales_up():
     large = torch.zeros(1, 3, 248, 248, dtype=torch.uint8)
     large[:, :, 12:-12, 12:-12] = 255
     assert len(batch_transform(248, 224, 3)(large)[0, 0].unique()) == 1
-    small = torch.full((2, 1, 28, 28), 9, dtype=torch.uint8)
-    assert batch_transform(28, 28, 1)(small).shape == (2, 1, 28, 28)
+    small = torch.full((2, 3, 28, 28), 9, dtype=torch.uint8)
+    assert batch_transform(28, 28, 1)(small).shape == (2, 3, 28, 28)
     assert batch_transform(28, 56, 1)(small).shape == (2, 1, 56, 56)
 
 

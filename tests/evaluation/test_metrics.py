@@ -68,7 +68,7 @@ def test_predict_and_metrics_of_a_model_that_halts():
 
 
 def test_a_plain_transformer_has_full_depth():
-    model = timm.create_model("deit_nano_patch7_28")
+    model = timm.create_model("deit_nano")
     found = predict(model, random_images(3))
     assert found.depth.shape == (3, 17) and (found.depth == 4).all() and found.layers == 4
 

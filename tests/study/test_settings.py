@@ -17,7 +17,7 @@ from avit_lib.training import Training
 
 SMOKE = get_profile("smoke")
 DATA = "[data]\ndataset = 'FashionMNIST'\nimage_size = 28\nvalidation_per_class = 10\n"
-RUN = "label = 'x'\nmodel = 'deit_nano_patch7_28'\ninit = 'random'\n"
+RUN = "label = 'x'\nmodel = 'deit_nano'\ninit = 'random'\n"
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_defaults_are_those_of_the_method():
     arguments = signature(AViT).parameters
     assert {name: arguments[name].default for name in Halting().model_arguments} == Halting().model_arguments
     assert AdaptiveLoss(**Halting().objective) == AdaptiveLoss()
-    taught = Teacher(timm.create_model("avit_nano_patch7_28"))
+    taught = Teacher(timm.create_model("avit_nano"))
     assert (taught.alpha, taught.temperature) == (Distillation().alpha, Distillation().temperature)
 
 
@@ -103,7 +103,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         [runs.avit_finetuned]
         extends = 'deit'
         label = 'y'
-        model = 'avit_nano_patch7_28'
+        model = 'avit_nano'
         training.learning_rate = 0.25
         halting.beta = -1.0
         [runs.child]
@@ -180,8 +180,8 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("runs.deit.init = 'avit_finetuned'", "circle: .*avit_finetuned"),
         ("runs.deit.saved = 0.3\nruns.deit_longer.saved = 0.3", "runs: a plain one is missing"),
         ("runs.avit.saved = 0.3", r"runs\.avit: it both halts and merges"),
-        ("runs.deit.halting = {}", r"runs\.deit: model 'deit_nano_patch7_28' and halting"),
-        ("[runs.x]\nextends = 'deit'\nmodel = 'avit_nano_patch7_28'", r"runs\.x: model 'avit_.*' and halting"),
+        ("runs.deit.halting = {}", r"runs\.deit: model 'deit_nano' and halting"),
+        ("[runs.x]\nextends = 'deit'\nmodel = 'avit_nano'", r"runs\.x: model 'avit_.*' and halting"),
         ("runs.avit.init = 'pretrained'", r"runs\.avit: init is pretrained; name the weights"),
         (
             "runs.avit = {init = 'pretrained', pretrained = 'x', halting.projection = true}",

@@ -28,7 +28,7 @@ def run():
     )  # fmt: skip
     training = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
     return Run(
-        name="fitted", label="fitted", model="avit_nano_patch7_28", init="random", training=training, halting=halting
+        name="fitted", label="fitted", model="avit_nano", init="random", training=training, halting=halting
     )
 
 
@@ -55,7 +55,7 @@ def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
 
 
 def test_a_run_that_merges_is_adapted_before_it_is_trained(run, data, tmp_path):
-    merging = structs.replace(run, model="deit_nano_patch7_28", halting=None, saved=0.2)
+    merging = structs.replace(run, model="deit_nano", halting=None, saved=0.2)
     assert merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
     start = initial_model(merging, data, None, 0, CPU)
     train_run(merging, data, tmp_path, None, None, 0, CPU)
@@ -82,7 +82,7 @@ def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
 
 
 def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
-    plain = structs.replace(run, name="plain", model="deit_nano_patch7_28", halting=None)
+    plain = structs.replace(run, name="plain", model="deit_nano", halting=None)
     train_run(plain, data, tmp_path / "plain", None, None, 0, CPU)
     weights, others = tmp_path / "plain" / "last.safetensors", replace(data, train=random_images(64, classes=3))
     for changes, teacher, images, message in (
