@@ -61,7 +61,7 @@ def model_colour(label: str) -> ColorType:
     if not label.startswith("A-ViT"):
         kinds = {"ToMe": PALETTE[4], "merging trained": INK, "Adaptive": PALETTE[7], "longer": PALETTE[9]}
         return next((colour for word, colour in kinds.items() if word in label), PALETTE[0])
-    kinds = {"half": 2, "halting trained": 3, "fine-tuned": 1, "halting held": 1}
+    kinds = {"half": 2, "halting trained": 3, "fine-tuned": 1, "halting held": 1, "published": 5}
     return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]
 
 
