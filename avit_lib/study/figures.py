@@ -19,6 +19,12 @@ WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
 SPEED_COLOURS = {"DeiT": PALETTE[0], "A-ViT masked": PALETTE[7], "A-ViT packed": PALETTE[1]}
+AVIT_COLOURS = {  # by a word of the label
+    "halting trained": PALETTE[3], "halting held": PALETTE[1], "ImageNet": PALETTE[5], "": PALETTE[2],
+}  # fmt: skip
+OTHER_COLOURS = {
+    "ToMe": PALETTE[4], "merging trained": INK, "Adaptive": PALETTE[7], "longer": PALETTE[9], "": PALETTE[0],
+}  # fmt: skip
 CURVES = {  # marker, line, what is varied and stands beside the points
     "ToMe": ("s", ":", "r"), "Adaptive merging": ("D", "-.", "FLOPs saved"),
     "Adaptive merging trained": ("P", "-", "FLOPs saved"),
@@ -58,11 +64,8 @@ def legible(words: str) -> str:
 
 def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    if not label.startswith("A-ViT"):
-        kinds = {"ToMe": PALETTE[4], "merging trained": INK, "Adaptive": PALETTE[7], "longer": PALETTE[9]}
-        return next((colour for word, colour in kinds.items() if word in label), PALETTE[0])
-    kinds = {"half": 2, "halting trained": 3, "fine-tuned": 1, "halting held": 1, "published": 5}
-    return PALETTE[next((number for word, number in kinds.items() if word in label), 2)]
+    kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
+    return next(colour for word, colour in kinds.items() if word in label)
 
 
 def percent(axis: Axes, which: str = "y") -> None:

@@ -88,6 +88,28 @@ def depth_maps(
     return mosaic(rows, layers)
 
 
+def depths_beside(
+    images: ArrayLike,
+    titles: list[str],
+    maps: dict[str, tuple[ArrayLike, list[str]]],
+    layers: int,
+    columns: int = 8,
+) -> Figure:
+    """Images [B, C, H, W] with titles [B], and below them the depth maps of several models.
+
+    ``maps`` has by name the depth [B, N] of the tokens and words [B] above the maps, if any. More
+    than ``columns`` images go on in further rows.
+    """
+    rows = []
+    for first in range(0, len(images), columns):
+        part = slice(first, first + columns)
+        rows.append(("image", rgb(images[part]), titles[part]))
+        for name, (depth, words) in maps.items():
+            grid = grids(depth[part], np.shape(images)[2:])
+            rows.append((name, coloured(grid, layers), words[part]))
+    return mosaic(rows, layers)
+
+
 def depth_extremes(groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], layers: int) -> Figure:
     """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their tokens [B, N]."""
     rows = []

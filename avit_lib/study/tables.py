@@ -6,7 +6,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,12 @@ from avit_lib.evaluation.speed import throughput
 from avit_lib.flops import plain_flops
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrated_beta
+from avit_lib.study.settings import Run
 from avit_lib.study.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
+ROUNDS, FEWER_ROUNDS = 5, 3  # of timing, interleaved
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
 IMAGENET = PUBLISHED.pop("imagenet")  # what others published of DeiT-T on ImageNet's validation images
@@ -100,39 +101,56 @@ def with_intervals(study: Study, model: nn.Module, predictions: Predictions) -> 
     return row | values
 
 
-def speed_table(study: Study, others: Mapping[str, nn.Module] | None = None) -> pd.DataFrame:
-    """``throughput`` of all models of a study on test images, one row a model and batch size: its only measurement.
+def speed_table(
+    study: Study,
+    others: Mapping[str, nn.Module] | None = None,
+    recalibrated: Mapping[str, nn.Module] | None = None,
+) -> pd.DataFrame:
+    """``throughput`` on test images, one row a model and batch size: the only measurement of a study.
 
-    The trained ones run at batch sizes up to that of training, those that halt packed and, as the paper executes them,
-    masked; ``others`` only at the largest.
+    Trained models run packed, at batch sizes up to that of training; the focus also masked, as the
+    paper executes it. Plain ones of one architecture compute the same: one is timed for all. The
+    ``others`` run at the largest batch size, and so do the ``recalibrated``, in fewer rounds.
     """
-    runs, most = study.profile.runs, min(study.profile.plain.training.batch_size, len(study.test))
-    models = {run.label: (study.load(run.name), "packed") for run in runs}
-    models |= {f"{run.label}, masked": (models[run.label][0], "masked") for run in runs if run.halting}
-    few = [batch for batch in ([1] if study.profile.smoke else [1, 8]) if batch < most]
-    measured = [throughput(models, test_images(study, batch)) for batch in few]
+    runs, plain = study.profile.runs, study.profile.plain
+    alike = {run.label: _timed_for(study, run).label for run in runs}
+    timed = [run for run in runs if run.label in alike.values()]
+    models = {run.label: (study.load(run.name), "packed") for run in timed}
+    focus = study.profile.run(study.profile.focus).label
+    models[f"{focus}, masked"] = (models[focus][0], "masked")
+    most = min(plain.training.batch_size, len(study.test))
+    few = [batch for batch in ((1,) if study.profile.smoke else (1, 8)) if batch < most]
+    measured = [throughput(models, test_images(study, batch), ROUNDS) for batch in few]
     models |= {name: (model, "packed") for name, model in (others or {}).items()}
-    measured.append(throughput(models, test_images(study, most)))
-    return pd.concat(measured, ignore_index=True)
+    measured.append(throughput(models, test_images(study, most), ROUNDS))
+    if recalibrated:
+        beside = {plain.label: models[plain.label]}
+        beside |= {name: (model, "packed") for name, model in recalibrated.items()}
+        measured.append(throughput(beside, test_images(study, most), FEWER_ROUNDS)[1:])
+    table = pd.concat(measured, ignore_index=True)
+    others = {label: timed for label, timed in alike.items() if label != timed}
+    copies = [table[table["model"] == timed].assign(model=label) for label, timed in others.items()]
+    return pd.concat([table, *copies], ignore_index=True)
 
 
-def even_classes(evaluation: pd.DataFrame) -> bool:
-    """Whether all classes are equally large, so that accuracy and its mean over classes are one figure."""
-    return np.allclose(evaluation["accuracy"], evaluation["accuracy_macro"])
+def _timed_for(study: Study, run: Run) -> Run:
+    """The run whose speed is that of ``run``: of plain ones the first of the same architecture."""
+    if run.method != "plain":
+        return run
+    plain = [one for one in study.profile.runs if one.method == "plain"]
+    return next(one for one in plain if one.model == run.model)
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
     """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
-    even = even_classes(evaluation)
     table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
 
     def with_interval(name: str) -> pd.Series:
         return percentages(evaluation[[name, f"{name}_low", f"{name}_high"]], "{:.1f} ({:.1f} to {:.1f})")
 
-    if not even:
-        table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
+    table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
     for plain, part in differences.set_index("model").groupby("minus", sort=False):
-        words = percentages(part[DIFFERENCE if even else MACRO_DIFFERENCE], "{:+.2f} ({:+.2f} to {:+.2f})")
+        words = percentages(part[MACRO_DIFFERENCE], "{:+.2f} ({:+.2f} to {:+.2f})")
         table[f"minus {plain} [points]"] = table["model"].map(words).fillna("")
     table["accuracy [%]"] = with_interval("accuracy")
     table["macro F1 [%]"] = with_interval("f1_macro")
