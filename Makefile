@@ -1,6 +1,6 @@
 # The whole study from a shell; `make` alone lists what there is.
 
-PROFILE  ?= fashion
+PROFILE  ?= caltech24
 SEED     ?= 0
 VENV     ?= .venv
 RUN      ?= avit
@@ -20,13 +20,13 @@ export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 export KINETO_LOG_LEVEL ?= 6
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks train search sweep release benchmark test test-browser lint readme badges lock clean clean-results
+.PHONY: help setup lab reproduce notebooks train sweep release benchmark test test-browser lint readme badges lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "variables (with their present values):"
-	@echo "  PROFILE=$(PROFILE)  which study: smoke, fashion, ... or a TOML file of your own (avit_lib/study/profiles)"
+	@echo "  PROFILE=$(PROFILE)  which study: caltech24, caltech101, ... or a TOML file of your own (avit_lib/study/profiles)"
 	@echo "  SEED=$(SEED)  seed of everything random"
 	@echo "  RUN=$(RUN)  what \`make train\` trains: one of the profile's runs"
 	@echo "  NPROC=$(NPROC)  in how many processes, one to a GPU"
@@ -64,9 +64,6 @@ notebooks: setup  ## Run those notebooks of PROFILE whose results are out of dat
 
 train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
 	@$(LAUNCH) -m avit_lib fit --profile "$(PROFILE)" --seed "$(SEED)" --model "$(RUN)"
-
-search: setup  ## Compare the candidate settings of PROFILE on the validation images (goes on after an interruption)
-	@$(AVIT) search --profile "$(PROFILE)" --seed "$(SEED)"
 
 sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
 	@$(AVIT) sweep --profile "$(PROFILE)" --seed "$(SEED)"

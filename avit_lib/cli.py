@@ -34,11 +34,11 @@ class Common:
     """What every command takes.
 
     Args:
-        profile: The study: smoke, fashion, caltech101, ... (avit_lib/study/profiles), or a TOML file of your own.
+        profile: The study: caltech24, caltech101, ... (avit_lib/study/profiles), or a TOML file of your own.
         seed: Of everything random.
     """
 
-    profile: str = "fashion"
+    profile: str = "caltech24"
     seed: Seed = 0
 
 
@@ -202,13 +202,13 @@ def test(
 @app.command
 def visualize(
     *, common: Trained = Trained(), output: Path = Path("halting.png"),
-    images: Annotated[list[str], Several] = ["22", "29", "40", "43", "76", "109"],
+    images: Annotated[list[str], Several] = [],
 ) -> None:  # fmt: skip
     """Draw where an A-ViT stopped looking, and what it still saw, into one picture.
 
     Args:
         output: The .png, .jpg, .webp, .pdf or .svg to write; without a suffix, a PNG.
-        images: Numbers of test images, or paths of image files.
+        images: Numbers of test images, or paths of image files. Default: a test image of each of six classes.
     """
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device
@@ -229,6 +229,8 @@ def data(*, common: Common = Common()) -> None:
     from avit_lib.training import read_json
 
     profile = get_profile(common.profile)
+    if files := datasets.check_embedded(datasets.data_dir()):
+        print(f"{files} embedded files are as published (SHA256SUMS)")
     found, tested = datasets.training_data(profile.data, common.seed), datasets.test_data(profile.data, common.seed)
     split, classes = found.split, len(found.train.classes)
     sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(tested)} test"
@@ -273,23 +275,11 @@ def benchmark(
 
 
 @app.command
-def search(*, common: Computing = Computing()) -> None:
-    """Train the candidates of a profile and compare them on the validation images."""
-    from avit_lib.study import Study
-    from avit_lib.study.results import to_markdown
-    from avit_lib.study.search import run_search
-
-    study = Study(common.profile, common.seed, "search", common.device)
-    print(to_markdown(run_search(study)))
-    print(f"written to {study.results.folder / 'tables' / 'search.csv'}", file=sys.stderr)
-
-
-@app.command
 def sweep(*, common: Computing = Computing()) -> None:
     """Train and test the best runs of a profile from several seeds: mean and standard deviation."""
     from avit_lib.study import get_profile
     from avit_lib.study.results import results_dir, to_markdown
-    from avit_lib.study.search import run_sweep
+    from avit_lib.study.sweep import run_sweep
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))
     print(f"written to {results_dir(get_profile(common.profile).name) / 'tables' / 'sweep.csv'}", file=sys.stderr)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import is_exportable, is_scriptable
-from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from avit_lib.backbone import TokensLeave, is_exporting, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
 from avit_lib.packed import call, predict_packed, run_packed
-from avit_lib.places import weights_dir
+from avit_lib.places import weights_file
 
 
 class AViT(TokensLeave):
@@ -159,45 +158,31 @@ def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Te
 
 # --- registration with timm -------------------------------------------------------------------------------------------
 
-# The last two are narrow backbones for 28 x 28 grey images, trained from random weights.
-_GREY = dict(img_size=28, in_chans=1, num_classes=10, embed_dim=64, num_heads=2, mlp_ratio=2.0)
-_UNTRAINED = dict(num_classes=10, input_size=(1, 28, 28), mean=(0.286,), std=(0.353,))
 SHAPES = {
     "tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
     "small_patch16_224": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6),
     "base_patch16_224": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12),
-    "micro_patch4_28": _GREY | dict(patch_size=4, depth=12),
-    "nano_patch7_28": _GREY | dict(patch_size=7, embed_dim=16, depth=4),
 }
 default_cfgs = {}  # timm reads them when a model is registered
 
 
-def register(kind: str, model_class: type, size: str) -> None:
-    """Register ``<kind>_<size>`` with timm: a ``model_class`` of the shape ``SHAPES[size]``."""
-    name, grey = f"{kind}_{size}", size.endswith("_28")
+def register(size: str) -> None:
+    """Register ``avit_<size>`` with timm: an A-ViT of the shape ``SHAPES[size]``."""
+    name, published = f"avit_{size}", f"deit_{size}.fb_in1k"
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | SHAPES[size] | kwargs
         options["feature_cfg"] = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
-        here = weights_dir() / f"deit_{size}.fb_in1k.safetensors"
         own = isinstance(options.get("pretrained_cfg"), str | None)  # not somebody else's weights
-        if pretrained and own and here.is_file():
-            options["pretrained_cfg_overlay"] = {"file": str(here)} | (options.get("pretrained_cfg_overlay") or {})
-        model = build_model_with_cfg(model_class, name, pretrained, **options)
-        if grey and not pretrained:  # learnt positions start as sines and cosines, which saves epochs
-            inner = getattr(model, "model", model)  # features_only wraps it
-            with torch.no_grad():
-                sines = build_sincos2d_pos_embed(list(inner.patch_embed.grid_size), inner.embed_dim)
-                inner.pos_embed[0, inner.num_prefix_tokens :] = sines
-        return model
+        if pretrained and own and (here := weights_file(published)).is_file():
+            overlay = options.get("pretrained_cfg_overlay") or {}
+            options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
+        return build_model_with_cfg(AViT, name, pretrained, **options)
 
     create.__name__ = name
-    tag, cfg = ("untrained", _UNTRAINED) if grey else ("fb_in1k", get_pretrained_cfg(f"deit_{size}.fb_in1k"))
-    default_cfgs.update(generate_default_cfgs({f"{name}.{tag}": cfg}))
+    default_cfgs.update(generate_default_cfgs({f"{name}.fb_in1k": get_pretrained_cfg(published)}))
     register_model(create)
 
 
 for _size in SHAPES:
-    register("avit", AViT, _size)
-    if _size.endswith("_28"):  # timm has the others
-        register("deit", VisionTransformer, _size)
+    register(_size)

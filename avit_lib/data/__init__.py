@@ -6,7 +6,7 @@ May import the method's errors; no other room. The others import what is named h
 
 from avit_lib.data.datasets import Data
 from avit_lib.data.files import find_images, read_all
-from avit_lib.data.images import Images, loader, read_image, to_pixels
+from avit_lib.data.images import STATISTICS, Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
     check_split,
@@ -16,10 +16,10 @@ from avit_lib.data.splits import (
     test_data,
     training_data,
 )
-from avit_lib.places import data_dir, project_root, weights_dir
+from avit_lib.places import check_embedded, data_dir, project_root
 
 __all__ = [
-    "Data", "Images", "TrainingData", "check_split", "data_dir", "find_images",
+    "STATISTICS", "Data", "Images", "TrainingData", "check_embedded", "check_split", "data_dir", "find_images",
     "folder_test_data", "folder_training_data", "loader", "pick_per_class", "project_root",
-    "read_all", "read_image", "test_data", "to_pixels", "training_data", "weights_dir",
+    "read_all", "read_image", "test_data", "to_pixels", "training_data",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """Images: decoded into bytes, at once or when they are needed, and made into normalised batches.
 
-Every image file becomes a square of bytes of the same size (``decode``). At ImageNet's image sizes that square is a
-little larger than what a model sees: evaluation cuts out its centre, augmentation a random part. So an image is decoded
-once; and whether a set lies in memory or on disk makes no difference to a batch.
+Every image file becomes a square of bytes of the same size (``decode``), a little larger than what
+a model sees: evaluation cuts out its centre, augmentation a random part. So an image is decoded
+once; and whether a set lies in memory or on disk makes no difference to a batch. Images are RGB.
 """
 
 import hashlib
@@ -23,10 +23,8 @@ from torchvision.transforms import v2
 
 from avit_lib.data.files import FORMATS, Unreadable, read_all, worker_count
 
-# Mean and deviation of each channel, of pixels 0..1, by the number of channels: Fashion-MNIST's and ImageNet's.
-STATISTICS = {1: ((0.286,), (0.353,)), 3: (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)}
+STATISTICS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # mean and deviation, of pixels 0..1
 CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (crop_pct)
-SMALL_IMAGE = 64  # pixels; up to this image size nothing is cut off the shorter side, there is little enough of it
 CROP_AREA = (0.5, 1.0)  # of the decoded square, seen by a training crop: moderate, the square is most of the object
 MEMORY_LIMIT = 4 * 2**30  # bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again
 
@@ -39,18 +37,17 @@ READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.er
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files ``root``/``names`` [n], decoded whenever they are asked for: indexed like bytes [n, C, S, S]."""
+    """Image files ``root``/``names`` [n], decoded whenever they are asked for: indexed like bytes [n, 3, S, S]."""
 
     root: Path
     names: np.ndarray  # of str: a list of a million strings would be copied into every worker of a DataLoader
     image_size: int
-    channels: int
 
     def __getitem__(self, index: int | list[int] | Tensor) -> Tensor:
         chosen = self.names[np.asarray(index)]  # NumPy takes a tensor of one index for a number
         if isinstance(chosen, str):
-            return decode(self.root / chosen, self.image_size, self.channels)
-        return torch.stack([decode(self.root / name, self.image_size, self.channels) for name in chosen])
+            return decode(self.root / chosen, self.image_size)
+        return torch.stack([decode(self.root / name, self.image_size) for name in chosen])
 
 
 @dataclass(frozen=True)
@@ -88,39 +85,31 @@ def load(*sets: Images) -> list[Images]:
     def read(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> None:
         files, pixels, index = job
         if pixels is files:
-            _read(files.root / files.names[index], "RGB", draft=True)
+            _read(files.root / files.names[index], draft=True)
         else:
             pixels[index] = files[index]
 
     jobs = [
-        (data.images, pixels, index)
-        for data, pixels in zip(sets, decoded, strict=True)
-        if isinstance(data.images, ImageFiles)
-        for index in range(len(data))
+        (data.images, pixels, index) for data, pixels in zip(sets, decoded, strict=True) for index in range(len(data))
     ]
     read_all(read, jobs, "reading")
     return [replace(data, images=pixels) for data, pixels in zip(sets, decoded, strict=True)]
 
 
-def _make_room(images: Tensor | ImageFiles, count: int) -> Tensor | ImageFiles:
-    """Memory for ``count`` decoded files; ``images`` themselves if too large, or decoded."""
-    if isinstance(images, Tensor):
-        return images
+def _make_room(images: ImageFiles, count: int) -> Tensor | ImageFiles:
+    """Memory for ``count`` decoded files; ``images`` themselves if it would be too much."""
     side = decoded_size(images.image_size)
-    shape = (count, images.channels, side, side)
+    shape = (count, 3, side, side)
     return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else images
 
 
 def digest(data: Images) -> str:
-    """The SHA-256 of what is in the images: of pixels and labels, or of the bytes of files, in order.
+    """The SHA-256 of the bytes of image files, in order.
 
     A file that cannot be opened counts as empty: reading it names it.
     """
-    if isinstance(data.images, Tensor):
-        parts = [data.images.numpy().tobytes(), data.labels.numpy().tobytes()]
-    else:
-        paths = [data.images.root / name for name in data.images.names]
-        parts = read_all(_digest_file, paths, "comparing")
+    paths = [data.images.root / name for name in data.images.names]
+    parts = read_all(_digest_file, paths, "comparing")
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
@@ -158,46 +147,45 @@ class Share(Dataset):
         return self.data[batch[self.rank :: self.count]]
 
 
-def read_image(path: Path, image_size: int, channels: int, transform: Callable | None = None) -> Tensor:
-    """One image file as a normalised tensor [C, H, W], as in evaluation; raises UserError when it cannot be read.
+def read_image(path: Path, image_size: int, transform: Callable | None = None) -> Tensor:
+    """One image file as a normalised tensor [3, H, W], as in evaluation.
 
-    ``transform``: what makes the tensor of a PIL image, in place of the study's own way.
+    ``transform``: what makes the tensor of a PIL image, in place of the study's own way. Raises
+    UserError when the file cannot be read.
     """
     if transform is not None:
-        return transform(_read(path, "L" if channels == 1 else "RGB"))
-    return batch_transform(decoded_size(image_size), image_size, channels)(decode(path, image_size, channels))
+        return transform(_read(path))
+    return batch_transform(image_size)(decode(path, image_size))
 
 
-def decode(path: Path, image_size: int, channels: int) -> Tensor:
-    """The bytes [C, S, S], S = ``decoded_size``, of an image file: shorter side scaled to S, centre cut out.
+def decode(path: Path, image_size: int) -> Tensor:
+    """The bytes [3, S, S] of an image file: shorter side scaled to S, the centre cut out.
 
-    Grey for one channel, else RGB; raises UserError when it cannot be read.
+    S is ``decoded_size``; raises UserError when the file cannot be read.
     """
     size = decoded_size(image_size)
-    image = _read(path, "L" if channels == 1 else "RGB")
-    if size > image_size:  # by Pillow, whose bicubic is what timm evaluates with
-        image = v2.Resize(size, v2.InterpolationMode.BICUBIC)(image)
-    return v2.CenterCrop(size)(v2.Resize(size)(v2.functional.pil_to_tensor(image)))
+    # By Pillow, whose bicubic is what timm evaluates with.
+    scaled = v2.Resize(size, v2.InterpolationMode.BICUBIC)(_read(path))
+    return v2.functional.pil_to_tensor(v2.CenterCrop(size)(scaled))
 
 
 def decoded_size(image_size: int) -> int:
     """Side of the square that is decoded for models that see ``image_size`` pixels, such as 248 for 224."""
-    return image_size if image_size <= SMALL_IMAGE else math.floor(image_size / CROP_FRACTION)
+    return math.floor(image_size / CROP_FRACTION)
 
 
-def batch_transform(size: int, image_size: int, channels: int, augmentation: str = "none") -> v2.Compose:
-    """From bytes [..., C, size, size] to normalised images [..., C, image_size, image_size].
+def batch_transform(image_size: int, augmentation: str = "none") -> v2.Compose:
+    """From decoded bytes [..., 3, S, S] to normalised images [..., 3, image_size, image_size].
 
-    Augmentation "none": the centre, or all of images that are smaller than ``image_size``, which are scaled up.
-    "standard": of each image a random part, of ``CROP_AREA``, mirrored or not.
+    Augmentation "none": the centre. "standard": of each image a random part, of ``CROP_AREA``,
+    mirrored or not.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
+    part = v2.CenterCrop(image_size)
     if augmentation == "standard":
+        bicubic = v2.InterpolationMode.BICUBIC
         crop = v2.RandomResizedCrop(image_size, scale=CROP_AREA, interpolation=bicubic)
         part = EachByItself([crop, v2.RandomHorizontalFlip()])
-    else:
-        part = v2.CenterCrop(image_size) if size > image_size else v2.Resize(image_size, bicubic)
-    return v2.Compose([part, v2.ToDtype(torch.float32, scale=True), v2.Normalize(*STATISTICS[channels])])
+    return v2.Compose([part, v2.ToDtype(torch.float32, scale=True), v2.Normalize(*STATISTICS)])
 
 
 class EachByItself(v2.Compose):
@@ -208,14 +196,14 @@ class EachByItself(v2.Compose):
         return super().forward(images) if images.ndim == 3 else torch.stack([self(image) for image in images])
 
 
-def to_pixels(images: Tensor, statistics: tuple | None = None) -> Tensor:
-    """Undo the normalisation of images [..., C, H, W], by mean and deviation (default: the study's): values 0..1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in statistics or STATISTICS[images.shape[-3]])
+def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
+    """Undo the normalisation of images [..., 3, H, W], by mean and deviation: values 0..1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in statistics)
     return (images * std + mean).clamp(0, 1)
 
 
-def _read(path: Path, mode: str, draft: bool = False) -> Image.Image:
-    """An image file, upright, as "RGB" or "L"; of one beyond the aspect ratio ``WIDEST`` the middle.
+def _read(path: Path, draft: bool = False) -> Image.Image:
+    """An image file, upright, as "RGB"; of one beyond the aspect ratio ``WIDEST`` the middle.
 
     A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
@@ -227,7 +215,7 @@ def _read(path: Path, mode: str, draft: bool = False) -> Image.Image:
             ImageOps.exif_transpose(image, in_place=True)
             most = WIDEST * min(image.size)
             middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
-            return _to_bytes(middle, mode, layout)
+            return _to_bytes(middle, layout)
     except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         unknown = isinstance(error, UnidentifiedImageError)
@@ -235,8 +223,8 @@ def _read(path: Path, mode: str, draft: bool = False) -> Image.Image:
         raise Unreadable(f"{path} ({reason})") from None
 
 
-def _to_bytes(image: Image.Image, mode: str, layout: str) -> Image.Image:
-    """An image of any mode as "RGB" or "L": 16 bits scaled to 8, what is transparent laid on white.
+def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
+    """An image of any mode as "RGB": 16 bits scaled to 8, what is transparent laid on white.
 
     Grey files of 16 bits seldom say how many are used: we take the fewest of 8, 12 and 16 that hold
     the brightest pixel. So what a sensor of 10 or 14 bits took is dark, at most by a factor of 4; and
@@ -258,4 +246,4 @@ def _to_bytes(image: Image.Image, mode: str, layout: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image.convert("RGB")

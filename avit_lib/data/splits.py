@@ -5,13 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
-from avit_lib.data.images import Images, batch_transform, decoded_size, digest, load
+from avit_lib.data.images import Images, batch_transform, digest, load
 from avit_lib.errors import UserError
 
 
@@ -21,7 +20,7 @@ class TrainingData:
 
     train: Images
     validation: Images
-    # Ready for JSON: data set, seed, sizes, what tells the images apart (names or indices) and its
+    # Ready for JSON: data set, seed, sizes, what tells the images apart (names) and its
     # checksum ("sha256"), and the checksum of what each part holds ("content").
     split: dict
     image_size: int  # pixels, as models see them
@@ -47,8 +46,8 @@ def hold_out(labels: Tensor, per_class: int, generator: torch.Generator) -> dict
 def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
     """Indices of the "train", "validation" and "test" images of a pool, drawn from each class by seed, each sorted.
 
-    A class gives ``train_per_class`` images (or that share of its own) to training, of the rest
-    ``validation_per_class`` to validation, and up to ``test_per_class`` of what is then left to the test. In a class
+    A class gives ``train_per_class`` images to training, of the rest ``validation_per_class`` to
+    validation, and up to ``test_per_class`` of what is then left to the test. In a class
     too small for that, training still gets its number as long as two images are left, and validation at most half of
     what is left: so every class is in every part.
     With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of 31, gives 29, 1 and 1.
@@ -61,10 +60,8 @@ def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
         if len(members) < 3:
             raise UserError(f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it")
         most = len(members) - 2
-        wanted = most if data.train_per_class == "all" else data.train_per_class, data.validation_per_class
-        train, validation = (round(n * len(members)) if isinstance(n, float) else n for n in wanted)
-        train = min(train, most)
-        validation = min(max(validation, 1), (len(members) - train) // 2)
+        train = most if data.train_per_class == "all" else min(data.train_per_class, most)
+        validation = min(data.validation_per_class, (len(members) - train) // 2)
         rest = members[train + validation :]
         parts["train"].append(members[:train])
         parts["validation"].append(members[train : train + validation])
@@ -80,18 +77,8 @@ def training_data(data: Data, seed: int) -> TrainingData:
     else:
         generator = torch.Generator().manual_seed(seed)
         chosen = hold_out(official.labels, data.validation_per_class, generator)
-        if data.train_per_class != "all":
-            kept = chosen["train"]
-            chosen["train"] = kept[pick_per_class(official.labels[kept], data.train_per_class, generator)]
     parts = {role: official.select(indices) for role, indices in chosen.items()}
-    if isinstance(official.images, Tensor):  # images without names: the indices of those held out
-        indices = chosen["validation"].tolist()
-        names = str(indices).encode() + parts["validation"].labels.numpy().tobytes()
-        split = _description(data.dataset, seed, parts, names, validation_indices=indices)
-        split["content"]["test"] = digest(official_images(data, train=False))
-    else:
-        complete = data.dataset not in POOLS and data.train_per_class == "all"
-        split = _describe_files(data.dataset, seed, parts, list_training=not complete)
+    split = _description(data.dataset, seed, parts, list_training=data.dataset in POOLS)
     return _loaded(parts, split, data)
 
 
@@ -103,8 +90,6 @@ def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
     images = official_images(data, train=False)
     if data.dataset in POOLS:
         images = images.select(split_pool(images, data, seed)["test"])
-    elif data.test_per_class != "all":
-        images = images.select(pick_per_class(images.labels, data.test_per_class, torch.Generator().manual_seed(0)))
     return load(images)[0] if decode else images
 
 
@@ -128,9 +113,9 @@ def check_split(recorded: dict, split: dict) -> str:
     )
 
 
-def folder_test_data(folder: Path, size: int, channels: int, classes: Sequence[str], decode: bool = True) -> Images:
+def folder_test_data(folder: Path, size: int, classes: Sequence[str], decode: bool = True) -> Images:
     """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
-    images = folder_images(folder / "test", size, channels, classes)
+    images = folder_images(folder / "test", size, classes)
     return load(images)[0] if decode else images
 
 
@@ -138,42 +123,40 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     """Training and validation images of a folder of one's own: its val/, or else of every class of train/ equally
     many, a tenth of the smallest class.
 
-    Of ``data`` the image size, the number of channels and the augmentation count.
+    Of ``data`` the image size and the augmentation count.
     """
-    train, held_out = folder_images(folder / "train", data.image_size, data.channels), folder / "val"
+    train, held_out = folder_images(folder / "train", data.image_size), folder / "val"
     if held_out.is_dir():
         parts = {"train": train}
-        parts["validation"] = folder_images(held_out, data.image_size, data.channels, train.classes)
+        parts["validation"] = folder_images(held_out, data.image_size, train.classes)
     else:
         smallest = int(train.labels.bincount().min())
         if smallest < 2:
             raise UserError(f"a class in {train.images.root} has a single image, so none can be held out; add images")
         chosen = hold_out(train.labels, max(1, smallest // 10), torch.Generator().manual_seed(seed))
         parts = {role: train.select(indices) for role, indices in chosen.items()}
-    split = _describe_files(str(folder), seed, parts, list_training=False)
+    split = _description(str(folder), seed, parts, list_training=False)
     return _loaded(parts, split, data)
 
 
 def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     """Decode the training and validation images, and augment the former."""
-    train = parts["train"]
-    size = train.images.shape[-1] if isinstance(train.images, Tensor) else decoded_size(data.image_size)
-    train = replace(train, transform=batch_transform(size, data.image_size, data.channels, data.augmentation))
+    transform = batch_transform(data.image_size, data.augmentation)
+    train = replace(parts["train"], transform=transform)
     return TrainingData(*load(train, parts["validation"]), split, data.image_size, data.augmentation)
 
 
-def _description(dataset: str, seed: int, parts: dict[str, Images], names: bytes, **listed: Any) -> dict:
-    """The split, ready for JSON, with the checksum of ``names``, and of what each part holds."""
-    sizes = {f"{role}_images": len(images) for role, images in parts.items()}
-    checksums = {
-        "sha256": hashlib.sha256(names).hexdigest(),
-        "content": {role: digest(images) for role, images in parts.items()},
-    }
-    return {"dataset": dataset, "seed": seed, **sizes, **checksums, **listed}
+def _description(dataset: str, seed: int, parts: dict[str, Images], list_training: bool) -> dict:
+    """The split as file names by role, ready for JSON, with checksums of names and of contents.
 
-
-def _describe_files(dataset: str, seed: int, parts: dict[str, Images], list_training: bool) -> dict:
-    """The split as file names by role; the checksum is of all, also of training images not listed, being the rest."""
+    The former is of all names, also of training images that are not listed because they are the rest.
+    """
     files = {role: part.images.names.tolist() for role, part in parts.items()}
-    listed = {role: names for role, names in files.items() if list_training or role != "train"}
-    return _description(dataset, seed, parts, json.dumps(files).encode(), files=listed)
+    return {
+        "dataset": dataset,
+        "seed": seed,
+        **{f"{role}_images": len(images) for role, images in parts.items()},
+        "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
+        "content": {role: digest(images) for role, images in parts.items()},
+        "files": {role: names for role, names in files.items() if list_training or role != "train"},
+    }

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import normalize
 from tqdm.auto import tqdm
 
 from avit_lib.adaptive import Adaptive, adapt, without_thresholds
-from avit_lib.data import find_images, loader, read_all, read_image, to_pixels
+from avit_lib.data import STATISTICS, find_images, loader, read_all, read_image, to_pixels
 from avit_lib.data.datasets import folder_images
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import counted_flops, flops_per_image
@@ -58,15 +58,15 @@ def trained_model(name: str, weights: Path | None) -> tuple[nn.Module, dict[str,
     return model.eval(), described
 
 
-def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tensor], tuple | None]:
-    """What reads an image file as ``model`` wants it; and the mean and deviation used, None for the study's."""
-    size, channels = model.patch_embed.img_size[0], model.in_chans
+def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tensor], tuple]:
+    """What reads an image file as ``model`` wants it; and the mean and deviation used."""
+    size = model.patch_embed.img_size[0]
     if run["classes"]:
-        return partial(read_image, image_size=size, channels=channels), None
+        return partial(read_image, image_size=size), STATISTICS
     config = resolve_model_data_config(model)
-    config["input_size"] = (channels, *model.patch_embed.img_size)  # the model may be made for another
+    config["input_size"] = (3, *model.patch_embed.img_size)  # the model may be made for another
     transform = create_transform(**config)
-    return partial(read_image, image_size=size, channels=channels, transform=transform), (config["mean"], config["std"])
+    return partial(read_image, image_size=size, transform=transform), (config["mean"], config["std"])
 
 
 def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) -> list[str]:
@@ -121,14 +121,14 @@ def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.devi
         return normalize(to_pixels(images), config["mean"], config["std"]).to(device)
 
     val, train = folder / "val", folder / "train"
-    data = folder_images(val if val.is_dir() else folder, size, 3)
+    data = folder_images(val if val.is_dir() else folder, size)
     if len(data.classes) != CLASSES or model.num_classes != CLASSES:
         counts = f"{data.images.root} has {len(data.classes)} classes, the model {model.num_classes}"
         raise UserError(f"{counts}; ImageNet has {CLASSES:,}, one folder each")
     if isinstance(model, Adaptive):
         models = {f"{ADAPTED}, as in the file": model}
     else:
-        source = folder_images(train, size, 3) if train.is_dir() else data
+        source = folder_images(train, size) if train.is_dir() else data
         chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
         pixels = as_wanted(source[chosen][0])
         models = {"plain": model} | {f"ToMe, r = {r}": TokenMerging(model, r) for r in PEERS}

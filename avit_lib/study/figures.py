@@ -150,24 +150,6 @@ def label_points(figure: Figure, axis: Axes, notes: list[tuple[str, ArrayLike, C
         markers.append(note.get_window_extent())
 
 
-def candidates(table: pd.DataFrame, error: pd.Series) -> Figure:
-    """Accuracy on validation images, with 95 % intervals, and FLOPs saved, a line a candidate.
-
-    ``error`` is the standard error of each accuracy. A broken line marks the first candidate of the ``table``, with
-    which the others are compared.
-    """
-    figure, axes = subplots(1, 2, 1.0 + 0.27 * len(table), sharey=True)
-    panels = {"accuracy": "validation accuracy, 95 % interval", "flops_saved": "FLOPs saved"}
-    for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
-        value, interval = table[column], 1.96 * error if column == "accuracy" else None
-        axis.errorbar(value, table["candidate"], xerr=interval, fmt="o", color=PALETTE[0], ecolor=MUTED, capsize=3)
-        axis.axvline(value.iloc[0], color=PALETTE[0], linestyle="--", linewidth=1)
-        axis.set(xlabel=label)
-        percent(axis, "x")
-    axes[0, 0].set_ylim(len(table) - 0.4, -0.6)
-    return figure
-
-
 # --- time -------------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from avit_lib.study.study import Study, predict
 from avit_lib.training import load_checkpoint, write_atomically
 
 FORMATS = ("png", "jpg", "jpeg", "webp", "pdf", "svg")
+FEW = 6  # images in a picture for which none are named, one a class
 MOST = 240  # images in one picture, which matplotlib could not draw if it were much higher
 KEY = """Depth is the number of layers that compute a token. Blue covers tokens that left the computation:
 the earlier, the bluer; in the last row, those that did not reach the last layer"""
@@ -48,7 +49,7 @@ def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, 
     """The test images of a folder, else of the profile; raises UserError when the model knows other classes."""
     if folder:
         size = model.patch_embed.img_size[0]
-        return data.folder_test_data(folder, size, model.in_chans, run["classes"], decode)
+        return data.folder_test_data(folder, size, run["classes"], decode)
     found = data.test_data(get_profile(profile).data, run["seed"], decode)
     if list(found.classes) == run["classes"]:
         return found
@@ -67,12 +68,16 @@ def picture(
 ) -> Figure:
     """Where a model stopped looking, in image files, or in ``test_images`` of these numbers.
 
+    None named: the first test image of each of ``FEW`` classes, evenly spaced among all.
     Raises UserError when there is no such image, and for a model whose tokens all go through.
     """
     if not isinstance(model, AViT | Adaptive):
         raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
+    classes, statistics, words = run["classes"], data.STATISTICS, []
+    if not images and not classes:
+        raise UserError("this model has no test images of its own; name image files by --images")
+    images = images or one_of_each_class(test_images().labels)
     numbers = [int(name) for name in images if name.isdecimal()]
-    classes, statistics, words = run["classes"], None, []
     if len(images) > MOST:
         raise UserError(f"{len(images)} images are too many for one picture; name {MOST} at most")
     if numbers and (len(numbers) < len(images) or not classes):
@@ -104,6 +109,13 @@ def picture(
     return figure
 
 
+def one_of_each_class(labels: torch.Tensor) -> list[str]:
+    """The number of the first test image of each of ``FEW`` classes, evenly spaced among all; labels [n]."""
+    known = labels.unique()
+    few = known[torch.linspace(0, len(known) - 1, min(FEW, len(known))).long()]
+    return [str((labels == label).nonzero()[0].item()) for label in few]
+
+
 def write_picture(figure: Figure, output: Path) -> None:
     """Write ``figure`` in the format of the suffix, PNG without one; UserError for an unknown one."""
     kind = output.suffix.lower()[1:] or "png"
@@ -117,9 +129,8 @@ def write_picture(figure: Figure, output: Path) -> None:
 def what_it_sees(model: nn.Module, classes: list[str]) -> str:
     """What becomes of a photograph, and among which classes it is put, in a sentence."""
     height, width = model.patch_embed.img_size
-    colour = "grey pixels" if model.in_chans == 1 else "pixels"
     known = f": {', '.join(classes)}" if 0 < len(classes) <= 10 else ""
     return (
-        f"Photographs are cropped to their centre and scaled to {height} x {width} {colour}, for "
+        f"Photographs are cropped to their centre and scaled to {height} x {width} pixels, for "
         f"that is what this model sees. It knows {model.num_classes:,} classes{known}."
     )

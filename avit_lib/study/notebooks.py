@@ -28,7 +28,7 @@ from avit_lib.training import read_json, write_atomically, write_json
 
 RECORDS = Path("metrics", "notebooks.json")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-ASIDE = ("search", "sweep", "sweep_seeds", "notes")  # settings of a profile that no notebook sees
+ASIDE = ("sweep", "sweep_seeds", "notes")  # settings of a profile that no notebook sees
 COLAB = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 COLAB += "(https://colab.research.google.com/github/{place}/blob/main/notebooks/{name}.ipynb)"
 
@@ -80,7 +80,7 @@ class Runner:
             print("going on with the run that was interrupted")
         else:
             for folder in (self.results / "checkpoints").glob("*"):
-                if folder.name != "search" and not folder.name.startswith("seed"):  # these are not the notebooks'
+                if not folder.name.startswith("seed"):  # these are not the notebooks'
                     shutil.rmtree(folder)
             write_json(self.results / RECORDS, {name: known | {"state": {}} for name, known in self.records.items()})
             begun = {"started": time.time(), "code": code}

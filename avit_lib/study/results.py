@@ -211,7 +211,7 @@ def stamp_pages() -> None:
 
 
 def stamp_page(page: Path) -> None:
-    """Put tables and findings into a page, each between its markers, such as ``<!-- begin fashion/04_summary -->``.
+    """Put tables and findings into a page, each between its markers, such as ``<!-- begin caltech24/04_summary -->``.
 
     Below each table stands the command that made it, and below those of the benchmark what it was measured on.
     """

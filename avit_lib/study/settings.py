@@ -77,7 +77,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     name: Name  # folder of its checkpoints
     label: str  # what tables and figures call it
     model: str  # timm name
-    init: str  # "random", "pretrained", or the name of the run whose weights it starts from
+    init: str  # "pretrained", or the name of the run whose weights it starts from
     training: Training
     halting: Halting | None = None  # None: a plain transformer
     saved: Saved = 0.0  # share of FLOPs that a plain one saves by ``adaptive.adapt``
@@ -110,7 +110,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def start(self) -> str:
         """The name of the run whose weights it starts from; empty if it starts from none."""
-        return "" if self.init in ("random", "pretrained") else self.init
+        return "" if self.init == "pretrained" else self.init
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -135,8 +135,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recalibrated: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which beta of a run is set after training
     budgets: dict[Name, tuple[Saved, ...]] = {}  # shares of FLOPs to which a run that merges is set after training
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
-    search: tuple[Run, ...] = ()  # candidates, runs among them, that `make search` compares on validation images
-    sweep: tuple[str, ...] = ()  # runs and candidates that `make sweep` trains once for each of these seeds
+    sweep: tuple[str, ...] = ()  # runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that `make release` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
@@ -145,33 +144,28 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         names, labels = [run.name for run in self.runs], [run.label for run in self.runs]
         if wrong := [label for label in labels if ", " in label or labels.count(label) > 1]:
             raise ValueError(f"label {wrong[0]!r}: tables need one without a comma, that no other run has")
-        if wrong := [run.name for run in self.search if run.name in names and run not in self.runs]:
-            raise ValueError(f"search.{wrong[0]} differs from the run of that name; give it another name")
         kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
-        meant = {"focus": (self.focus,)} | {key: tuple(getattr(self, key)) for key in kinds}
+        meant = {"focus": (self.focus,), "sweep": self.sweep}
+        meant |= {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in self.runs}
-        others = [run for run in self.search if run.name not in names]
-        candidates = {"sweep": self.sweep} | {f"{run.name}.init or teacher": run.needs for run in others}
-        everyone = dict.fromkeys([*names, *(run.name for run in self.search)])
-        for key, wanted in (meant | candidates).items():
-            known = everyone if key in candidates else names  # a run may not need a candidate
-            if missing := [name for name in wanted if name not in known]:
-                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(known)}")
+        for key, wanted in meant.items():
+            if missing := [name for name in wanted if name not in names]:
+                raise ValueError(f"{key} names {missing[0]!r}, but the runs are {', '.join(names)}")
         for key, kind in kinds.items():
             if wrong := [name for name in getattr(self, key) if not getattr(self.run(name), kind)]:
                 raise ValueError(f"{key} names {wrong[0]!r}, a run without {kind}")
         try:
-            TopologicalSorter({run.name: run.needs for run in (*self.runs, *self.search)}).prepare()
+            TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
         except CycleError as error:
             raise ValueError(f"runs need each other in a circle: {', '.join(error.args[1])}") from None
         if not any(run.method == "plain" for run in self.runs):
             raise ValueError("runs: a plain one is missing, which the others are compared with")
 
     def run(self, name: str) -> Run:
-        """The run, or candidate of the search, called ``name``; raises UserError when there is none."""
-        known = {run.name: run for run in (*self.search, *self.runs)}
+        """The run called ``name``; raises UserError when there is none."""
+        known = {run.name: run for run in self.runs}
         if name not in known:
-            raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {[run.name for run in self.runs]}")
+            raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {', '.join(known)}")
         return known[name]
 
     def chain(self, name: str) -> tuple[Run, ...]:
@@ -203,12 +197,9 @@ def get_profile(name: str) -> Profile:
     tables["name"] = path.stem
     shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
     runs = {}  # by name, those of which a later one may say that it extends them
-    for group in ("runs", "search"):
-        declared = checked(path, group, tables.get(group, {}), dict[str, dict])
-        for name, table in declared.items():
-            runs[name] = _run(path, f"{group}.{name}", table | {"name": name}, runs, shared)
-        tables[group] = [runs[name] for name in declared]
-    return checked(path, "", tables, Profile)
+    for name, table in checked(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
+        runs[name] = _run(path, f"runs.{name}", table | {"name": name}, runs, shared)
+    return checked(path, "", tables | {"runs": list(runs.values())}, Profile)
 
 
 def changed(settings: Struct, key: str, **changes: Any) -> Any:

@@ -52,13 +52,12 @@ class Study:
         return test_data(self.profile.data, self.seed)
 
     def folder(self, run: str) -> Path:
-        """Where the checkpoints of a run, or candidate of the search, lie: aside, if a notebook by hand trained it."""
+        """Where the checkpoints of a run lie: aside, if a notebook by hand trained it."""
         aside, usual = self._folders(run)
         return aside if aside.is_dir() else usual
 
     def _folders(self, run: str) -> tuple[Path, Path]:
-        found = self.profile.run(run)
-        place = self.checkpoints / ("" if found in self.profile.runs else "search") / found.name
+        place = self.checkpoints / self.profile.run(run).name
         return self.results.folder / place, results_dir(self.profile.name) / place
 
     def train(self, name: str) -> pd.DataFrame:
@@ -154,7 +153,7 @@ def initial_model(run: Run, data: TrainingData, start: Path | None, seed: int, d
     model = training.create_model(run.model, model_arguments(run, data))
     if start is not None:
         training.load_weights(model, start)
-    elif run.init == "pretrained":
+    else:
         training.load_pretrained(model, run.pretrained)
     model.to(device)
     if run.saved:

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from avit_lib.adaptive import Adaptive, without_thresholds
-from avit_lib.data import weights_dir
 from avit_lib.errors import UserError
+from avit_lib.places import weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 # What safetensors and torch raise for files that are damaged or hold something else, such as code.
@@ -78,12 +78,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
-    """Load ImageNet weights from $AVIT_WEIGHTS/<timm name>.safetensors, else from timm's hub.
+    """Load ImageNet weights from ``weights_dir()``/<timm name>.safetensors, else from timm's hub.
 
     A classification head of another size is left at its initialisation; positions are resampled to the model's grid.
     Raises UserError without weights, or when the checksum of a download is not the one published.
     """
-    path = weights_dir() / f"{timm_name}.safetensors"
+    path = weights_file(timm_name)
     if not path.is_file():
         path = _download(timm_name, path)
     weights = checkpoint_filter_fn(_read_weights(path), model)
@@ -101,8 +101,8 @@ def _download(timm_name: str, wanted: Path) -> Path:
         path = Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; "
-            f"put the file there, or name its folder in AVIT_WEIGHTS"
+            f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; work in a "
+            f"clone of the repository, put the file there, or name its folder in AVIT_WEIGHTS"
         ) from error
     published = path.resolve().name  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
     if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:

@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,7 @@ import pandas as pd
 import torch
 from msgspec import Meta, Struct
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2, list_optimizers, muon
+from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -28,7 +27,7 @@ from avit_lib.training import processes
 from avit_lib.training.checkpoints import save_checkpoint
 from avit_lib.training.files import make_writable, read_json, read_state, write_atomically, write_state
 
-NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
+OPTIMIZERS = ("adamw", "lamb", "sgd")  # of timm's
 _TOLD = ("train_loss", "val_accuracy", "val_mean_depth", "seconds")  # of an epoch, in one line; all: history.csv
 RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"  # the state after the last finished epoch, and the one before it
 
@@ -50,15 +49,15 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     label_smoothing: Fraction = 0.1
     clip_norm: Positive = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"  # "bfloat16": autocast, where the device gains by it
-    optimizer: str = "adamw"  # a name of timm's
+    optimizer: str = "adamw"  # one of OPTIMIZERS
     execution: Literal["auto", "masked", "packed"] = "auto"  # of a model that halts, in training: "auto" is masked
     ema_decay: Fraction = 0.0  # of the averaged weights, which are then those evaluated and kept; 0: none
     mixup: NotNegative = 0.0  # alpha of Mixup; 0: none
     cutmix: NotNegative = 0.0  # alpha of CutMix; 0: none; with both, each batch takes one of them
 
     def __post_init__(self):
-        if self.optimizer not in list_optimizers():
-            raise ValueError(f"timm has no optimizer {self.optimizer!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"there is no optimizer {self.optimizer!r}; choose from {', '.join(OPTIMIZERS)}")
 
 
 def seed_everything(seed: int) -> None:
@@ -160,9 +159,6 @@ def fit(
 
 def prepared(model: nn.Module, config: Training, classes: int, updates_per_epoch: int) -> _State:
     """Everything that the training of ``model`` needs, before its first epoch."""
-    if "muon" in config.optimizer:  # timm's always orthogonalises in bfloat16, which may take as long as all else
-        dtype = torch.bfloat16 if gains_by_bfloat16(next(model.parameters()).device) else torch.float32
-        muon.zeropower_via_newtonschulz = partial(NEWTON_SCHULZ, dtype=dtype)
     rate, warmup = config.learning_rate, round(config.warmup_epochs * updates_per_epoch)
     optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=rate, weight_decay=config.weight_decay)
     schedule = CosineLRScheduler(

@@ -1,9 +1,7 @@
-"""The search for settings: candidates of a profile, trained and compared on the validation images, never the test's;
-and the sweep over seeds of what was found: how much of a figure is chance.
+"""The sweep over seeds: how much of a figure is chance.
 
-What was found stays on record in metrics/search.json, also of candidates no longer declared, and metrics/sweep.json;
-one on record is trained again when its own settings, the images or the seed change, but not when code does: then remove
-that file by hand.
+What was found stays on record in metrics/sweep.json; one on record is trained again when its settings,
+the images or the seed change, but not when code does: then remove that file by hand.
 """
 
 from typing import Any
@@ -12,89 +10,18 @@ import msgspec
 import pandas as pd
 
 from avit_lib.errors import UserError
-from avit_lib.evaluation import standard_error
-from avit_lib.study.figures import candidates
 from avit_lib.study.results import digest, provenance
-from avit_lib.study.settings import Halting, Run, laid_over
+from avit_lib.study.settings import Run
 from avit_lib.study.study import Study
 from avit_lib.study.tables import figures, merged_models, percentages, recalibrated_models, untrained_method
-from avit_lib.training import Training, read_json
+from avit_lib.training import read_json
 
-FIGURES = ("accuracy", "accuracy_macro", "mean_depth", "mean_executed_depth", "gflops_per_image", "flops_saved")
 CAPTION = (
-    "The search for settings, on the validation images: what each candidate reached after its last epoch, the settings "
-    "in which they differ, the seed, the minutes its training took and the commit that trained it."
-)
-FIGURE_CAPTION = "Accuracy and FLOPs saved of the candidates, on the validation images, with 95 % intervals."
-SWEEP_CAPTION = (
     "Test figures over seeds: mean, and standard deviation (_std), over models trained from different seeds; a seed "
-    "decides on the split (of official data, only on the validation images), the order of the training images and all "
+    "decides on the split, the order of the training images and all "
     "random weights. minus_...: difference in mean per-class accuracy, of the same seed."
 )
 SHORT_CAPTION = "The sweep over seeds: mean ± standard deviation"
-
-
-def run_search(study: Study) -> pd.DataFrame:
-    """Train and evaluate the candidates that are not on record, written down after each; returns the table of all.
-
-    Raises UserError when the profile declares no candidates.
-    """
-    declared = study.profile.search
-    if not declared:
-        raise UserError(f"profile {study.profile.name} has no candidates; declare some in its file, as [search.NAME]")
-    path = study.results.folder / "metrics" / "search.json"
-    record = read_json(path)["candidates"] if path.is_file() else {}
-    data = study.data
-    facts = [[len(data.train), data.split["content"], data.augmentation], list(data.train.classes), study.seed]
-    images = digest(facts)
-    for number, run in enumerate(declared, start=1):
-        known, settings = record.get(run.name), msgspec.to_builtins(run)
-        on_record = known and known["images"] == images and recorded(known, run.name, run.label) == settings
-        print(f"[{number}/{len(declared)}] {run.label}{': on record' if on_record else ''}", flush=True)
-        if not on_record:
-            origin = provenance(study.profile.name, study.seed)
-            history, model = study.train_chain(run.name), study.load(run.name)
-            record[run.name] = {
-                "images": images, "label": run.label, "run": settings,
-                "figures": figures(study, model, study.predict(model, data.validation)),
-                "seed": study.seed, "minutes": history["seconds"].sum() / 60,
-                "commit": origin["commit"][:10] + ("-dirty" if origin["dirty"] else ""),
-            }  # fmt: skip
-            study.results.table(search_table(study, record), "search", CAPTION)
-            study.results.metrics({"candidates": record}, "search")
-    table, count = search_table(study, record), len(data.validation)
-    shown = table.head(len(declared))
-    error = standard_error(shown["accuracy"], count)
-    study.results.figure(candidates(shown, error), "search", FIGURE_CAPTION)
-    reached = [f"*{row.candidate}* {row.accuracy:.1%}, {row.flops_saved:.0%} saved" for row in shown.itertuples()]
-    words = f"Accuracy on the {count} validation images of seed {study.seed} (standard error up to "
-    words += f"{100 * error.max():.1f} points) and FLOPs saved: {'; '.join(reached)}."
-    study.results.finding(words, "search_reached")
-    return table
-
-
-def recorded(entry: dict[str, Any], name: str = "", label: str = "") -> dict[str, Any]:
-    """The settings of a candidate on record: one younger than the record has its default, one since gone stays."""
-    run = entry["run"] | {"name": name, "label": label}
-    halting, training = Halting() if run["halting"] else None, Training(epochs=1, learning_rate=1.0)
-    defaults = Run(name=name, label=label, model=run["model"], init="random", training=training, halting=halting)
-    return laid_over(msgspec.to_builtins(defaults), run)
-
-
-def search_table(study: Study, record: dict[str, dict]) -> pd.DataFrame:
-    """One row a candidate on record, those still declared first, in order: figures, settings that differ, minutes."""
-    declared = [run.name for run in study.profile.search if run.name in record]
-    entries = [record[name] for name in dict.fromkeys([*declared, *record])]
-    settings = pd.json_normalize([recorded(entry) for entry in entries])
-    settings.loc[settings["teacher"] == "", settings.columns.str.startswith("distillation")] = None  # mean nothing
-    settings = settings.drop(columns=["name", "label"])
-    table, reached = pd.DataFrame(entries), pd.DataFrame([entry["figures"] for entry in entries])
-    differing = settings.loc[:, settings.map(repr).nunique() > 1]
-    candidate = table["label"].rename("candidate")
-    return pd.concat([candidate, reached[list(FIGURES)], differing, table[["seed", "minutes", "commit"]]], axis=1)
-
-
-# --- over seeds -------------------------------------------------------------------------------------------------------
 
 
 def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame:
@@ -128,7 +55,7 @@ def run_sweep(profile: str, seed: int = 0, device: str = "auto") -> pd.DataFrame
     plain = {chosen.run(name).label: name for name in chosen.sweep if chosen.run(name).method == "plain"}
     figures_by_seed = with_differences(pd.DataFrame(rows), plain)
     results.table(figures_by_seed, "sweep_seeds", "What the table sweep is the mean of: one row a model and seed.")
-    table = results.table(sweep_table(figures_by_seed), "sweep", SWEEP_CAPTION)
+    table = results.table(sweep_table(figures_by_seed), "sweep", CAPTION)
     summary = results.table(summary_table(table, plain), "sweep_summary", f"{SHORT_CAPTION}.")
     results.table(short_table(summary, chosen.plain.label, speed), "sweep_short", f"{SHORT_CAPTION}, and speed-up.")
     for run in map(chosen.run, chosen.sweep):
