@@ -27,9 +27,7 @@ def run():
         beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, start="class_attention", channel_rate=0.0,
     )  # fmt: skip
     training = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
-    return Run(
-        name="fitted", label="fitted", model="avit_nano", init="random", training=training, halting=halting
-    )
+    return Run(name="fitted", label="fitted", model="avit_nano", init="random", training=training, halting=halting)
 
 
 @pytest.fixture
