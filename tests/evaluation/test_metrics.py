@@ -1,6 +1,5 @@
 """Metrics by hand, predictions of models, bootstrap intervals."""
 
-import numpy as np
 import pytest
 import timm
 import torch

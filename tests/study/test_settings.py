@@ -134,7 +134,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("[training]\nepoch = 3", "training: .*unknown field `epoch`"),
         ("runs.avit.halting.colour = 1", "runs.avit.halting: .*unknown field `colour`"),
         ("data.colour = 1", "data: .*unknown field `colour`"),
-        ("[training]\nepochs = 'two'", "training.epochs: expected `int`, got `str`"),
+        ("[training]\nbatch_size = 'two'", "training.batch_size: expected `int`, got `str`"),
         ("runs.avit.training.batch_size = 1.5", "runs.avit.training.batch_size: expected `int`"),
         ("runs.avit.training = 3", "runs.avit.training: expected `object`, got `int`"),
         ("smoke = 'yes'", "smoke: expected `bool`, got `str`"),
