@@ -570,8 +570,8 @@ def first_cells(folder: Path, address: str = "") -> Path:
     notebook = nbformat.read(sorted((ROOT / "notebooks").glob("*.ipynb"))[0], as_version=4)
     notebooks.stamp_notebook(notebook, address)
     last = next(i for i, cell in enumerate(notebook.cells) if "from avit_lib" in cell.source)
-    says = "import avit_lib, torch\nfrom avit_lib.study import Study\n"
-    says += "print(avit_lib.__file__, torch.__version__, Study('caltech24').checkpoint('deit'))"
+    says = "import avit_lib, torch\nfrom avit_lib.places import project_root\n"
+    says += "print(avit_lib.__file__, torch.__version__, project_root())"
     notebook.cells = [*notebook.cells[: last + 1], new_code_cell(says)]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "first_cells.ipynb"
@@ -586,7 +586,7 @@ def execute(python: Path, notebook: Path) -> subprocess.CompletedProcess:
 
 def committed(checkout: Path) -> str:
     """A copy of what the first cell and a later notebook need of the repository, committed; returns its address."""
-    for folder in ("avit_lib", "notebooks", "results/caltech24/checkpoints"):
+    for folder in ("avit_lib", "notebooks"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, checkout)
@@ -614,7 +614,7 @@ def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(tmp_pat
     assert version == torch.__version__
     assert not list(fresh_python.parents[1].glob("lib/python*/site-packages/torch"))
     clone = content / ("avit" if arrival == "a bare notebook" else "study")
-    assert Path(checkpoint) == clone / "results/caltech24/checkpoints/deit/last.safetensors"
+    assert Path(root) == clone
 
 
 def test_on_colab_without_a_checkout_or_address_the_first_cell_says_how_to_bring_one(tmp_path, fresh_python):
