@@ -1,7 +1,7 @@
 """What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
+from avit_lib import training
 from avit_lib.data import Images
 from avit_lib.data.images import batch_transform
 from avit_lib.evaluation import speed
@@ -46,6 +47,18 @@ def deit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
 @register_model
 def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return small_model("avit", pretrained, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def small_profile(tmp_path_factory) -> Iterator[Path]:
+    """The file of the smoke profile with small models, which start from random weights."""
+    path = tmp_path_factory.mktemp("profile") / "small.toml"
+    models = {"deit": "deit", "deit_longer": "deit", "avit_finetuned": "avit", "merging": "deit"}
+    runs = [f"runs.{run}.model = '{kind}_nano'" for run, kind in models.items()]
+    path.write_text("\n".join(["extends = 'smoke'", "data.image_size = 28", *runs]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "load_pretrained", lambda *_: None)
+        yield path
 
 
 def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:

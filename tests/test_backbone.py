@@ -125,7 +125,7 @@ def test_layers_can_be_pruned(make):
 def test_another_input_size(make):
     model = make()
     model.set_input_size(img_size=(14, 42))
-    logits, trace = model.forward_with_trace(torch.randn(3, 1, 14, 42))
+    logits, trace = model.forward_with_trace(torch.randn(3, 3, 14, 42))
     assert trace.depth.shape == (3, 13) and logits.isfinite().all()
 
 

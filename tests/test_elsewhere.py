@@ -16,7 +16,7 @@ FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 def reader(tmp_path, monkeypatch):
     """What somebody has who has read the page so far: the model, images, labels, data sets."""
     plain = timm.create_model("deit_nano", num_classes=10)
-    save_file(plain.state_dict(), tmp_path / "deit_nano.fb_in1k.safetensors")
+    save_file(plain.state_dict(), tmp_path / "deit_tiny_patch16_224.fb_in1k.safetensors")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -25,7 +25,7 @@ def reader(tmp_path, monkeypatch):
     dictionaries = [{"pixel_values": image, "labels": label} for image, label in pairs]
     named = {"images": images, "labels": labels, "more_images": torch.randn(5, 3, 28, 28)}
     found = named | {"pairs": pairs, "dictionaries": dictionaries, "plain": plain}
-    exec(FIRST.replace("tiny_patch16_224", "nano"), found)
+    exec(FIRST.replace("avit_tiny_patch16_224", "avit_nano"), found)
     return found
 
 

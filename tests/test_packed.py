@@ -200,7 +200,7 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_no
 @pytest.mark.parametrize("every_token", [True, False])
 def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, monkeypatch):
     """No operator whose result the host must know, but the one that reads how many tokens are left."""
-    model = make_model(**variant)
+    model = make_model(**({"beta": -4.0} | variant))
     tokens, reads, read = model.embed(make_images(6)), [], torch.Tensor.tolist
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend_padded)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))

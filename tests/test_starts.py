@@ -68,7 +68,7 @@ def images():
 
 
 def untouched_model(**settings):
-    model = varied_model(name="avit_nano", gamma=5.0, **settings)
+    model = varied_model(gamma=5.0, patch_size=4, embed_dim=64, **settings)
     if model.direction is not None:  # as if it had been trained
         torch.nn.init.normal_(model.direction)
     return model

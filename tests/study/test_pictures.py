@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 
 from avit_lib.study import pictures
 
-# (images, patches a side, pixels a side, channels, layers)
-STUDIES = {"smoke": (4, 4, 28, 1, 4), "fashion": (10, 7, 28, 1, 12), "caltech256": (6, 14, 56, 3, 12)}
+# (images, patches a side, pixels a side, layers)
+STUDIES = {"smoke": (4, 4, 64, 12), "caltech24": (6, 14, 224, 12)}
 HELPERS = {"mosaic", "bare", "grids", "coloured", "rgb", "veiled"}
 
 
 @functools.cache
-def drawn(count: int, side: int, pixels: int, channels: int, layers: int) -> dict[str, Figure]:
+def drawn(count: int, side: int, pixels: int, layers: int) -> dict[str, Figure]:
     """Every picture of the module, on random values."""
     generator = np.random.default_rng(0)
-    images = generator.random((count, channels, pixels, pixels))
+    images = generator.random((count, 3, pixels, pixels))
     depth = generator.integers(1, layers + 1, (count, 1 + side**2))
     names = tuple(f"some_class_{number} 7.5" for number in range(count))
     groups = {name: (images[part], depth[part], list(names[part])) for name, part in
