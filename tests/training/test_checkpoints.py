@@ -8,8 +8,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from avit_lib.errors import UserError
 from avit_lib.adaptive import without_thresholds
+from avit_lib.errors import UserError
 from avit_lib.training.checkpoints import load_checkpoint, load_pretrained, load_weights, save_checkpoint
 
 NAME, ARGUMENTS = "avit_nano", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
