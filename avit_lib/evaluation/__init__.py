@@ -10,8 +10,10 @@ from avit_lib.evaluation.metrics import (
     metrics,
     paired_difference,
     predict,
+    standard_error,
 )
 
 __all__ = [
     "Predictions", "bootstrap_intervals", "counted_flops", "flops_per_image", "metrics", "paired_difference", "predict",
+    "standard_error",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import stats
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -86,6 +87,11 @@ def metrics(model: VisionTransformer, predictions: Predictions) -> dict[str, flo
     values["mean_executed_depth"] = executed_depth(predictions.depth).float().mean().item()
     values["gflops_per_image"] = flops_per_image(model, predictions.depth).mean().item() / 1e9
     return values
+
+
+def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
+    """The binomial standard error of an ``accuracy``, a fraction or an array of them, over that many ``images``."""
+    return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
 def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tuple[float, float]]:
