@@ -12,7 +12,7 @@ from avit_lib.backbone import TokensLeave, is_exporting, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.halting import HaltingRule, HaltingTrace, halting_score, halting_step, initial_state
 from avit_lib.packed import call, predict_packed, run_packed
-from avit_lib.places import weights_file
+from avit_lib.places import no_weights, weights_file
 
 
 class AViT(TokensLeave):
@@ -176,10 +176,16 @@ def register(size: str) -> None:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | SHAPES[size] | kwargs
         options["feature_cfg"] = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
         own = isinstance(options.get("pretrained_cfg"), str | None)  # not somebody else's weights
-        if pretrained and own and (here := weights_file(published)).is_file():
+        if not (pretrained and own):
+            return build_model_with_cfg(AViT, name, pretrained, **options)
+        here = weights_file(published)
+        if here.is_file():
             overlay = options.get("pretrained_cfg_overlay") or {}
             options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
-        return build_model_with_cfg(AViT, name, pretrained, **options)
+        try:
+            return build_model_with_cfg(AViT, name, pretrained, **options)
+        except OSError as error:
+            raise UserError(no_weights(published)) from error
 
     create.__name__ = name
     default_cfgs.update(generate_default_cfgs({f"{name}.fb_in1k": get_pretrained_cfg(published)}))

@@ -37,6 +37,14 @@ def weights_file(timm_name: str) -> Path:
     return path
 
 
+def no_weights(timm_name: str) -> str:
+    """What to say where the weights of a timm name are missing and can't be downloaded."""
+    return (
+        f"no weights of {timm_name}: {weights_file(timm_name)} is missing and timm's hub is out of "
+        f"reach; work in a clone of the repository, put the file there, or name its folder in AVIT_WEIGHTS"
+    )
+
+
 def check_embedded(place: Path) -> int:
     """Compare what is embedded in the checkout's data/, at or below ``place``, with its checksums.
 

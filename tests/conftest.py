@@ -13,6 +13,7 @@ import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from msgspec import structs
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
@@ -22,7 +23,8 @@ from avit_lib.data.images import batch_transform
 from avit_lib.evaluation import speed
 from avit_lib.losses import Losses
 from avit_lib.model import AViT
-from avit_lib.study import figures, tables
+from avit_lib.study import figures, get_profile, tables
+from avit_lib.study.settings import Profile
 from avit_lib.training import read_json
 
 torch.set_num_threads(1)
@@ -47,6 +49,20 @@ def deit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
 @register_model
 def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
     return small_model("avit", pretrained, **kwargs)
+
+
+def four_runs() -> Profile:
+    """The smoke profile with two plain runs and two that halt, under short labels, and nothing besides."""
+    profile = get_profile("smoke")
+    labels = {
+        "deit": "DeiT", "deit_longer": "DeiT trained longer", "avit": "A-ViT", "avit_finetuned": "A-ViT fine-tuned",
+    }  # fmt: skip
+    runs = []
+    for name, label in labels.items():
+        run = profile.run(name)
+        kind = "avit" if run.halting else "deit"
+        runs.append(structs.replace(run, label=label, model=f"{kind}_nano"))
+    return structs.replace(profile, runs=tuple(runs), recalibrated={}, budgets={}, merging=(2,))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from torch import nn
 
 from avit_lib.adaptive import Adaptive, without_thresholds
 from avit_lib.errors import UserError
-from avit_lib.places import weights_file
+from avit_lib.places import no_weights, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 # What safetensors and torch raise for files that are damaged or hold something else, such as code.
@@ -86,7 +86,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """
     path = weights_file(timm_name)
     if not path.is_file():
-        path = _download(timm_name, path)
+        path = _download(timm_name)
     weights = checkpoint_filter_fn(_read_weights(path), model)
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
@@ -95,16 +95,13 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
     _load_strictly(model, weights, path)
 
 
-def _download(timm_name: str, wanted: Path) -> Path:
+def _download(timm_name: str) -> Path:
     """The weights from timm's hub, always as safetensors, in the hub's cache."""
     repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
         path = Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"no weights of {timm_name}: {wanted} is missing and timm's hub is out of reach; work in a "
-            f"clone of the repository, put the file there, or name its folder in AVIT_WEIGHTS"
-        ) from error
+        raise UserError(no_weights(timm_name)) from error
     published = path.resolve().name  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
     if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
         raise UserError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")

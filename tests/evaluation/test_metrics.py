@@ -1,5 +1,6 @@
 """Metrics by hand, predictions of models, bootstrap intervals."""
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ from avit_lib.evaluation import (
     metrics,
     paired_difference,
     predict,
+    standard_error,
 )
 from avit_lib.evaluation.metrics import classification_metrics
 from avit_lib.halting import executed_depth
@@ -125,3 +127,8 @@ def test_paired_difference_per_class_weighs_small_classes_like_large_ones():
 def test_paired_difference_wants_the_same_images():
     with pytest.raises(ValueError, match="different images"):
         paired_difference(predictions([0, 1], [0, 1]), predictions([0, 1], [1, 0]))
+
+
+def test_the_standard_error_is_the_spread_of_accuracies():
+    right = np.random.default_rng(0).random((20000, 100)) < 0.8  # 20,000 draws of 100 images
+    assert standard_error(0.8, 100) == pytest.approx(right.mean(axis=1).std(), rel=0.03)

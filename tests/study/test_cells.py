@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import assert_labels_on_the_page, random_images, varied_model
+from conftest import assert_labels_on_the_page, four_runs, random_images, varied_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from msgspec import structs
@@ -25,7 +25,7 @@ from avit_lib.study.settings import Profile
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 CLASSES = ("ant", "bee", "cat", "dog")  # there is no image of a dog
 LAYERS = 5
-SMOKE = get_profile("smoke")
+SMOKE = four_runs()
 
 
 class Kept(dict):
@@ -127,7 +127,7 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
     run_cells("03_train_avit", "rows = []", study=study)
     settings = study.results["table 03_runs"].set_index("setting").T
     assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
-    assert settings["starts from"].tolist() == ["random", "deit", "random", "deit"]
+    assert settings["starts from"].tolist() == ["pretrained", "deit", "pretrained", "deit"]
     assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [2, 2e-3, -3]
     (start,) = study.results["table 03_start"].to_dict("records")  # of those that start from trained weights
     expected = metrics(study.model, predict(study.model, study.data.validation))
@@ -254,7 +254,7 @@ def test_a_model_is_turned_to_other_depths():
 
 
 def test_published_figures_stand_beside_ours():
-    study = SimpleNamespace(profile=get_profile("fashion"), results=Kept())
+    study = SimpleNamespace(profile=SMOKE, results=Kept())
     ours = pd.DataFrame({
         "model": [run.label for run in study.profile.runs], "accuracy": [0.9, 0.85, 0.8, 0.95], "f1_macro": 0.5,
         "mean_depth": 6.0, "gflops_per_image": 1.0, "speedup": 2.0,
@@ -263,7 +263,7 @@ def test_published_figures_stand_beside_ours():
     table = results["table 04_published"].set_index(["model", "figure"])
     for model, ours, theirs in (("A-ViT", -0.1, np.nan), ("A-ViT fine-tuned", 0.05, -0.003)):  # theirs starts from DeiT
         row = table.loc[(model, "accuracy minus DeiT's")]
-        assert row["ours, FashionMNIST"] == pytest.approx(ours)
+        assert row["ours, Caltech101"] == pytest.approx(ours)
         assert row["paper, ImageNet"] == pytest.approx(theirs, nan_ok=True)
     assert table.loc[("DeiT", "accuracy"), "report, Caltech-256"] == pytest.approx(0.7322)
     assert table.notna().any(axis=1).all() and ("DeiT", "mean depth [layers]") not in table.index

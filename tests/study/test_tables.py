@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import varied_model
+from conftest import four_runs, varied_model
 from msgspec.structs import replace
 from PIL import Image
 
@@ -13,7 +13,7 @@ from avit_lib.data.datasets import folder_images
 from avit_lib.evaluation import Predictions
 from avit_lib.study import get_profile, tables
 
-SMOKE = get_profile("smoke")
+SMOKE = four_runs()
 NAMES = [run.name for run in SMOKE.runs]
 LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 
@@ -47,7 +47,7 @@ def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
         (tmp_path / label).mkdir()
         for number in range(3):
             Image.new("L", (28, 28), 40 * number).save(tmp_path / label / f"{number}.png")
-    files = folder_images(tmp_path, 28, 1)
+    files = folder_images(tmp_path, 28)
     load = {"deit": plain, "deit_longer": plain, "avit": model, "avit_finetuned": model}.get
     study = SimpleNamespace(profile=SMOKE, load=load, device="cpu", test=files, seed=0)
     assert [tables.test_images(study, most).shape for most in (1, 9)] == [(1, 3, 28, 28), (6, 3, 28, 28)]
