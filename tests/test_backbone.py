@@ -10,7 +10,7 @@ import torch
 from conftest import bright_and_dark, varied_model
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-from timm.models.vision_transformer import ParallelThingsBlock
+from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
 from avit_lib.adaptive import Adaptive, adapt
@@ -199,16 +199,60 @@ def test_halted_tokens_are_masked_by_a_bias():
     torch.testing.assert_close(masked_block(Adds(), tokens, active), expected)
 
 
-def test_hooks_on_a_block_see_tokens_in_their_places():
+HOOKS = {
+    "forward": lambda part, hook: part.register_forward_hook(hook),
+    "backward": lambda part, hook: part.register_full_backward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_on_a_block_see_tokens_in_their_places(kind):
     model, seen = halting(), []
     expected = model(images())
-    model.blocks[2].register_forward_hook(lambda block, given, found: seen.append(found.shape))
-    torch.testing.assert_close(model(images()), expected)
-    assert seen == [(8, 17, model.embed_dim)]
-    adaptive = merging()
-    adaptive.blocks[2].register_forward_hook(lambda block, given, found: None)
+    HOOKS[kind](model.blocks[2], lambda block, given, found: seen.append(tuple(model.blocks[2].state_dict())))
+    found = model(images())
+    found.sum().backward()
+    torch.testing.assert_close(found, expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("part", ["", "2", "2.attn", "2.attn.attn_drop"])
+def test_a_hook_that_would_never_be_called_is_refused(kind, part):
+    model = merging()
+    HOOKS[kind](model.blocks.get_submodule(part), lambda *_: None)
     with refused("hook"):
+        model(images())
+    if not part:
+        model = halting()
+        HOOKS[kind](model.blocks, lambda *_: None)
+        with refused("hook"):
+            model(images())
+
+
+class Louder(Block):
+    def forward(self, x, attn_mask=None, is_causal=False):
+        return 1.5 * super().forward(x, attn_mask, is_causal)
+
+
+def test_a_block_of_one_s_own_is_computed():
+    model, masked = halting(), halting(execution="masked")
+    expected = model(images())
+    for one in (model, masked):
+        one.blocks[1].__class__ = Louder
+    assert (model(images()) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(model(images()), masked(images()))
+    adaptive = merging()
+    adaptive.blocks[1].__class__ = Louder
+    with refused("Louder"):
         adaptive(images())
+
+
+def test_a_forward_of_one_s_own_is_not_adapted():
+    model = timm.create_model("deit_nano").eval()
+    model.forward = torch.compile(model.forward, backend="eager")
+    with refused("forward was replaced"):
+        adapt(model, images(), 0.2)
 
 
 def test_how_it_is_computed_is_an_argument():
@@ -306,6 +350,20 @@ def test_it_is_pickled_whole(make):
     again = pickle.loads(pickle.dumps(model))
     assert type(again) is type(model)
     assert torch.equal(again(images()), model(images()))
+
+
+def test_a_copy_of_a_compiled_model_is_itself():
+    model = merging()
+    model.compile(backend="eager")
+    other = copy.deepcopy(model)
+    other.head.weight.data.zero_()
+    other.head.bias.data.zero_()
+    assert not other(images()).any() and model(images()).any()
+
+
+def test_a_threshold_is_no_parameter():
+    with refused("fixed number"):
+        halting().beta = nn.Parameter(torch.tensor(1.0))
 
 
 def test_a_merging_model_of_another_class_is_pickled_too():

@@ -228,10 +228,10 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
 
 def _check_tiff(tags: Mapping[int, Any]) -> None:
     """Raise ValueError for a TIFF of more than 8 bits that Pillow reads, but wrongly."""
-    bits, planes, white_is_zero = tags.get(258, (1,)), tags.get(284, 1) == 2, tags.get(262, 1) == 0
-    if max(bits) > 8 and (white_is_zero or (planes and len(bits) > 1)):
+    bits, planes, white_is_zero = np.atleast_1d(tags.get(258, 1)), tags.get(284, 1), tags.get(262, 1) == 0
+    if bits.max() > 8 and (white_is_zero or (planes == 2 and len(bits) > 1)):
         what = "white as zero" if white_is_zero else "one plane a colour"
-        raise ValueError(f"its pixels have {max(bits)} bits and {what}; save it with 8 bits")
+        raise ValueError(f"its pixels have {bits.max()} bits and {what}; save it with 8 bits")
 
 
 def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
@@ -254,7 +254,7 @@ def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
         scaled = (pixels / white * 255).round().astype(np.uint8)
         scaled[pixels == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(scaled)
-    elif re.search(r";16|'RGB', \d{4}", layout) and max(most for _, most in image.convert("RGB").getextrema()) < 16:
+    elif re.search(r";16|'RGB', \d{4}", layout) and max(most for _, most in image.convert("RGB").getextrema()) < 17:
         raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save it with 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")

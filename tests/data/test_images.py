@@ -357,3 +357,21 @@ def test_processes_share_every_batch(shuffle_seed):
         part = list(loader(data, 16, shuffle_seed, share=(rank, 3)))
         for (pixels, labels), (own, own_labels) in zip(whole, part, strict=True):
             assert torch.equal(own, pixels[rank::3]) and torch.equal(own_labels, labels[rank::3])
+
+
+def test_pictures_that_pillow_reads_wrongly_are_refused(tmp_path):
+    inverted = Image.fromarray(np.full((8, 8), 60000, dtype=np.uint16))
+    inverted.save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    dark = b"P6 8 8 65535\n" + np.full(8 * 8 * 3, 4080, dtype=">u2").tobytes()
+    (tmp_path / "dark.ppm").write_bytes(dark)
+    for name, reason in {"inverted.tif": "white as zero", "dark.ppm": "12 bits of 16"}.items():
+        with pytest.raises(UserError, match=reason):
+            decode(tmp_path / name, 8)
+
+
+def test_what_is_transparent_in_16_bits_is_white(tmp_path):
+    pixels = np.zeros((8, 8), dtype=np.uint16)
+    pixels[:, 4:] = 30000
+    Image.fromarray(pixels).save(tmp_path / "grey.png", transparency=0)
+    found = decode(tmp_path / "grey.png", 8)
+    assert (found[:, :, :4] == 255).all() and (found[:, :, 4:] < 200).all()

@@ -115,3 +115,18 @@ def test_names_that_are_not_utf_8(tmp_path, capsys):
     broken.write_text("no image")
     with pytest.raises(UserError, match=r"ants/\\udcff\.png"):
         folder_training_data(tmp_path, COLOUR, seed=0)
+
+
+def test_only_names_that_hide_are_hidden_and_all_are_told(tmp_path, capsys):
+    places = ("@eaDirk/x.jpg", "__MACOSX_real/x.jpg", "@eaDir/x.jpg", ".net/x.jpg")
+    for place in places:
+        (tmp_path / place).parent.mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / place)
+    assert find_images(tmp_path)[0] == sorted(places[:2])
+    assert "2 left out" in (told := capsys.readouterr().err) and ".net" in told and "@eaDir" in told
+
+
+def test_a_pipe_that_nobody_fills_is_left_out(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert find_images(tmp_path)[0] == []
+    assert "pipe.jpg" in capsys.readouterr().err
