@@ -63,8 +63,9 @@ def images():
     """Images [8, 3, 28, 28] of smooth and of busy regions."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).repeat_interleave(7, 2)
-    fine = torch.randn(8, 3, 28, 28, generator=generator, dtype=torch.float64)
-    return coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
+    fine = torch.randn(8, 1, 28, 28, generator=generator, dtype=torch.float64)
+    grey = coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
+    return grey.expand(-1, 3, -1, -1)
 
 
 def untouched_model(**settings):
