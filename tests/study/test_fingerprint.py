@@ -208,7 +208,9 @@ def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(rewrite, t
         for name in ("deit", "avit"):
             whole.train(name)
         told = [line for line in capsys.readouterr().out.splitlines() if "training again" in line]
-        assert told == (["A-ViT from ImageNet: settings or code changed since it was trained; training again"] if again else [])
+        assert told == (
+            ["A-ViT from ImageNet: settings or code changed since it was trained; training again"] if again else []
+        )
         if not again:
             rewrite(halting.halting_score, "rule.gamma * channel + rule.beta", "rule.beta + rule.gamma * channel")
 
