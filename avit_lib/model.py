@@ -168,8 +168,8 @@ SHAPES = {
 default_cfgs = {}  # timm reads them when a model is registered
 
 
-def register(size: str) -> None:
-    """Register ``avit_<size>`` with timm: an A-ViT of the shape ``SHAPES[size]``."""
+def register(model_class: type, size: str) -> None:
+    """Register ``avit_<size>`` with timm: a ``model_class`` of the shape ``SHAPES[size]``."""
     name, published = f"avit_{size}", f"deit_{size}.fb_in1k"
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
@@ -177,13 +177,13 @@ def register(size: str) -> None:
         options["feature_cfg"] = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
         own = isinstance(options.get("pretrained_cfg"), str | None)  # not somebody else's weights
         if not (pretrained and own):
-            return build_model_with_cfg(AViT, name, pretrained, **options)
+            return build_model_with_cfg(model_class, name, pretrained, **options)
         here = weights_file(published)
         if here.is_file():
             overlay = options.get("pretrained_cfg_overlay") or {}
             options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
         try:
-            return build_model_with_cfg(AViT, name, pretrained, **options)
+            return build_model_with_cfg(model_class, name, pretrained, **options)
         except OSError as error:
             raise UserError(no_weights(published)) from error
 
@@ -193,4 +193,4 @@ def register(size: str) -> None:
 
 
 for _size in SHAPES:
-    register(_size)
+    register(AViT, _size)

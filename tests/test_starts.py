@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import bright_and_dark, varied_model
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
 from avit_lib import starts
 from avit_lib.errors import UserError
@@ -63,12 +64,15 @@ def images():
     """Images [8, 3, 28, 28] of smooth and of busy regions."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).repeat_interleave(7, 2)
-    fine = torch.randn(8, 3, 28, 28, generator=generator, dtype=torch.float64)
-    return coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
+    fine = torch.randn(8, 1, 28, 28, generator=generator, dtype=torch.float64)
+    grey = coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
+    return grey.expand(-1, 3, -1, -1)
 
 
 def untouched_model(**settings):
     model = varied_model(gamma=5.0, patch_size=4, embed_dim=64, **settings)
+    with torch.no_grad():  # positions as if they had been learnt
+        model.pos_embed[0, 1:, 1:] = build_sincos2d_pos_embed([7, 7], 64)[:, 1:]
     if model.direction is not None:  # as if it had been trained
         torch.nn.init.normal_(model.direction)
     return model

@@ -20,7 +20,7 @@ def test_what_pillow_reads_is_found_and_read(tmp_path, capsys):
     for ending in ENDINGS:
         (tmp_path / "ants").mkdir(exist_ok=True)
         Image.new("RGB", (20, 20), (200, 200, 200)).save(tmp_path / "ants" / f"image.{ending}")
-    data = load(folder_images(tmp_path, 16, 3))[0]
+    data = load(folder_images(tmp_path, 16))[0]
     assert len(data) == len(ENDINGS) and (data.images.int() - 200).abs().max() <= 2
     assert not capsys.readouterr().err
 
@@ -28,12 +28,12 @@ def test_what_pillow_reads_is_found_and_read(tmp_path, capsys):
 def test_what_is_no_image_is_counted_and_told(tmp_path, capsys):
     write_images(tmp_path, {"ants": 2, ".ipynb_checkpoints": 1, "__MACOSX": 1, "ants/.trash": 1})
     (tmp_path / "ants" / "._00.png").write_text("of a Mac")
-    assert folder_images(tmp_path, 16, 3).classes == ("ants",)
+    assert folder_images(tmp_path, 16).classes == ("ants",)
     assert not capsys.readouterr().err
     Image.new("RGB", (20, 20)).save(tmp_path / "in_no_class.png")
     for number in range(5):
         (tmp_path / "ants" / f"notes{number}.txt").write_text("no image")
-    assert len(folder_images(tmp_path, 16, 3)) == 2
+    assert len(folder_images(tmp_path, 16)) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"6 left out of {tmp_path}" in line
     assert "ants/notes0.txt" in line and "ants/notes4.txt and 1 more" in line
@@ -43,7 +43,7 @@ def test_what_is_no_image_is_counted_and_told(tmp_path, capsys):
 def test_the_order_is_torchvision_s(tmp_path):
     classes = ("ants", "ants-2", "Bees", "ants 3")
     write_images(tmp_path, dict.fromkeys([*classes, "ants/b", "ants/b/c", "ants/a-b"], 2))
-    data = folder_images(tmp_path, 16, 3)
+    data = folder_images(tmp_path, 16)
     numbers = {name: number for number, name in enumerate(sorted(classes))}
     expected = make_dataset(str(tmp_path), numbers, (".png",))
     found = [str(tmp_path / name) for name in data.images.names]
@@ -62,7 +62,7 @@ def test_links_are_followed_and_every_file_is_taken_once(tmp_path, capsys):
     }  # fmt: skip
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
-    data = folder_images(tmp_path / "train", 16, 3)
+    data = folder_images(tmp_path / "train", 16)
     assert data.classes == ("ants", "bees", "wasps")
     real = [os.path.realpath(tmp_path / "train" / name) for name in data.images.names]
     assert len(real) == len(set(real)) == 11
@@ -76,7 +76,7 @@ def test_a_link_to_nothing_is_an_error(tmp_path):
     write_images(tmp_path, {"ants": 2})
     (tmp_path / "ants" / "lost.png").symlink_to("nowhere.png")
     with pytest.raises(UserError, match=r"lost\.png \(No such file"):
-        load(folder_images(tmp_path, 16, 3))
+        load(folder_images(tmp_path, 16))
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):

@@ -202,13 +202,15 @@ def test_another_condition_or_kind_of_an_error_does(rewrite):
 
 def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(rewrite, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    (tmp_path / "short.toml").write_text('extends = "smoke"\ntraining.epochs = 1\n')
+    (tmp_path / "short.toml").write_text("extends = 'smoke'\nruns.deit.training.epochs = 1\n")
     whole = study.Study(str(tmp_path / "short.toml"), device="cpu")
     for again in (False, True):
         for name in ("deit", "avit"):
             whole.train(name)
         told = [line for line in capsys.readouterr().out.splitlines() if "training again" in line]
-        assert told == (["A-ViT: settings or code changed since it was trained; training again"] if again else [])
+        assert told == (
+            ["A-ViT from ImageNet: settings or code changed since it was trained; training again"] if again else []
+        )
         if not again:
             rewrite(halting.halting_score, "rule.gamma * channel + rule.beta", "rule.beta + rule.gamma * channel")
 

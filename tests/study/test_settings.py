@@ -146,7 +146,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
             "runs.avit.training: there is no optimizer 'nobody'; choose from adamw, ",
         ),
         ("runs.avit.halting.eps = 1.0", "runs.avit.halting.eps: .*< 1"),
-        ("[halting]\ntarget_depth = 0.5", "halting.target_depth: .*>= 1"),
+        ("[halting]\neps = 1.0", "halting.eps: .*< 1"),
         ("recalibrated.avit = [2.0, 0.5]", r"recalibrated\[.*\]: .*>= 1"),
         ("recalibrated.nobody = [2.0]", "recalibrated names 'nobody', but the runs are deit"),
         ("recalibrated.deit = [2.0]", "recalibrated names 'deit', a run without halting"),
@@ -253,7 +253,7 @@ def test_an_unknown_profile_is_named_with_those_there_are(name):
 
 
 def test_an_unknown_run_is_named_with_those_there_are():
-    with pytest.raises(UserError, match=r"profile 'smoke' has no run 'nobody'; choose from .*'deit'"):
+    with pytest.raises(UserError, match=r"profile 'smoke' has no run 'nobody'; choose from deit, "):
         SMOKE.run("nobody")
 
 
