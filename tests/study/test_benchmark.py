@@ -5,6 +5,7 @@ import pytest
 
 from avit_lib import cli
 from avit_lib.evaluation import speed
+from avit_lib.study import benchmark
 from avit_lib.study.benchmark import cost_table
 
 
@@ -29,6 +30,7 @@ def test_the_command_names_what_it_cannot_measure(arguments, message, tmp_path, 
 
 def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 1.0)  # in processes that know no small model
     seeds, workload = set(), speed.synthetic_workload
     monkeypatch.setattr(speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed))
     small = ["--model", "avit_nano", "--batch", "1", "4", "--repeats", "1", "--depth", "2", "--seed", "3"]

@@ -127,8 +127,8 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
     run_cells("03_train_avit", "rows = []", study=study)
     settings = study.results["table 03_runs"].set_index("setting").T
     assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
-    assert settings["starts from"].tolist() == ["pretrained", "deit", "pretrained", "deit"]
-    assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [2, 2e-3, -3]
+    assert settings["starts from"].tolist() == [SMOKE.plain.pretrained, "deit", SMOKE.plain.pretrained, "deit"]
+    assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [1, 2e-4, -2.5]
     (start,) = study.results["table 03_start"].to_dict("records")  # of those that start from trained weights
     expected = metrics(study.model, predict(study.model, study.data.validation))
     assert start["model"] == "A-ViT fine-tuned" and start["val_mean_depth"] == expected["mean_depth"]

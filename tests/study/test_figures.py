@@ -43,7 +43,6 @@ def drawn(layers: int) -> dict[str, Figure]:
             {"train_loss": "loss", "val_mean_depth": "depth [layers]"},
         ),
         "accuracy_against": figures.accuracy_against(models, "gflops_per_image", "GFLOPs", points=points),
-        "candidates": figures.candidates(models.rename(columns={"model": "candidate"}), error=0.1 * models["accuracy"]),
         "speedup_against_flops": figures.speedup_against_flops(sweep),
         "throughput_by_batch": figures.throughput_by_batch(speeds),
         "layer_times": figures.layer_times(layer_times.assign(ideal=0.4)),
@@ -112,13 +111,6 @@ def test_words_keep_off_the_lines_where_there_is_room():
     deit = axis.transData.transform((1.2, 1.0))[1]
     for words in axis.texts:
         assert not words.get_window_extent().y0 <= deit <= words.get_window_extent().y1
-
-
-def test_candidates_stand_in_order_with_the_first_as_the_bar_for_all():
-    accuracy, saved = drawn(LAYERS[0])["candidates"].axes
-    assert texts(accuracy.get_yticklabels()) == ["DeiT", "A-ViT fine-tuned", "ToMe, r = 2"]
-    assert accuracy.yaxis_inverted()
-    assert list(accuracy.lines[-1].get_xdata()) == [0.9, 0.9] and list(saved.lines[-1].get_xdata()) == [0, 0]
 
 
 def test_models_keep_their_colours():

@@ -1,10 +1,12 @@
 """The training loop: resuming is exact, faults keep what was reached."""
 
+from copy import deepcopy
+
 import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import random_images
+from conftest import random_images, small_model
 from msgspec.structs import replace
 from safetensors.torch import load_file
 
@@ -233,8 +235,8 @@ def test_mixup_of_an_odd_batch_is_refused_with_a_size_that_works(batch_size, ima
 def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path, monkeypatch):
     # All tokens halt in the second layer: the others get no gradient when packed, and zeros when masked.
     loss = AdaptiveLoss(alpha_distr=0.0, task=TaskLoss(0.1))
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: create(name, gamma=0.0, beta=0.5))
+    halting = small_model("avit", gamma=0.0, beta=0.5)
+    monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: deepcopy(halting))
     weights = []
     for execution in ("masked", "packed"):
         config = replace(CONFIG, execution=execution, weight_decay=0.5)
