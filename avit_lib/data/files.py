@@ -14,8 +14,11 @@ from tqdm.auto import tqdm
 from avit_lib.errors import UserError
 
 Image.init()
+COMMON = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")  # tried first
 # Of what Pillow opens, the pictures by their media types: no PostScript, no films, no measurements.
-FORMATS = tuple(kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/"))
+# In an order of our own: Pillow's depends on what was imported before.
+_OTHERS = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")} - {*COMMON}
+FORMATS = (*(kind for kind in COMMON if kind in Image.OPEN), *sorted(_OTHERS))
 ENDINGS = {ending for ending, kind in Image.EXTENSION.items() if kind in {*FORMATS, "MPO"}}
 # What systems and programs put beside images, with images of their own in it.
 HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
@@ -57,7 +60,7 @@ def find_images(
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
     waiting, links = [("", root)] if os.path.isdir(root) else [], deque()
-    images, folders, others = [], [], []
+    images, folders, others, hidden = [], [], [], []
     while waiting or links:  # links last: what they lead to may have a name of its own
         name, place = waiting.pop() if waiting else links.popleft()
         if place in seen:
@@ -69,7 +72,7 @@ def find_images(
                 if entry.name in leave_out:
                     continue
                 if entry.name.startswith(".") or entry.name in HIDDEN:
-                    others.append(inner)
+                    hidden.append(inner)
                     continue
                 if entry.is_symlink():
                     links.append((inner, os.path.realpath(entry)))
@@ -79,9 +82,10 @@ def find_images(
             known = os.path.splitext(name)[1].lower() in ENDINGS and not _is_special(place)
             (images if known and wanted(name) else others).append(name)
         seen.add(place)
-    if others:
-        why = "hidden, no image by its name, in no folder of a class, or a link to what is there"
-        tell(f"{len(others)} left out of {folder} ({why}): {name_some(sorted(others))}")
+    left_out = sorted(others) + sorted(hidden)
+    if left_out:
+        why = "no image by its name, in no folder of a class, a link to what is there, or hidden"
+        tell(f"{len(left_out)} left out of {folder} ({why}): {name_some(left_out)}")
     # By class, then folder, then file, as torchvision has it.
     images.sort(key=lambda name: (name.partition("/")[0], *name.rpartition("/")))
     return images, folders

@@ -29,14 +29,14 @@ def test_what_is_no_image_is_counted_and_told(tmp_path, capsys):
     write_images(tmp_path, {"ants": 2, ".ipynb_checkpoints": 1, "__MACOSX": 1, "ants/.trash": 1})
     (tmp_path / "ants" / "._00.png").write_text("of a Mac")
     assert folder_images(tmp_path, 16).classes == ("ants",)
-    assert not capsys.readouterr().err
+    assert f"4 left out of {tmp_path}" in capsys.readouterr().err
     Image.new("RGB", (20, 20)).save(tmp_path / "in_no_class.png")
     for number in range(5):
         (tmp_path / "ants" / f"notes{number}.txt").write_text("no image")
     assert len(folder_images(tmp_path, 16)) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and f"6 left out of {tmp_path}" in line
-    assert "ants/notes0.txt" in line and "ants/notes4.txt and 1 more" in line
+    assert line.count("\n") == 1 and f"10 left out of {tmp_path}" in line
+    assert "ants/notes0.txt" in line and "ants/notes4.txt and 5 more" in line
     assert find_images(tmp_path)[0] == ["ants/00.png", "ants/01.png", "in_no_class.png"]
 
 
