@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except (UserError, CycloptsError, OSError) as error:
-        remedy = "; allow that, or name another" if isinstance(error, OSError) else ""
-        print(f"{speaker}error: {' '.join(str(error).split())}{remedy}", file=sys.stderr)
+        words = f"{error}{'; allow that, or name another' if isinstance(error, OSError) else ''}"
+        print(f"{speaker}error: {' '.join(words.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to resume", file=sys.stderr)
@@ -198,11 +198,9 @@ def test(
     model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
+    target = inspecting.record_beside(path)
     found = inspecting.test_images(common.profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
-    target = path.with_name(f"{path.stem}_test.json")
-    if target.with_suffix(".safetensors").exists():
-        raise UserError(f"{target} describes a checkpoint of that name; rename one of them")
     print(json.dumps(facts, indent=1))
     if processes.rank() == 0:
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)

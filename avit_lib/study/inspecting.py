@@ -57,6 +57,14 @@ def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, 
     raise UserError(f"the model knows other classes than those of the profile {profile}; add --data-dir DIR")
 
 
+def record_beside(path: Path) -> Path:
+    """Where the figures of a tested checkpoint go; UserError where another's description lies."""
+    target = path.with_name(f"{path.stem}_test.json")
+    if target.with_suffix(".safetensors").exists():
+        raise UserError(f"{target} describes a checkpoint of that name; rename one of them")
+    return target
+
+
 def figures_of(model: nn.Module, found: data.Images, seed: int, device: torch.device, batch: int) -> dict[str, Any]:
     """Accuracy, depth, GFLOPs and so on of a model on test images, and their intervals."""
     predictions = predict(model, found, device, batch)
