@@ -378,6 +378,24 @@ def other_classes_for_the_test(place):
     return place.test()
 
 
+@fault("last_test.json describes a checkpoint of that name; rename one of them")
+def a_record_over_another_checkpoint(place):
+    shutil.copy(place.trained / "last.safetensors", place.trained / "last_test.safetensors")
+    return place.test()
+
+
+@fault("was trained for other classes than those of the training images")
+def a_start_that_knows_other_classes(place):
+    for part in ("train", "test"):
+        shutil.move(place.images / part / "bright", place.images / part / "light")
+    return place.fit("--ckpt", place.trained / "last.safetensors")
+
+
+@fault("'1.5' is no whole number")
+def a_seed_that_is_no_whole_number(place):
+    return place.fit("--seed", "1.5")
+
+
 # ---- the disk ----
 
 

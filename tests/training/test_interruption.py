@@ -144,5 +144,7 @@ def test_a_state_that_would_run_code_is_refused_and_not_run(unfinished, whole, c
 
 def test_leftovers_of_a_kill_are_removed_in_the_end(unfinished, whole):
     (unfinished / "best.safetensors.tmp").write_bytes(b"half")
+    (unfinished / "notes.tmp").write_bytes(b"not ours")
     train(unfinished)
+    (unfinished / "notes.tmp").unlink()
     assert_same(unfinished, whole)
