@@ -114,9 +114,13 @@ def test_words_keep_off_the_lines_where_there_is_room():
 
 
 def test_models_keep_their_colours():
-    colours = [figures.model_colour(label) for label in ("DeiT", "A-ViT", "A-ViT fine-tuned")]
-    assert len(set(colours)) == 3
-    assert figures.model_colour("DeiT-T") == colours[0] and figures.model_colour("A-ViT-T fine-tuned") == colours[2]
+    labels = ["DeiT", "DeiT trained longer", "ToMe, r = 8", "Adaptive merging, 44% saved", "Adaptive merging trained"]
+    labels += ["A-ViT from the published start", "A-ViT from ImageNet", "A-ViT halting held", "A-ViT halting trained"]
+    colours = {label: figures.model_colour(label) for label in labels}
+    assert len(set(colours.values())) == len(labels)
+    alike = {"DeiT-T": "DeiT", "A-ViT-T halting trained": "A-ViT halting trained", "ToMe": "ToMe, r = 8"}
+    alike |= {"A-ViT-T": "A-ViT from the published start", "A-ViT halting held, depth 6": "A-ViT halting held"}
+    assert {label: figures.model_colour(label) for label in alike} == {a: colours[b] for a, b in alike.items()}
 
 
 @pytest.mark.parametrize("profile", sorted({*profile_names()} - {"imagenet"}))

@@ -25,9 +25,14 @@ def drawn(count: int, side: int, pixels: int, layers: int) -> dict[str, Figure]:
     names = tuple(f"some_class_{number} 7.5" for number in range(count))
     groups = {name: (images[part], depth[part], list(names[part])) for name, part in
               {"shallowest": slice(0, 8), "widest spread": slice(count // 2, count)}.items()}  # fmt: skip
+    beside = {
+        "one\nstart": (depth, [f"AUC 0.{number}" for number in range(count)]),
+        "another\nstart": (depth[::-1], []),
+    }
     return {
         "samples": pictures.samples(images, np.arange(count) % 4, names),
         "depth_maps": pictures.depth_maps(images, depth, layers, list(names)),
+        "depths_beside": pictures.depths_beside(images, list(names), beside, layers, columns=3),
         "depth_extremes": pictures.depth_extremes(groups, layers),
         "halting_progress": pictures.halting_progress(images, depth),
     }
@@ -63,12 +68,15 @@ def test_maps_show_patches_in_reading_order_without_the_class_token():
     assert shown(axis).sum(axis=-1).argmax() == 15 and shown(axis).sum(axis=-1).argmin() == 0  # bright: went deep
 
 
-@pytest.mark.parametrize("figure", ["depth_maps", "depth_extremes"])
+@pytest.mark.parametrize("figure", ["depth_maps", "depths_beside", "depth_extremes"])
 def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figure):
     images, depth = np.zeros((2, 3, 28, 28)), np.full((2, 50), 5)
     depth[0, 1], depth[1, 2], depth[:, 0] = 4, 9, 12  # the class token is not shown
     if figure == "depth_maps":
         drawing = pictures.depth_maps(images, depth, layers=12)
+    elif figure == "depths_beside":
+        beside = {name: (depth[[number]], []) for number, name in enumerate(("one", "other"))}
+        drawing = pictures.depths_beside(images[:1], ["title"], beside, layers=12)
     else:
         groups = {name: (images[part], depth[part], ["title"]) for name, part in
                   {"one": slice(0, 1), "other": slice(1, 2)}.items()}  # fmt: skip
@@ -89,7 +97,8 @@ def test_maps_of_images_that_are_not_square_keep_their_shape():
     images = np.random.default_rng(0).random((1, 3, 32, 64))
     expected = pictures.coloured(np.arange(1, 129).reshape(1, 8, 16), 128)[0]
     extremes = pictures.depth_extremes({"x": (images, depth, [])}, 128)
-    for figure in (pictures.depth_maps(images, depth, 128), extremes):
+    beside = pictures.depths_beside(images, ["title"], {"depth": (depth, [])}, 128)
+    for figure in (pictures.depth_maps(images, depth, 128), beside, extremes):
         (axis,) = rows(figure)["depth"]
         np.testing.assert_array_equal(shown(axis), expected)
         FigureCanvasAgg(figure).draw()
@@ -142,6 +151,24 @@ def test_more_images_go_on_in_further_rows_with_their_titles():
     found = [axis.get_title() for row in axes[::4] for axis in row]
     assert found == [title.replace("_", " ") for title in titles] + [""]
     assert len(axes[0, 0].images) == 1 and not axes[8, 1].images
+
+
+def test_depths_of_several_models_stand_below_each_image_with_their_words():
+    depths = {name: np.arange(15).reshape(3, 5) % modulus for name, modulus in (("one", 4), ("other", 3))}
+    maps = {"one": (depths["one"], ["AUC 0.1", "AUC 0.2", "AUC 0.3"]), "other": (depths["other"], [])}
+    images = np.linspace(0, 1, 3)[:, None, None, None] * np.ones((3, 3, 28, 28))
+    figure = pictures.depths_beside(images, ["an_ant", "bee", "cat"], maps, 4, columns=2)
+    axes = np.array(figure.axes[:-1]).reshape(6, 2)  # the last is the key; two images, then the third
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["image", "one", "other"] * 2
+    titles = [[axis.get_title() for axis in row] for row in axes]
+    assert titles == [["an ant", "bee"], ["AUC 0.1", "AUC 0.2"], ["", ""], ["cat", ""], ["AUC 0.3", ""], ["", ""]]
+    for number, value in enumerate((0, 0.5, 1)):
+        row, column = 3 * (number // 2), number % 2
+        assert (shown(axes[row, column]) == value).all()
+        for below, depth in enumerate(depths.values(), start=1):
+            expected = pictures.coloured(depth[number, 1:].reshape(2, 2), 4)
+            np.testing.assert_array_equal(shown(axes[row + below, column]), expected)
+    assert not any(axis.images for axis in axes[3:, 1])
 
 
 def test_the_last_row_shows_what_the_last_layer_sees():
