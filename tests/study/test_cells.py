@@ -29,10 +29,10 @@ SMOKE = four_runs()
 
 
 class Kept(dict):
-    """In place of a results folder: what cells write, by name."""
+    """In place of a results folder: what cells write, by name, and the names that they ``left`` behind."""
 
     def _keep(self, value, name, caption=""):
-        kind = "figure" if hasattr(value, "savefig") else "table"
+        kind = "figure" if hasattr(value, "savefig") else "finding" if isinstance(value, str) else "table"
         self[f"{kind} {name}"] = value
         return value
 
@@ -47,6 +47,7 @@ def run_cells(notebook: str, first: str, count: int | None = None, **names) -> K
     chosen = codes[next(number for number, code in enumerate(codes) if code.startswith(first)) :]
     for code in (imports, *chosen[:count]):
         exec(compile(code, notebook, "exec"), namespace)
+    names["study"].results.left = namespace
     return names["study"].results
 
 
@@ -145,6 +146,7 @@ def test_settings_starts_and_histories_of_the_models_that_halt():
 
 # --- 04: tables -------------------------------------------------------------------------------------------------------
 
+COMPARED = {"focus": SMOKE.run("avit_finetuned"), "reference": SMOKE.plain}
 LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 MERGED = ["ToMe, r = 2", "ToMe, r = 3"]
 
@@ -169,8 +171,9 @@ def test_merged_models_stand_beside_the_trained_ones():
     assert list(found)[:-2] == [*(run.name for run in SMOKE.runs), *MERGED]
     adapted = list(found)[-2:]
     assert all(name.startswith("Adaptive merging") for name in adapted)
-    names = dict(study=study, predictions=found, untrained=untrained)
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 4, **names)
+    names = dict(study=study, predictions=found, untrained=untrained, **COMPARED)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, **names)
+    results = run_cells("04_evaluation", "labels, rows = ", 2, **results.left)
     table = results["table evaluation"].set_index("model")
     assert list(table.index) == [*LABELS, *MERGED, *adapted]
     assert list(table["method"])[-4:] == ["peer", "peer", "ours", "ours"]
@@ -185,6 +188,14 @@ def test_merged_models_stand_beside_the_trained_ones():
     assert list(summary["mean depth [layers]"])[:6] == ["4.00"] * 4 + ["", ""]
     assert list(summary["minus DeiT trained longer [points]"])[1] == ""  # not minus itself
     assert (summary.drop(index=1)["minus DeiT trained longer [points]"].str.match(r"[+-]\d+\.\d\d \(")).all()
+    short = results["table 04_short"].set_index("model")
+    assert list(short.index) == list(table.index) and short["minus DeiT [points]"].tolist() == [
+        "" if label == "DeiT" else words
+        for label, words in zip(table.index, summary["minus DeiT [points]"], strict=True)
+    ]
+    assert short["speed-up at batches of 32"]["DeiT"] == "1.00"
+    for column, name in (("mean per-class accuracy [%]", "accuracy_macro"), ("FLOPs saved [%]", "flops_saved")):
+        np.testing.assert_allclose(short[column].astype(float), 100 * table[name], atol=0.051)
 
 
 def differences(profile: Profile, found: dict[str, Predictions]) -> pd.DataFrame:
@@ -243,8 +254,9 @@ def test_a_model_is_turned_to_other_depths():
     untrained = tables.merged_models(study)
     models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
     found = {name: study.predict(model, study.test) for name, model in models.items()}
-    names = dict(study=study, predictions=found, models=models, untrained=untrained)
-    results = run_cells("04_evaluation", "table = tables.evaluation_table", 6, **names)
+    names = dict(study=study, predictions=found, models=models, untrained=untrained, **COMPARED)
+    results = run_cells("04_evaluation", "table = tables.evaluation_table", 3, **names)
+    results = run_cells("04_evaluation", "rows = []", 2, **results.left)
     points = results["table operating_points"].set_index("model")
     assert model.beta == points["beta"]["A-ViT fine-tuned"] == -1.0
     assert points["beta"]["A-ViT fine-tuned, depth 2"] > points["beta"]["A-ViT fine-tuned, depth 3"]
@@ -263,7 +275,7 @@ def test_published_figures_stand_beside_ours():
     table = results["table 04_published"].set_index(["model", "figure"])
     for model, ours, theirs in (("A-ViT", -0.1, np.nan), ("A-ViT fine-tuned", 0.05, -0.003)):  # theirs starts from DeiT
         row = table.loc[(model, "accuracy minus DeiT's")]
-        assert row["ours, Caltech101"] == pytest.approx(ours)
+        assert row["ours, smoke"] == pytest.approx(ours)
         assert row["paper, ImageNet"] == pytest.approx(theirs, nan_ok=True)
     assert table.loc[("DeiT", "accuracy"), "report, Caltech-256"] == pytest.approx(0.7322)
     assert table.notna().any(axis=1).all() and ("DeiT", "mean depth [layers]") not in table.index
@@ -274,7 +286,7 @@ def test_published_figures_stand_beside_ours():
 
 def evaluated(halting: Predictions, plain: Predictions) -> Kept:
     found = {"deit": plain, "avit_finetuned": halting}
-    return run_cells("04_evaluation", "classes = study.test.classes", 4, study=study_of(plain), predictions=found)
+    return run_cells("04_evaluation", "classes = np", 7, study=study_of(plain), predictions=found, **COMPARED)
 
 
 def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
@@ -285,8 +297,8 @@ def test_confusion_is_a_percentage_of_the_true_class_in_its_row(halting, plain):
     np.testing.assert_allclose(drawn(results["figure 04_confusion_change"]), change)
 
 
-@pytest.mark.parametrize(("classes", "named", "numbered"), [(3, 3, True), (20, 20, False)])
-def test_a_confusion_map_has_the_true_class_in_rows_and_as_much_text_as_fits(monkeypatch, classes, named, numbered):
+@pytest.mark.parametrize("classes", [3, 20])
+def test_a_confusion_map_has_the_true_class_in_rows_and_numbers_of_one_per_cent_and_more(monkeypatch, classes):
     monkeypatch.setattr(f"{__name__}.CLASSES", tuple(f"class_{number}" for number in range(classes)))
     labels = [0] * 4 + [2] * 2500
     found = predictions([0, 1, 1, 1, 1] + [2] * 2499, labels, torch.full((2504, 5), LAYERS))
@@ -296,8 +308,29 @@ def test_a_confusion_map_has_the_true_class_in_rows_and_as_much_text_as_fits(mon
     np.testing.assert_allclose(drawn(axis.figure), values, rtol=1e-5)
     assert axis.yaxis_inverted() and axis.get_ylabel() == "true class" and axis.get_xlabel() == "predicted class"
     ticks = texts(axis.get_yticklabels()), texts(axis.get_xticklabels())
-    assert ticks == ([f"class {number}" for number in range(named)],) * 2
-    assert [text for text in texts(axis.texts) if text] == ["25", "75", "100"] * numbered  # nothing for 0.04
+    assert ticks == ([f"class {number}" for number in range(classes)],) * 2
+    assert [text for text in texts(axis.texts) if text] == ["25", "75", "100"]  # nothing for 0.04
+
+
+def test_a_confusion_map_of_many_classes_has_those_with_the_most_mistakes(monkeypatch):
+    monkeypatch.setattr(f"{__name__}.CLASSES", tuple(f"class_{number}" for number in range(30)))
+    labels, depth = 2 * list(range(30)), torch.full((60, 5), LAYERS)
+    one, other = ([change.get(number, label) for number, label in enumerate(labels)] for change in ({28: 25}, {29: 26}))
+    results = evaluated(predictions(one, labels, depth), predictions(other, labels, depth))
+    shown = [*range(20), 25, 26, 28, 29]
+    values, change = 100 * np.eye(24), np.zeros((24, 24))
+    values[22, [20, 22]] = 50
+    change[22, [20, 22]], change[23, [21, 23]] = (50, -50), (-50, 50)
+    for figure, expected in (("04_confusion", values), ("04_confusion_change", change)):
+        np.testing.assert_allclose(drawn(results[f"figure {figure}"]), expected)
+        assert texts(results[f"figure {figure}"].axes[0].get_yticklabels()) == [f"class {number}" for number in shown]
+
+
+def test_mistakes_are_new_mended_or_shared(halting, plain):
+    predicted = plain.predicted.tolist()
+    other = predictions([1, *predicted[1:2], 0, *predicted[3:]], plain.labels.tolist(), plain.depth)
+    left = evaluated(halting, other).left  # wrong on image 2 alone; the other on 0 and 2
+    assert (left["new"], left["mended"], left["old"]) == (0, 1, 1)
 
 
 def test_confused_pairs_leave_out_what_never_happens(halting, plain):
@@ -436,7 +469,7 @@ def test_figures_of_few_and_of_many_classes_keep_their_labels_on_the_page(monkey
     changes["images_gained"] = 19 * (after - before)
     shown = {"05_class_change": arrows(changes.sort_values("images_gained")).figure}
     shown |= {name: value for name, value in evaluated(found, plain).items() if name.startswith("figure")}
-    assert len(shown) == (4 if classes <= 20 else 2)  # no matrix of many
+    assert len(shown) == 4
     assert_labels_on_the_page(shown)
 
 

@@ -51,11 +51,13 @@ def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
     load = {"deit": plain, "deit_longer": plain, "avit": model, "avit_finetuned": model}.get
     study = SimpleNamespace(profile=SMOKE, load=load, device="cpu", test=files, seed=0)
     assert [tables.test_images(study, most).shape for most in (1, 9)] == [(1, 3, 28, 28), (6, 3, 28, 28)]
-    table = tables.speed_table(study, {"another": plain})
-    trained = [*LABELS, "A-ViT, masked", "A-ViT fine-tuned, masked"]
-    assert list(table["model"]) == [*trained, *trained, "another"]
-    assert table["batch"].tolist() == [1] * 6 + [6] * 7  # the largest: all test images, which are fewer than a batch
+    table = tables.speed_table(study, {"another": plain}, {"turned": model})
+    trained = ["DeiT", "A-ViT", "A-ViT fine-tuned", "A-ViT fine-tuned, masked"]  # the focus alone is masked, too
+    assert list(table["model"]) == [*trained, *trained, "another", "turned", *["DeiT trained longer"] * 2]
+    assert table["batch"].tolist() == [1] * 4 + [6] * 6 + [1, 6]  # at most all test images, fewer than a batch
     assert (table.loc[table["model"] == "DeiT", "speedup"] == 1).all()
+    alike, longer = (table[table["model"] == label].drop(columns="model") for label in LABELS[:2])
+    assert longer.to_numpy().tolist() == alike.to_numpy().tolist()  # one architecture is timed once
 
 
 def test_a_hundred_classes_of_one_or_a_few_images():
