@@ -16,10 +16,11 @@ from matplotlib.colors import to_rgb
 from msgspec import structs
 
 from avit_lib.adaptive import adapt
+from avit_lib.data import to_pixels
 from avit_lib.evaluation import Predictions, metrics, predict
 from avit_lib.flops import plain_flops
 from avit_lib.model import AViT
-from avit_lib.study import figures, get_profile, tables
+from avit_lib.study import figures, get_profile, pictures, tables
 from avit_lib.study.settings import Profile
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
@@ -365,11 +366,24 @@ def test_accuracy_by_depth_of_fewer_images_than_groups(halting, plain):
 
 
 def analysed(halting: Predictions, plain: Predictions) -> Kept:
+    """All from the maps on; the published start goes deep where the other halts. Image 3 shows no background."""
+    torch.manual_seed(23)  # with all patches it is right on four images, without some of them on two
     whole = timm.create_model("deit_nano", patch_size=14, num_classes=len(CLASSES)).eval()
+    with torch.no_grad():  # so that its answer depends on the patches
+        whole.cls_token.mul_(0.01)
+        for block in whole.blocks:
+            block.attn.qkv.weight.mul_(10)
+            block.attn.proj.weight.mul_(20)
+    theirs = replace(halting, depth=LAYERS + 1 - halting.depth)
     study = study_of(plain, load=lambda name: whole, predict=lambda model, data: plain, device="cpu")
+    run, published = (study.profile.run(name) for name in ("avit_finetuned", "avit"))
+    model = SimpleNamespace(eps=0.01, patch_embed=SimpleNamespace(grid_size=(2, 2)))
+    first = "@torch.inference_mode()\ndef class_attention"
     return run_cells(
-        "05_halting_analysis", "generator = torch", study=study, run=study.profile.run("avit_finetuned"),
-        model=SimpleNamespace(eps=0.01), predictions=halting, depth=halting.depth, layers=LAYERS, classes=CLASSES,
+        "05_halting_analysis", first, study=study, run=run, published=published, reference=study.profile.plain,
+        model=model, whole=whole, predictions=halting, theirs=theirs,
+        depth=halting.depth, layers=LAYERS, classes=CLASSES, chosen=torch.tensor([0, 3, 4, 5]),
+        differing=torch.tensor([[1.0, 0.8, 0.0, 0.01], [1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0]]),
     )  # fmt: skip
 
 
@@ -378,9 +392,57 @@ def analysis(halting, plain):
     return analysed(halting, plain)
 
 
-def test_images_are_drawn_one_a_class(analysis):
-    titles = [axis.get_title() for axis in analysis["figure 05_depth_maps"].axes if axis.get_title()]
+def test_an_object_is_told_by_depth_from_a_background_of_one_colour(analysis):
+    table = analysis["table 05_object"].set_index("map")
+    labels = ["A-ViT fine-tuned: depth", "A-ViT: depth", "DeiT: class attention"]
+    assert list(table.index) == labels and table["images"].tolist() == [3] * 3
+    for label, aucs in zip(labels, ([0.5, 1, 1], [0.5, 0, 0]), strict=False):
+        half = 1.96 * np.std(aucs, ddof=1) / 3**0.5
+        found = table.loc[label, ["auc", "auc_low", "auc_high"]].tolist()
+        assert found == pytest.approx([np.mean(aucs), np.mean(aucs) - half, np.mean(aucs) + half])
+    words = analysis["finding 05_maps"].replace("\n", " ")
+    assert "On the 3 test images" in words and "0.833 (0.507 to 1.160) by the depth of A-ViT fine-tuned" in words
+    assert "as well as A-ViT: depth" not in words and "better than A-ViT: depth (+0.667 ± 0.653)" in words
+    figure = analysis["figure 05_object_maps"]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["ant", "cat", "AUC 0.50", "AUC 1.00", "AUC 0.50", "AUC 0.00"]
+
+
+def test_without_patches_the_plain_model_answers_as_if_they_were_not_there(analysis):
+    left, table = analysis.left, analysis["table 05_memory"].set_index("patches")["accuracy"]
+    whole, labels = left["whole"], left["study"].test.labels
+    every = [1, 2, 3, 4]
+    shown = {
+        "with all patches": {0: every, 3: every, 4: every, 5: every},
+        "without the empty ones": {0: [1, 2], 3: every, 4: [3, 4], 5: [1, 2]},
+    }
+    for name, patches in shown.items():
+        answers = []
+        for image, seen in patches.items():
+            with torch.inference_mode():
+                tokens = whole._pos_embed(whole.patch_embed(left["study"].test[[image]][0]))[:, [0, *seen]]
+                logits = whole.forward_head(whole.norm(whole.blocks(tokens)))
+            answers.append(bool(logits.argmax() == labels[image]))
+        assert table[name] == np.mean(answers)
+    assert table["without the empty ones"] < table["with all patches"]
+    hidden = [(~one).sum(dim=1).tolist() for one in left["kept"].values()]
+    assert hidden == [[0] * 4, [2, 0, 2, 2], [2, 0, 2, 2]]
+    assert (left["kept"]["without the empty ones"] | left["kept"]["without as many others"]).all()
+
+
+def test_images_are_drawn_one_a_class(analysis, halting):
+    figure, test = analysis["figure 05_depth_maps"], analysis.left["study"].test
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["ant", "bee", "cat"]
+    images, *maps = np.array(figure.axes[:-1]).reshape(3, 3)
+    for column, image in enumerate(images):
+        pixels = pictures.rgb(to_pixels(test[:][0]))
+        number = next(one for one, other in enumerate(pixels) if (other == image.images[0].get_array()).all())
+        assert test.labels[number] == column
+        own = halting.depth[[number]]
+        for row, depth in zip(maps, (own, 6 - own), strict=True):
+            expected = pictures.coloured(pictures.grids(depth), LAYERS)[0]
+            np.testing.assert_array_equal(row[column].images[0].get_array(), expected)
 
 
 def test_extremes_are_the_extremes(analysis):
@@ -398,12 +460,17 @@ def test_depth_by_position_is_that_of_the_patches_in_their_places(analysis, halt
     patches = halting.depth[:, 1:].float().view(6, 2, 2)
     np.testing.assert_allclose(drawn(figure, 0), patches.mean(dim=0), rtol=1e-6)
     assert drawn(figure, 1).mean() == pytest.approx(0, abs=1e-6) and drawn(figure, 1).std() > 1e-4
+    np.testing.assert_allclose(drawn(figure, 2), 6 - patches.mean(dim=0), rtol=1e-6)
+    own, published = analysis.left["places"]
+    expected = np.corrcoef(drawn(figure, 0).ravel(), drawn(figure, 1).ravel())[0, 1]
+    assert own == pytest.approx(expected) and published == pytest.approx(-expected)
 
 
 def test_alive_is_the_share_of_tokens_of_at_least_that_depth(analysis):
-    own, plain = analysis["figure 05_tokens_alive"].axes[0].lines
+    own, computed, published = analysis["figure 05_tokens_alive"].axes[0].lines
     np.testing.assert_allclose(own.get_ydata(), np.array([6, 4, 2.4, 1.4, 0]) / 6)
-    np.testing.assert_allclose(plain.get_ydata(), np.array([6, 3.6, 2, 1, 0]) / 6)  # ends with the class token
+    np.testing.assert_allclose(computed.get_ydata(), np.array([6, 3.6, 2, 1, 0]) / 6)  # ends with the class token
+    np.testing.assert_allclose(published.get_ydata(), np.array([6, 6, 4.6, 3.6, 2]) / 6)
 
 
 def test_scores_of_halted_tokens_are_left_out(analysis):
@@ -432,7 +499,7 @@ def test_accuracy_by_class_of_two_models(analysis):
 def arrows(changes: pd.DataFrame):
     """The axis that shows how the accuracy of classes changes."""
     names = {"study": OfRuns(), "reference": SMOKE.plain, "run": SMOKE.run("avit"), "caption": ""}
-    cell = run_cells("05_halting_analysis", "losing, gaining = ", 1, changes=changes, **names)
+    cell = run_cells("05_halting_analysis", "shown = pd.concat(", 1, changes=changes, **names)
     return cell["figure 05_class_change"].axes[0]
 
 
@@ -441,11 +508,11 @@ def test_classes_that_lose_and_gain_most_are_shown():
     changes["images_gained"] = np.arange(-12, 13)
     changes["after"] = changes["before"] + changes["images_gained"] / 32
     axis = arrows(changes)
-    shown = [*range(24, 14, -1), *range(9, -1, -1)]
+    shown = [*range(24, 12, -1), *range(11, -1, -1)]  # not the one in the middle
     assert texts(axis.get_yticklabels()) == [f"class {number} (32, {number - 12:+d})" for number in shown]
     before, after = axis.collections[1:3]
-    np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(20)])
-    np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(20), strict=True)))
+    np.testing.assert_array_equal(before.get_offsets(), [(0.5, place) for place in range(24)])
+    np.testing.assert_array_equal(after.get_offsets(), list(zip(changes["after"][shown], range(24), strict=True)))
     assert [to_rgb(points.get_facecolor()[0]) for points in (before, after)] == [
         to_rgb(figures.model_colour(name)) for name in ("DeiT", "A-ViT")
     ]
@@ -454,7 +521,7 @@ def test_classes_that_lose_and_gain_most_are_shown():
 def test_a_figure_draws_when_no_class_changes():
     axis = arrows(pd.DataFrame({"class": ["ant"], "images": 14, "before": 1.0, "after": 1.0, "images_gained": 0}))
     FigureCanvasAgg(axis.figure).draw()
-    assert texts(axis.get_yticklabels()) == []
+    assert texts(axis.get_yticklabels()) == ["ant (14, +0)"]
 
 
 @pytest.mark.parametrize("classes", [10, 256])
@@ -495,8 +562,8 @@ def test_of_many_classes_the_two_ends_are_shown(monkeypatch):
     analysis = analysed(found, predictions(labels.tolist(), labels.tolist(), depth))
     table = analysis["table 05_depth_by_class"]
     assert len(table) == 101 and table["images"].sum() == 201
-    assert len(analysis["figure 05_depth_by_class"].axes[0].get_yticklabels()) == 20
-    assert len(analysis["figure 05_depth_maps"].axes) == 4 * 10 + 1  # ten images, and the key
+    assert len(analysis["figure 05_depth_by_class"].axes[0].get_yticklabels()) == 24
+    assert len(analysis["figure 05_depth_maps"].axes) == 3 * 24 + 1  # 24 images with two maps each, and the key
     pairs = evaluated(found, predictions(labels.tolist(), labels.tolist(), depth))["table 04_confused_pairs"]
     assert pairs.to_dict("records") == [
         {"true class": "class_007", "taken for": "class_008", "A-ViT fine-tuned": 3, "DeiT": 0}
