@@ -1,5 +1,6 @@
 """What the cells of the notebooks compute themselves, on predictions made by hand."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,7 +113,8 @@ def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
     found = metrics(study.model, predict(study.model, study.data.validation))
     last = {f"val_{name}": value for name, value in found.items()}
     epochs = [last | {"epoch": 1, "val_accuracy": 0.0}, last | {"epoch": 2, "val_accuracy": found["accuracy"] + 0.25}]
-    study.histories["deit"] = pd.DataFrame(epochs).assign(train_loss=1.0, learning_rate=0.1)
+    study.histories["deit"] = pd.DataFrame(epochs).assign(train_loss=1.0, train_task=0.8, learning_rate=0.1)
+    longer = study.histories["deit_longer"] = study.histories["deit"].assign(train_task=[0.7, 0.6])
     run_cells("02_finetune_deit", "study.results.metrics", study=study)
     counts = study.results["table 02_split"]
     assert counts["training"].tolist() == [11] * 7 + [10] * 3 and counts["validation"].tolist() == [3] * 10
@@ -120,29 +122,221 @@ def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
     assert set(check.index) == set(found)
     assert check["difference"].drop("accuracy").abs().max() == 0
     assert check.loc["accuracy", "difference"] == pytest.approx(-0.25)
+    pd.testing.assert_frame_equal(study.results["table 02_history_longer"], longer)
+    losses, accuracies = (axis.lines for axis in study.results["figure 02_longer"].axes)
+    assert [line.get_label() for line in losses] == ["DeiT", "DeiT trained longer"]
+    assert [line.get_xydata().tolist() for line in losses] == [[[1, 0.8], [2, 0.8]], [[3, 0.7], [4, 0.6]]]
+    assert [line.get_xdata().tolist() for line in accuracies] == [[1, 2], [3, 4]]
+    finding = " ".join(study.results["finding 02_deit"].split())
+    assert "DeiT trained longer*, the control, is +0.0 points (+0.0 to +0.0) from it" in finding
+    assert f"the largest difference is {0.25:.1g}" in finding
 
 
-def test_settings_starts_and_histories_of_the_models_that_halt():
-    columns = ("train_task", "train_ponder", "train_distr", "val_mean_depth", "val_accuracy", "val_gflops_per_image")
-    history = pd.DataFrame({"epoch": [1, 2], **{name: [2.0, 1.0] for name in columns}, "seconds": 3})
-    study = OfRuns({run.name: history for run in SMOKE.runs})
-    run_cells("03_train_avit", "rows = []", study=study)
-    settings = study.results["table 03_runs"].set_index("setting").T
-    assert (settings["gamma"] == "").tolist() == [run.halting is None for run in study.profile.runs]
-    assert settings["starts from"].tolist() == [SMOKE.plain.pretrained, "deit", SMOKE.plain.pretrained, "deit"]
-    assert settings.loc["A-ViT", ["epochs", "learning_rate", "beta"]].tolist() == [1, 2e-4, -2.5]
-    (start,) = study.results["table 03_start"].to_dict("records")  # of those that start from trained weights
-    expected = metrics(study.model, predict(study.model, study.data.validation))
-    assert start["model"] == "A-ViT fine-tuned" and start["val_mean_depth"] == expected["mean_depth"]
-    epochs = study.results["table 03_history"]
-    assert epochs["model"].tolist() == ["A-ViT"] * 2 + ["A-ViT fine-tuned"] * 2
+def test_class_attention_is_a_softmax_and_its_finding_says_where_it_goes():
+    study = OfRuns()
+    history = pd.DataFrame({"epoch": [1, 2], "train_loss": 1.0, "train_task": 1.0, "learning_rate": 0.1})
+    for name in metrics(study.model, predict(study.model, study.data.validation)):
+        history[f"val_{name}"] = 0.5
+    study.histories |= {"deit": history, "deit_longer": history}
+    run_cells("02_finetune_deit", "study.results.metrics", study=study)
+    left, finding = study.results.left, study.results["finding 02_attention"]
+    drawn = [axis.images[0].get_array() for axis in study.results["figure 02_attention"].axes[:8]]
+    words = []
+    for model, (_, *grids) in ((left["start"], drawn[:4]), (study.model, drawn[4:])):
+        inputs = []
+        for block in model.blocks:
+            block.attn.register_forward_pre_hook(lambda _, inside, inputs=inputs: inputs.append(inside[0]))
+        with torch.inference_mode():
+            model.forward_features(left["image"])
+            for layer, grid in zip((0, 2, 3), grids, strict=True):
+                tokens, attention = inputs[layer], model.blocks[layer].attn
+                query, key, _ = attention.qkv(tokens).view(1, 17, 3, 2, 8).unbind(2)
+                shares = (query[0, 0, :, None] * key[0].transpose(0, 1)).sum(dim=-1).div(8**0.5).softmax(dim=1)
+                np.testing.assert_allclose(grid, 100 * shares.mean(dim=0)[1:].view(4, 4), rtol=1e-3)
+        last = np.asarray(grids[-1]) / np.sum(grids[-1])
+        words.append((np.sort(last.ravel())[-4:].sum(), last.sum() - last[1:3, 1:3].sum()))
+    (first, at_border), (tuned, border) = words
+    finding = " ".join(finding.split())
+    assert f"receives {first:.0%} (ImageNet weights) and {tuned:.0%} (fine-tuned)" in finding
+    assert f"border, 75% of all, receive {at_border:.0%} and {border:.0%}" in finding
+
+
+class OfHalting(OfRuns):
+    """A study of every run of the smoke profile, on small images; each has a history and an offset of its own.
+
+    DeiT alone answers better than by chance.
+    """
+
+    def __init__(self):
+        super().__init__()
+        profile = get_profile("smoke")
+        runs = [structs.replace(run, model="avit_nano" if run.halting else "deit_nano") for run in profile.runs]
+        data = structs.replace(profile.data, image_size=28)
+        self.profile, self.models = structs.replace(profile, data=data, runs=tuple(runs)), {}
+        self.predict = self.answers
+        torch.manual_seed(0)
+        for number, run in enumerate(runs):
+            values = {"train_loss": 4.0, "train_task": 2.0, "train_ponder": 3.0, "train_distr": 0.5}
+            values |= {"val_mean_depth": 3.5, "val_accuracy": 0.5, "val_gflops_per_image": 0.1}
+            parts = {name: [value + number / 20, value + number / 10] for name, value in values.items()}
+            self.histories[run.name] = pd.DataFrame({"epoch": [1, 2], **parts, "seconds": 3})
+            self.models[run.name] = timm.create_model("deit_nano").eval()
+            if run.halting:
+                self.models[run.name] = varied_model(depth=4, beta=-1 - number / 4).float()
+
+    def load(self, name):
+        return self.models[name]
+
+    def answers(self, model, data):
+        found = predict(model, data)
+        if model is self.models["deit"]:
+            right = torch.nn.functional.one_hot(found.labels[:12], 10).float()
+            found = replace(found, logits=torch.cat([right, found.logits[12:]]))
+        return found
+
+    def initial_model(self, run):
+        model = deepcopy(self.models[run.name])
+        model.beta += 0.8
+        return model
+
+
+@pytest.fixture(scope="module")
+def halting_study() -> OfHalting:
+    study = OfHalting()
+    run_cells("03_train_avit", "halting_runs = [", study=study)
+    return study
+
+
+HALTING = ["avit_finetuned", "avit_held", "avit_published", "avit"]
+HALTING_LABELS = [get_profile("smoke").run(name).label for name in HALTING]
+
+
+def said(study: OfHalting, name: str) -> tuple[Predictions, Predictions]:
+    """What a model says of the validation images before and after training."""
+    models = study.initial_model(study.profile.run(name)), study.load(name)
+    return tuple(predict(model, study.data.validation) for model in models)
+
+
+def test_settings_starts_and_histories_of_the_models_that_halt(halting_study):
+    study, results = halting_study, halting_study.results
+    settings = results["table 03_runs"].set_index("setting").T
+    assert list(settings.index) == HALTING_LABELS
+    assert settings["starts from"].tolist() == ["DeiT fine-tuned"] * 3 + [study.profile.plain.pretrained]
+    assert settings["channel 0"].tolist() == ["fitted", "fitted", "as the weights have it", "fitted"]
+    assert settings["its rate"].tolist() == [0.2, 0, 1, 0.2]
+    assert settings["alpha_p"].tolist() == [5e-4, 0, 7e-3, 5e-4]
+    assert settings["alpha_d"].tolist() == [0.02, 0, 0.02, 0.02]
+    assert settings["teacher"].tolist() == ["deit"] * 3 + ["none"]
+    assert settings["teacher's weight"].tolist() == [8, 8, 8, 0]
+    assert settings.loc[HALTING_LABELS[3], ["epochs", "learning rate", "beta"]].tolist() == [1, 2e-4, -2.5]
+    starts = results["table 03_start"]
+    assert starts["model"].tolist() == HALTING_LABELS
+    for name, start in zip(HALTING, starts.to_dict("records"), strict=True):
+        expected = metrics(study.load(name), said(study, name)[0])
+        assert start["val_mean_depth"] == expected["mean_depth"] and start["val_accuracy"] == expected["accuracy"]
+        assert start["val_gflops_per_image"] == expected["gflops_per_image"]
+    assert starts["val_mean_depth"].nunique() == 4
+    epochs = results["table 03_history"]
+    assert epochs["model"].tolist() == [label for label in HALTING_LABELS for _ in range(2)]
     assert list(epochs) == ["model", "epoch", "task", "ponder", "distr", "depth", "val_accuracy", "val_gflops"]
-    assert epochs["epoch"].tolist() == [1, 2, 1, 2] and epochs["task"].tolist() == [2, 1, 2, 1]
-    assert study.results["table 03_last_epoch"]["epoch"].tolist() == [2, 2]
-    bars, target = study.results["figure 03_halting_distribution"].axes[0].patches, study.profile.run("avit").halting
-    assert sum(bar.get_height() for bar in bars) == pytest.approx(1)
-    line = study.results["figure 03_halting_distribution"].axes[0].lines[-1].get_ydata()
-    assert line.argmax() + 1 == target.target_depth and line.sum() == pytest.approx(1)
+    assert epochs["epoch"].tolist() == [1, 2] * 4
+    trained = pd.concat(study.histories[name] for name in HALTING)
+    assert epochs["task"].tolist() == trained["train_task"].tolist()
+    assert epochs["depth"].tolist() == trained["val_mean_depth"].tolist()
+    finding = " ".join(results["finding 03_training"].split())
+    plain = study.answers(study.load("deit"), study.data.validation)
+    assert plain.correct.double().mean() > 0.4
+    assert "*DeiT fine-tuned* ends at 50.0%" in finding
+    for name, label, start in zip(HALTING, HALTING_LABELS, starts["val_mean_depth"], strict=True):
+        history = study.histories[name].iloc[-1]
+        gain = 100 * (said(study, name)[1].correct.double().mean() - plain.correct.double().mean())
+        assert f"*{label}* at {history['val_accuracy']:.1%}, {gain:+.1f} points" in finding
+        assert f"depth of {history['val_mean_depth']:.1f} layers, {start:.1f} before training" in finding
+
+
+def test_halting_losses_have_their_share_of_the_objective(halting_study):
+    table = halting_study.results["table 03_terms"]
+    assert table["model"].tolist() == [label for label in HALTING_LABELS for _ in range(2)]
+    assert table["term"].tolist() == ["ponder", "distr"] * 4
+    assert table["weight"].tolist() == [5e-4, 0.02, 0, 0, 7e-3, 0.02, 5e-4, 0.02]
+    for name, (ponder, distr) in zip(HALTING, table.to_numpy()[:, 3:].reshape(4, 2, 3), strict=True):
+        first, last = halting_study.histories[name].to_dict("records")
+        halting = halting_study.profile.run(name).halting
+        for row, term, weight in ((ponder, "ponder", halting.alpha_ponder), (distr, "distr", halting.alpha_distr)):
+            share = weight * last[f"train_{term}"] / last["train_loss"]
+            assert row.tolist() == [first[f"train_{term}"], last[f"train_{term}"], pytest.approx(share)]
+    finding = " ".join(halting_study.results["finding 03_terms"].split())
+    assert "*A-ViT halting trained*, ponder (weight 0.0005) 3.1 to 3.2, distr (weight 0.02) 0.6 to 0.7;" in finding
+    assert "by -0.10 layers of ponder and -0.100 of KL" in finding
+
+
+def test_halting_by_layer_stands_against_its_prior(halting_study):
+    table = halting_study.results["table 03_prior"].set_index("figure")
+    assert list(table) == HALTING_LABELS
+    axes = np.array(halting_study.results["figure 03_halting_distribution"].axes).reshape(2, 4)
+    layer = np.arange(1, 5)
+    for name, label, column in zip(HALTING, HALTING_LABELS, axes.T, strict=True):
+        halting = halting_study.profile.run(name).halting
+        prior = np.exp(-0.5 * ((layer - halting.target_depth) / halting.target_std) ** 2)
+        prior /= prior.sum()
+        assert table.loc["mean of the prior", label] == pytest.approx((prior * layer).sum())
+        for state, found in zip(("before", "after"), said(halting_study, name), strict=True):
+            depth = found.depth[:, 1:].numpy()
+            scores = found.halting_scores[:, :, 1:].double().sum(dim=(0, 2)).numpy()
+            shares = {"scores": scores / scores.sum(), "patches": np.array([(depth == one).mean() for one in layer])}
+            assert table.loc[f"depth of patches, {state}", label] == pytest.approx(depth.mean())
+            for axis, (what, share) in zip(column, shares.items(), strict=True):
+                expected = (share * np.log(np.maximum(share, 1e-300) / prior)).sum()
+                assert table.loc[f"KL of {what}, {state}", label] == pytest.approx(expected, rel=1e-4)
+                bars = [bar.get_height() for bar in axis.patches]
+                np.testing.assert_allclose(axis.lines[0].get_ydata() if state == "before" else bars, share, rtol=1e-4)
+                np.testing.assert_allclose(axis.lines[1].get_ydata(), prior, rtol=1e-4)
+    finding = " ".join(halting_study.results["finding 03_prior"].split())
+    for label, at in table.items():
+        scores, patches = (
+            [at[f"KL of {what}, {when}"] for when in ("before", "after")] for what in ("scores", "patches")
+        )
+        words = "*{}* {:.2f} to {:.2f} (patches: {:.2f} to {:.2f})".format(label, *scores, *patches)
+        assert words in finding
+
+
+def test_maps_of_both_starts_before_and_after_training(halting_study):
+    figure, images = halting_study.results["figure 03_starts"], halting_study.data.validation
+    axes = np.array(figure.axes[:-1]).reshape(5, 10)
+    names = ["image", *(f"{start},\n{state}" for start in ("published", "fitted") for state in ("before", "after"))]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == names
+    titles = [axis.get_title() for axis in axes[0]]
+    assert sorted(titles) == [str(number) for number in range(10)]  # one image of each class
+    pixels = pictures.rgb(to_pixels(images[:][0]))
+    maps = [found.depth for name in ("avit_published", "avit_finetuned") for found in said(halting_study, name)]
+    for title, (image, *below) in zip(titles, axes.T, strict=True):
+        number = next(one for one, other in enumerate(pixels) if (other == image.images[0].get_array()).all())
+        assert images.labels[number] == int(title)
+        for axis, depth in zip(below, maps, strict=True):
+            expected = pictures.coloured(pictures.grids(depth[[number]]), 4)[0]
+            np.testing.assert_array_equal(axis.images[0].get_array(), expected)
+
+
+def test_how_far_depth_follows_class_attention(halting_study):
+    table, taken = halting_study.results["table 03_follows"], halting_study.results.left["taken"].numpy()
+    assert table["model"].tolist() == HALTING_LABELS and taken.shape == (30, 16)
+    for name, row in zip(HALTING, table.to_dict("records"), strict=True):
+        before, after = (
+            np.array([
+                np.corrcoef(depth, attended)[0, 1] if np.ptp(depth) else 0
+                for depth, attended in zip(found.depth[:, 1:].numpy(), taken, strict=True)
+            ])
+            for found in said(halting_study, name)
+        )  # fmt: skip
+        assert [row["before"], row["after"]] == pytest.approx([before.mean(), after.mean()], abs=1e-5)
+        change = after - before
+        expected = [change.mean(), change.std(ddof=1) / 30**0.5]
+        assert [row["change"], row["its error"]] == pytest.approx(expected, abs=1e-5)
+    fitted, published = table.iloc[0], table.iloc[2]
+    finding = " ".join(halting_study.results["finding 03_starts"].split())
+    way = published["change"] / (fitted["before"] - published["before"])
+    assert f"Training brings the published start {way:.0%} of the way" in finding
+    assert f"*{HALTING_LABELS[2]}* {published['before']:+.2f} and {published['after']:+.2f}: training " in finding
 
 
 # --- 04: tables -------------------------------------------------------------------------------------------------------
