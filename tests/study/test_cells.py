@@ -556,6 +556,38 @@ def test_accuracy_by_depth_of_fewer_images_than_groups(halting, plain):
     assert table["accuracy"].tolist() == [1] * 5 + [0]
 
 
+def test_findings_say_which_models_are_told_apart(halting, plain):
+    wrong = predictions([1, 1, 2, 2, 0, 0], plain.labels.tolist(), halting.depth)
+    found = {"deit": plain, "deit_longer": plain, "avit": wrong, "avit_finetuned": halting}
+    found |= {"ToMe, r = 2": plain, "ToMe, r = 3": wrong}
+    untrained = dict.fromkeys(MERGED)
+    names = dict(study=study_of(plain), predictions=found, untrained=untrained, **COMPARED)
+    results = run_cells("04_evaluation", "labels, rows = ", 1, **names)
+    table = pd.DataFrame({"model": [*LABELS, *MERGED], "accuracy_macro": [1, 1, 0, 5 / 6, 1, 0]})
+    table["speedup"], table["flops_saved"] = [1, 1, 1.9, 1.5, 1.3, 1.8], [0, 0, 0.5, 0.4, 0.3, 0.5]
+    results = run_cells("04_evaluation", "def apart", 2, **(results.left | {"table": table, "batch": 32}))
+    differences = results["table 04_differences"].set_index(["model", "minus"])[["low_macro", "high_macro"]]
+    low, high = 100 * differences.loc[("A-ViT fine-tuned", "DeiT")]
+    assert low < high == 0
+    of_focus = f"16.7 points below that of {{}} (95 %: {low:+.1f} to +0.0: not to be told apart)"
+    assert results["finding 04_avit_finetuned"] == (
+        "*A-ViT fine-tuned* saves 40% of the FLOPs of DeiT and is 1.50 times as fast at batches of 32 images. "
+        f"Its mean per-class accuracy is 83.3%, {of_focus.format('DeiT')}, "
+        f"and {of_focus.format('ToMe, r = 2')}, the nearest in speed (1.30 times)."
+    )
+    assert results["finding 04_avit"].endswith(
+        "Its mean per-class accuracy is 0.0%, 100.0 points below that of DeiT (95 %: -100.0 to -100.0, more than "
+        "chance), and 0.0 points below that of ToMe, r = 3 (95 %: +0.0 to +0.0: not to be told apart), the nearest in "
+        "speed (1.80 times)."
+    )
+    results = run_cells("04_evaluation", "classes = np", 7, **results.left)
+    finding = " ".join(run_cells("04_evaluation", "def verdicts", 2, **results.left)["finding 04_conclusion"].split())
+    for label in LABELS[:2]:
+        assert f"A-ViT is less accurate than {label}; A-ViT fine-tuned is not to be told from {label}" in finding
+    assert "Of the 1 commonest confusions of A-ViT fine-tuned, 1 are rarer in DeiT." in finding
+    assert "accuracy of A-ViT fine-tuned changes by -100.0 points" in finding
+
+
 # --- 05: where and how deep -------------------------------------------------------------------------------------------
 
 
