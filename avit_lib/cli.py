@@ -27,13 +27,14 @@ Several = Parameter(consume_multiple=1)
 
 def read_whole(kind: type, tokens: Sequence[Token]) -> int:
     """A whole number as it was typed; cyclopts would round others without a word."""
-    if not tokens[0].value.isdecimal():
+    if not tokens[0].value.removeprefix("-").isdecimal():
         raise ValueError(f"{tokens[0].value!r} is no whole number")
     return int(tokens[0].value)
 
 
-Seed = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=0, lt=2**32))]
-Count = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1, lt=2**31))]
+Whole = Annotated[int, Parameter(converter=read_whole)]
+Seed = Annotated[Whole, Parameter(validator=Number(gte=0, lt=2**32))]
+Count = Annotated[Whole, Parameter(validator=Number(gte=1, lt=2**31))]
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command
 def fit(
     *, common: Computing = Computing(), model: str = "AViT", output: Path | None = None, data_dir: Path | None = None,
-    ckpt: Path | None = None, teacher: Path | None = None, epochs: Count | None = None, batch_size: Count | None = None,
+    ckpt: Path | None = None, teacher: Path | None = None, epochs: Whole | None = None, batch_size: Whole | None = None,
     lr: float | None = None,
 ) -> None:  # fmt: skip
     """Train a model; the same command resumes where it stopped.
@@ -260,7 +261,7 @@ def benchmark(
     *, common: Computing = Computing(), model: str = "avit_tiny_patch16_224", depth: float = 7.0,
     batch: Annotated[list[int], Several] = [1, 8, 64, 256],
     task: Annotated[list[Task], Several] = ["inference", "training"],
-    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: Count = 7, limit: float = 40.0,
+    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: Whole = 7, limit: float = 40.0,
 ) -> None:  # fmt: skip
     """Time DeiT, masked and packed A-ViT side by side on synthetic halting; tables and figures in results/benchmark.
 

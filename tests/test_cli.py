@@ -76,7 +76,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused(trained, folder, capsys):
     checkpoint = str(trained / "last.safetensors")
     command = ["test", "--profile", "smoke", "--ckpt", checkpoint, "--data-dir", str(folder), "--model"]
     assert main([*command, "DeiT"]) == 2
-    assert "is of kind AViT, not DeiT" in capsys.readouterr().err
+    assert "was trained as avit, not DeiT" in capsys.readouterr().err
     assert main([*command, "avit"]) == 0
 
 

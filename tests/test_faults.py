@@ -152,7 +152,7 @@ def a_batch_that_no_computer_counts(place):
     return place.fit("--batch-size", 10**22)
 
 
-@fault('Invalid value for --epochs: unable to convert "two" into int')
+@fault("Invalid value for --epochs: 'two' is no whole number")
 def epochs_in_words(place):
     return place.fit("--epochs", "two")
 
