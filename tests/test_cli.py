@@ -162,7 +162,7 @@ def test_data_describes_the_split(capsys):
     assert main(["data", "--profile", "smoke"]) == 0
     described = capsys.readouterr().out
     assert "embedded files are as published" in described
-    assert "96 training, 48 validation, 96 test" in described
+    assert "96 training, 48 validation, 288 test" in described
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_a_profile_of_ones_own_is_trained_tested_and_drawn(own, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
     assert main(["test", "--profile", os.path.relpath(file)]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 96
+    assert json.loads(capsys.readouterr().out)["images"] == 288
     assert json.loads((folder / "last_test.json").read_text())["provenance"]["profile"] == "mine"
     assert main(["visualize", "--profile", file, "--images", "0", "1", "2"]) == 0
     with Image.open("halting.png") as picture:
