@@ -1,7 +1,7 @@
 """What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +13,12 @@ import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torchvision.transforms import v2
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 
+from avit_lib import training
 from avit_lib.data import Images
+from avit_lib.data.images import batch_transform
 from avit_lib.evaluation import speed
 from avit_lib.losses import Losses
 from avit_lib.model import AViT
@@ -25,22 +28,54 @@ from avit_lib.training import read_json
 torch.set_num_threads(1)
 
 
+SMALL = dict(
+    img_size=28, patch_size=7, num_classes=10, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0
+)  # fmt: skip
+
+
+def small_model(kind: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """An untrained "deit" or "avit" of the tiny shape, made small: 16 patches, 4 layers."""
+    return timm.create_model(f"{kind}_tiny_patch16_224", pretrained, **(SMALL | kwargs))
+
+
+# By name too, for what takes a name: checkpoints, timings, runs.
+@register_model
+def deit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    return small_model("deit", pretrained, **kwargs)
+
+
+@register_model
+def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    return small_model("avit", pretrained, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def small_profile(tmp_path_factory) -> Iterator[Path]:
+    """The file of the smoke profile with small models, which start from random weights."""
+    path = tmp_path_factory.mktemp("profile") / "small.toml"
+    models = {"deit": "deit", "deit_longer": "deit", "avit_finetuned": "avit", "merging": "deit"}
+    runs = [f"runs.{run}.model = '{kind}_nano'" for run, kind in models.items()]
+    path.write_text("\n".join(["extends = 'smoke'", "data.image_size = 28", *runs]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "load_pretrained", lambda *_: None)
+        yield path
+
+
 def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:
-    """``count`` grey 28 x 28 images of noise, the brighter the higher their label; the labels take turns."""
+    """``count`` 28 x 28 images of noise, the brighter the higher their label; the labels take turns."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 100, (count, 1, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 100, (count, 3, 28, 28), dtype=torch.uint8, generator=generator)
     images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[:, None, None, None]
-    transform = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])])
-    return Images(images, torch.arange(count) % classes, tuple(map(str, range(classes))), transform)
+    return Images(images, torch.arange(count) % classes, tuple(map(str, range(classes))), batch_transform(28))
 
 
-def varied_model(class_channel: float = 0.0, name: str = "avit_nano_patch7_28", **kwargs) -> AViT:
+def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
     """A float64 model in evaluation mode in which the brightness of a patch decides how deep it goes.
 
     Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel`` for the class token.
     """
     torch.manual_seed(0)
-    model = timm.create_model(name, **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
+    model = small_model("avit", **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
     with torch.no_grad():
         weight = model.patch_embed.proj.weight
         weight[0] = 1 / weight[0].numel()
@@ -51,13 +86,14 @@ def varied_model(class_channel: float = 0.0, name: str = "avit_nano_patch7_28", 
 
 
 def bright_and_dark(patch: int = 7) -> torch.Tensor:
-    """Images [4, 1, 28, 28]: patches of random brightness (two images), all very bright, all very dark."""
+    """Images [4, 3, 28, 28]: patches of random brightness (two images), all very bright, all very dark."""
     generator = torch.Generator().manual_seed(1)
     side = 28 // patch
     brightness = torch.randn(4, 1, side, side, generator=generator, dtype=torch.float64) * 2
     brightness[2], brightness[3] = 20.0, -20.0
     pixels = brightness.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    return pixels + 0.1 * torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    return (pixels + 0.1 * noise).expand(-1, 3, -1, -1).contiguous()
 
 
 def finished_epochs(folder: Path) -> int:

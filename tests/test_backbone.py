@@ -18,7 +18,7 @@ from avit_lib.backbone import TokensLeave
 from avit_lib.errors import UserError
 from avit_lib.model import AViT, masked_block
 
-NAME = "avit_nano_patch7_28"
+NAME = "avit_nano"
 
 
 def halting(**kwargs) -> AViT:
@@ -28,7 +28,7 @@ def halting(**kwargs) -> AViT:
 @cache
 def _merging() -> Adaptive:
     torch.manual_seed(0)
-    model = timm.create_model("deit_nano_patch7_28", depth=5, embed_dim=32).eval()
+    model = timm.create_model("deit_nano", depth=5, embed_dim=32).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return adapt(model, images(), 0.25)
@@ -125,7 +125,7 @@ def test_layers_can_be_pruned(make):
 def test_another_input_size(make):
     model = make()
     model.set_input_size(img_size=(14, 42))
-    logits, trace = model.forward_with_trace(torch.randn(3, 1, 14, 42))
+    logits, trace = model.forward_with_trace(torch.randn(3, 3, 14, 42))
     assert trace.depth.shape == (3, 13) and logits.isfinite().all()
 
 
@@ -168,7 +168,7 @@ def test_an_empty_batch(make):
 
 @pytest.mark.parametrize("kind", ["truth", "bias"])
 def test_an_attention_mask_is_timms(kind):
-    plain = timm.create_model("deit_nano_patch7_28").eval()
+    plain = timm.create_model("deit_nano").eval()
     mask = torch.ones(17, 17, dtype=torch.bool)
     mask[:, 9:] = False
     mask = mask if kind == "truth" else torch.zeros(17, 17).masked_fill(~mask, -2.0)
@@ -342,7 +342,7 @@ def test_the_reason_is_the_right_one(name, changes, reason):
             timm.create_model(NAME, **changes)
 
 
-@pytest.mark.parametrize("given", [[torch.zeros(3, 28, 28)] * 4, torch.zeros(4, 1, 28, 28, dtype=torch.uint8)])
+@pytest.mark.parametrize("given", [[torch.zeros(3, 28, 28)] * 4, torch.zeros(4, 3, 28, 28, dtype=torch.uint8)])
 def test_images_that_are_no_batch_are_named(given):
     with refused("one tensor of floats"):
         merging().calibrate(given, 0.2)

@@ -15,17 +15,17 @@ FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """What somebody has who has read the page so far: the model, images, labels, data sets."""
-    plain = timm.create_model("deit_nano_patch7_28", num_classes=10)
-    save_file(plain.state_dict(), tmp_path / "deit_nano_patch7_28.fb_in1k.safetensors")
+    plain = timm.create_model("deit_nano", num_classes=10)
+    save_file(plain.state_dict(), tmp_path / "deit_tiny_patch16_224.fb_in1k.safetensors")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    images, labels = torch.randn(16, 1, 28, 28), torch.arange(16) % 10
+    images, labels = torch.randn(16, 3, 28, 28), torch.arange(16) % 10
     pairs = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
     dictionaries = [{"pixel_values": image, "labels": label} for image, label in pairs]
-    named = {"images": images, "labels": labels, "more_images": torch.randn(5, 1, 28, 28)}
+    named = {"images": images, "labels": labels, "more_images": torch.randn(5, 3, 28, 28)}
     found = named | {"pairs": pairs, "dictionaries": dictionaries, "plain": plain}
-    exec(FIRST.replace("tiny_patch16_224", "nano_patch7_28"), found)
+    exec(FIRST.replace("avit_tiny_patch16_224", "avit_nano"), found)
     return found
 
 

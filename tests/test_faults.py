@@ -22,7 +22,7 @@ from avit_lib.training import files, save_checkpoint
 
 FINISHED = {"best.json", "best.safetensors", "history.csv", "last.json", "last.safetensors"}
 UNFINISHED = FINISHED | {"resume.pt"}
-MODEL = "avit_nano_patch7_28"
+MODEL = "avit_nano"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Place:
     """Where a fault happens: a copy of a folder of images and one of a finished run, and a folder for a new run."""
 
     root: Path
+    profile: Path
     patch: pytest.MonkeyPatch
 
     def __getattr__(self, name: str) -> Path:
@@ -37,14 +38,14 @@ class Place:
 
     def fit(self, *changes) -> list[str]:
         """The command that trains two epochs of three batches on ``images`` into ``output``, with changed options."""
-        options = {"--profile": "smoke", "--device": "cpu", "--data-dir": self.images, "--output": self.output}
+        options = {"--profile": self.profile, "--device": "cpu", "--data-dir": self.images, "--output": self.output}
         options |= {"--epochs": 2, "--batch-size": 6} | dict(zip(changes[::2], changes[1::2], strict=True))
         return ["fit", *(str(word) for option in options.items() for word in option)]
 
     def test(self) -> list[str]:
         """The command that evaluates ``trained`` on ``images``."""
         checkpoint = self.trained / "last.safetensors"
-        return ["test", "--profile", "smoke", "--ckpt", str(checkpoint), "--data-dir", str(self.images)]
+        return ["test", "--profile", str(self.profile), "--ckpt", str(checkpoint), "--data-dir", str(self.images)]
 
     def at_batch(self, number: int, happens: Callable[[Losses], Losses]) -> None:
         """Let something happen to the losses of a batch, counted over epochs."""
@@ -110,7 +111,7 @@ def an_option_without_its_value(place):
     return [*place.fit(), "--lr"]
 
 
-@fault("has no run 'resnet'", also="choose from ['deit', 'deit_longer', 'avit', 'avit_finetuned']")
+@fault("has no run 'resnet'", also="choose from deit, deit_longer, avit_finetuned, ")
 def unknown_model(place):
     return place.fit("--model", "ResNet")
 
@@ -170,9 +171,9 @@ def own_settings_for_the_profiles_folder(place):
 
 
 def profile(place: Place, content: str) -> list[str]:
-    """The command that trains by the smoke profile with ``content`` in a file."""
+    """The command that trains by a profile with ``content`` in a file."""
     path = place.root / "mine.toml"
-    path.write_text(f'extends = "smoke"\n{content}\n')
+    path.write_text(f'extends = "{place.profile}"\n{content}\n')
     return place.fit("--profile", path)
 
 
@@ -196,9 +197,9 @@ def a_run_that_is_not_declared(place):
     return profile(place, 'focus = "nobody"')
 
 
-@fault("fashion.toml would share the results of the profile fashion: give the file another name")
+@fault("caltech24.toml would share the results of the profile caltech24: give the file another name")
 def the_name_of_another_profile(place):
-    path = place.root / "fashion.toml"
+    path = place.root / "caltech24.toml"
     path.write_text('extends = "smoke"')
     return place.fit("--profile", path)
 
@@ -206,6 +207,16 @@ def the_name_of_another_profile(place):
 @fault("unknown profile 'missing.toml'")
 def a_profile_file_that_is_not_there(place):
     return place.fit("--profile", "missing.toml")
+
+
+@fault("mine.toml: data: there is no data set 'FashionMNIST'; choose from Caltech101, Caltech256, ImageNet")
+def a_data_set_that_is_gone(place):
+    return profile(place, "data.dataset = 'FashionMNIST'")
+
+
+@fault("mine.toml: runs.deit.training: there is no optimizer 'muon'; choose from adamw, ")
+def an_optimizer_that_is_gone(place):
+    return profile(place, "training.optimizer = 'muon'")
 
 
 # ---- data ----
@@ -465,9 +476,9 @@ def no_memory_for_an_evaluation(place):
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
+def prepared(tmp_path_factory, small_profile):
     """A folder of images of two classes, and a run trained on it."""
-    place = Place(tmp_path_factory.mktemp("prepared"), None)
+    place = Place(tmp_path_factory.mktemp("prepared"), small_profile, None)
     generator = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 3)):
         for label, brightness in (("bright", 150), ("dark", 20)):
@@ -485,7 +496,7 @@ def place(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared.trained, tmp_path / "trained")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
-    return Place(tmp_path, monkeypatch)
+    return Place(tmp_path, prepared.profile, monkeypatch)
 
 
 @pytest.mark.parametrize(("arrange", "message", "also", "leaves"), ROWS)

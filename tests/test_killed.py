@@ -21,7 +21,7 @@ from avit_lib.losses import AdaptiveLoss
 from avit_lib.study import Study
 
 ROOT = Path(__file__).parents[1]
-EPOCHS = 20
+EPOCHS = 8
 
 
 def arguments(folder: Path) -> list[str]:
@@ -39,7 +39,7 @@ def test_a_training_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
     context.set_forkserver_preload(["avit_lib.cli"])
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     moments = random.Random(0)
-    for after in (*sorted(moments.sample(range(EPOCHS - 5), 5)), None):
+    for after in (*sorted(moments.sample(range(EPOCHS - 2), 3)), None):
         process = context.Process(target=train_in_a_process, args=(pieces,))
         process.start()
         if after is None:
@@ -73,6 +73,7 @@ def test_make_reproduce_killed_in_the_middle_of_a_training_goes_on(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("AVIT_DATA", str(ROOT / "data"))
+    monkeypatch.setenv("AVIT_WEIGHTS", str(ROOT / "data" / "weights"))
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "pieces"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MAKEFLAGS", raising=False)
@@ -107,7 +108,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupted(losses):
         raise KeyboardInterrupt
 
-    at_batch(monkeypatch, AdaptiveLoss, 9, interrupted)  # of six batches an epoch
+    at_batch(monkeypatch, AdaptiveLoss, 5, interrupted)  # of three batches an epoch
     assert cli.main(command) == 130
     assert "run the same command again to resume" in capsys.readouterr().err
     assert cli.main(command) == 0
@@ -119,7 +120,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    fit = ["fit", "--profile", "smoke", "--device", "cpu", "--epochs", "20", "--output", str(tmp_path / "run")]
+    fit = ["fit", "--profile", "smoke", "--device", "cpu", "--epochs", str(EPOCHS), "--output", str(tmp_path / "run")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launcher = subprocess.Popen(
         [*torchrun, "-m", "avit_lib", *fit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -140,4 +141,4 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypa
     assert cli.main(fit) == 0  # here by one process
     gone_on_after = int(re.search(r"going on after epoch (\d+)", capfd.readouterr().out)[1])
     assert gone_on_after in (len(told), len(told) + 1)  # saved, then said
-    assert pd.read_csv(history)["epoch"].tolist() == list(range(1, 21))
+    assert pd.read_csv(history)["epoch"].tolist() == list(range(1, EPOCHS + 1))

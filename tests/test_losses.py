@@ -155,9 +155,9 @@ def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32(ex
     assert {value.dtype for value in (inside.total, *inside.parts.values())} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["deit_nano_patch7_28", "adapted"])
+@pytest.mark.parametrize("name", ["deit_nano", "adapted"])
 def test_a_model_without_halting_scores_is_refused_in_one_line(name):
-    model = timm.create_model("deit_nano_patch7_28")
+    model = timm.create_model("deit_nano")
     if name == "adapted":
         model = avit_lib.adapt(model, bright_and_dark().float(), saved=0.2)
     with pytest.raises(UserError, match="needs the halting scores of an A-ViT") as error:

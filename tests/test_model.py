@@ -8,7 +8,7 @@ from conftest import bright_and_dark, varied_model
 import avit_lib
 from avit_lib.model import AViT
 
-PAIRS = [("deit_tiny_patch16_224", "avit_tiny_patch16_224"), ("deit_micro_patch4_28", "avit_micro_patch4_28")]
+PAIRS = [("deit_tiny_patch16_224", "avit_tiny_patch16_224"), ("deit_nano", "avit_nano")]
 
 
 def forward_deleting(model, image):
@@ -54,14 +54,14 @@ def test_without_halting_it_is_the_plain_transformer(plain_name, adaptive_name):
     model = timm.create_model(adaptive_name, beta=-1e4).eval()
     assert model.state_dict().keys() == plain.state_dict().keys() | {"gamma", "beta", "eps"}
     model.load_state_dict(plain.state_dict())
-    images = torch.randn(2, *plain.default_cfg["input_size"])
+    images = torch.randn(2, 3, *plain.patch_embed.img_size)
     with torch.no_grad():
         logits, trace = model.forward_with_trace(images)
         expected = plain(images)
         assert expected.std() > 1e-3
         torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
-    assert (trace.depth == 12).all()
+    assert (trace.depth == len(plain.blocks)).all()
     assert torch.equal(trace.output_weights[:, -1], torch.ones(2)) and (trace.output_weights[:, :-1] == 0).all()
 
 
@@ -151,10 +151,10 @@ def test_timm_finds_and_configures_it():
     assert {"avit_tiny_patch16_224", "avit_small_patch16_224", "avit_base_patch16_224"} <= set(
         timm.list_models("avit_*")
     )
-    model = timm.create_model("avit_nano_patch7_28", num_classes=7, gamma=3.0, beta=-2.0, eps=0.25, img_size=14)
+    model = timm.create_model("avit_nano", num_classes=7, gamma=3.0, beta=-2.0, eps=0.25, img_size=14)
     assert isinstance(model, AViT) and avit_lib.AViT is AViT
     assert (model.gamma, model.beta, model.eps) == (3.0, -2.0, 0.25)
-    assert model(torch.zeros(2, 1, 14, 14)).shape == (2, 7)
+    assert model(torch.zeros(2, 3, 14, 14)).shape == (2, 7)
     assert timm.create_model("avit_tiny_patch16_224").default_cfg["input_size"] == (3, 224, 224)
 
 
@@ -172,12 +172,12 @@ def test_another_head_keeps_the_backbone():
 
 def test_a_wrong_image_size_is_named():
     with pytest.raises(AssertionError, match=r"height \(32\).*28"):
-        timm.create_model("avit_nano_patch7_28")(torch.zeros(1, 1, 32, 32))
+        timm.create_model("avit_nano")(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_learned_projection_starts_as_channel_zero_and_learns():
     plain = varied_model().double().eval()
-    projected = timm.create_model("avit_nano_patch7_28", projection=True, gamma=2.0, beta=-1.0, depth=6).double()
+    projected = timm.create_model("avit_nano", projection=True, gamma=2.0, beta=-1.0, depth=6).double()
     projected.load_state_dict(plain.state_dict())
     images = bright_and_dark()
     logits, trace = projected.forward_with_trace(images)

@@ -1,7 +1,6 @@
 """What the files of the repository promise: tidy notebooks, the data as published, no heavy or private files."""
 
 import ast
-import hashlib
 import json
 import re
 import runpy
@@ -13,16 +12,15 @@ import msgspec
 import nbformat
 import pytest
 from nbformat.v4 import new_output
-from torchvision.datasets import FashionMNIST
 
 from avit_lib.study import notebooks
-from avit_lib.study.settings import profile_names
+from avit_lib.study.settings import get_profile, profile_names
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed ones
-RAW = Path("data/FashionMNIST/raw")
+WEIGHTS = Path("data/weights")
 MODELS = Path("results/caltech101/models")  # the headline models, in half precision
 MEGABYTE = 2**20
 
@@ -102,8 +100,8 @@ def test_classes_belong_to_the_library(path):
 @each_notebook
 def test_the_parameters_are_what_the_runner_passes(path):
     (code,) = tagged(path, "parameters")
-    assert code == 'PROFILE = "fashion"\nSEED = 0'
-    assert "fashion" in profile_names()
+    assert code == 'PROFILE = "caltech24"\nSEED = 0'
+    assert "caltech24" in profile_names()
 
 
 @each_notebook
@@ -127,7 +125,7 @@ def test_an_executed_notebook_names_no_home(path):
 
 
 def test_no_tracked_file_is_heavy():
-    files = [path for path in tracked() if (ROOT / path).is_file() and path.parent != RAW]
+    files = [path for path in tracked() if (ROOT / path).is_file() and path.parent != WEIGHTS]
     heavy = [path for path in files if (ROOT / path).stat().st_size > 3 * MEGABYTE]
     models = [path for path in heavy if path.parent == MODELS and path.suffix == ".safetensors"]
     assert heavy == models and len(models) <= 2
@@ -145,18 +143,15 @@ def test_what_a_page_links_to_is_there(page):
     assert not [target for target in targets if not ((ROOT / page).parent / target).exists()]
 
 
-def test_of_the_data_only_the_published_archives_are_tracked():
-    archives = {RAW / name for name, _ in FashionMNIST.resources}
-    assert {path for path in tracked() if path.parts[0] == "data"} == archives | {Path("data/README.md")}
+def test_of_the_data_only_what_has_a_checksum_is_tracked():
+    listed = {Path("data", line[66:]) for line in (ROOT / "data/SHA256SUMS").read_text().splitlines()}
+    facts = {Path("data", name) for name in ("README.md", "SHA256SUMS", "weights/rounding.json")}
+    assert {path for path in tracked() if path.parts[0] == "data"} == listed | facts
 
 
-@pytest.mark.parametrize(("name", "md5"), FashionMNIST.resources)
-def test_the_archives_are_those_published(name, md5):
-    content = (ROOT / RAW / name).read_bytes()
-    assert hashlib.md5(content).hexdigest() == md5
-    readme = (ROOT / "data/README.md").read_text()
-    assert f"| `{name}` | {len(content)} | `{md5}` |" in readme
-    assert hashlib.sha256(content).hexdigest() in readme
+def test_the_photographs_are_those_of_the_default_study():
+    photographs = {path.parent.name for path in (ROOT / "data/caltech101/101_ObjectCategories").glob("*/*.jpg")}
+    assert photographs >= set(get_profile("caltech24").data.classes)
 
 
 def test_no_file_of_the_library_is_long():

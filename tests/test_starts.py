@@ -43,7 +43,7 @@ def test_a_depth_that_is_jumped_over_gives_the_deeper_side():
         for layer in (block.attn.proj, block.mlp.fc2):
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
-    black = torch.zeros(1, 1, 28, 28, dtype=torch.float64)
+    black = torch.zeros(1, 3, 28, 28, dtype=torch.float64)
     model.beta = calibrated_beta(model, black, model.gamma, model.eps, 3.5)
     assert mean_depth(model, black) == 4
 
@@ -60,15 +60,15 @@ HALTING = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2])
 
 
 def images():
-    """Images [8, 1, 28, 28] of smooth and of busy regions."""
+    """Images [8, 3, 28, 28] of smooth and of busy regions."""
     generator = torch.Generator().manual_seed(5)
     coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).repeat_interleave(7, 2)
-    fine = torch.randn(8, 1, 28, 28, generator=generator, dtype=torch.float64)
+    fine = torch.randn(8, 3, 28, 28, generator=generator, dtype=torch.float64)
     return coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
 
 
 def untouched_model(**settings):
-    model = varied_model(name="avit_micro_patch4_28", gamma=5.0, **settings)
+    model = varied_model(gamma=5.0, patch_size=4, embed_dim=64, **settings)
     if model.direction is not None:  # as if it had been trained
         torch.nn.init.normal_(model.direction)
     return model
@@ -176,7 +176,7 @@ def test_masked_and_packed_agree_on_a_fitted_model():
     assert trace.depth.unique().numel() > 3
 
 
-@pytest.mark.parametrize("pixels", [images()[:1], torch.zeros(2, 1, 28, 28, dtype=torch.float64)], ids=["one", "equal"])
+@pytest.mark.parametrize("pixels", [images()[:1], torch.zeros(2, 3, 28, 28, dtype=torch.float64)], ids=["one", "equal"])
 def test_a_poor_choice_of_images_gives_a_model_that_computes(pixels):
     """A single image, or images all of whose patches are equal."""
     model = fitted_model(pixels=pixels)

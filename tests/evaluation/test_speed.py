@@ -27,13 +27,12 @@ from avit_lib.halting import executed_depth
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize(("name", "mean"), [("avit_micro_patch4_28", 7.0), ("avit_nano_patch7_28", 2.5)])
-def test_synthetic_halting_has_the_stated_depth_and_a_spread(name, mean):
-    workload = synthetic_workload(name, batch=64, mean_depth=mean, image_spread=0.5, token_spread=0.5)
+def test_synthetic_halting_has_the_stated_depth_and_a_spread():
+    workload = synthetic_workload("avit_nano", batch=64, mean_depth=2.5, image_spread=0.5, token_spread=0.5)
     with torch.inference_mode():
         _, trace = workload.adaptive.forward_with_trace(workload.images)
     patches = trace.depth[:, 1:].float()
-    assert abs(patches.mean() - mean) < 0.2
+    assert abs(patches.mean() - 2.5) < 0.2
     assert patches.mean(dim=1).std() > 0.2
     assert (trace.depth[:, 0] == len(workload.adaptive.blocks)).all()
     assert "mean depth" in workload.describe()
@@ -105,7 +104,7 @@ def test_functions_take_turns():
 
 @pytest.mark.parametrize("task", ["inference", "training"])
 def test_the_benchmark_compares_three_models(task):
-    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    workload = synthetic_workload("avit_nano", batch=4, mean_depth=2.0)
     before = [parameter.clone() for parameter in workload.adaptive.parameters()]
     table = benchmark(workload, task, "float32", repeats=1, device=CPU).set_index("model")
     assert tuple(table.index) == MODELS
@@ -116,7 +115,7 @@ def test_the_benchmark_compares_three_models(task):
 
 
 def test_bfloat16_means_weights_and_activations_in_inference():
-    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    workload = synthetic_workload("avit_nano", batch=4, mean_depth=2.0)
     table = benchmark(workload, "inference", "bfloat16", repeats=1, device=CPU)
     assert len(table) == 3
     assert next(workload.plain.parameters()).dtype == torch.float32  # the workload itself is as it was
@@ -130,19 +129,19 @@ def test_a_limit_ends_the_rounds_but_three_are_made():
 
 
 def test_without_halting_every_token_is_computed():
-    workload = without_halting(synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=1.0))
+    workload = without_halting(synthetic_workload("avit_nano", batch=4, mean_depth=1.0))
     assert counted_flops(workload.adaptive, workload.images) == counted_flops(workload.plain, workload.images)
 
 
 def test_throughput_is_relative_to_the_first_model():
-    workload = synthetic_workload("avit_nano_patch7_28", batch=4, mean_depth=2.0)
+    workload = synthetic_workload("avit_nano", batch=4, mean_depth=2.0)
     models = {"plain": (workload.plain, ""), "masked": (workload.adaptive, "masked")}
     table = throughput(models, workload.images, repeats=1).set_index("model")
     assert table.loc["plain", "speedup"] == 1 and (table["images_per_second"] > 0).all() and (table["batch"] == 4).all()
 
 
 def test_tokens_by_layer_are_those_of_the_trace():
-    workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
+    workload = synthetic_workload("avit_nano", batch=8, mean_depth=2.0)
     with torch.inference_mode():
         depth = executed_depth(workload.adaptive.forward_with_trace(workload.images)[1].depth)
     table = layer_times(workload, repeats=1)
@@ -151,14 +150,14 @@ def test_tokens_by_layer_are_those_of_the_trace():
 
 
 def test_depths_are_compared_with_one_deit_in_the_same_rounds():
-    table = depth_sweep("avit_nano_patch7_28", [1.5, 3.0], batch=4, repeats=3, device=CPU)
+    table = depth_sweep("avit_nano", [1.5, 3.0], batch=4, repeats=3, device=CPU)
     assert table["mean_depth"].tolist() == [1.5, 3.0] and table["flops_ratio"].is_monotonic_decreasing
     assert table["speedup"].between(table["speedup_low"], table["speedup_high"]).all() and (table["rounds"] == 3).all()
     assert table["efficiency"].tolist() == pytest.approx((table["speedup"] / table["flops_ratio"]).tolist())
 
 
 def test_operators_are_compared_with_deit_times_the_tokens_left():
-    workload = synthetic_workload("avit_nano_patch7_28", batch=8, mean_depth=2.0)
+    workload = synthetic_workload("avit_nano", batch=8, mean_depth=2.0)
     table, layers = operator_times(workload, repeats=2).set_index("operator"), layer_times(workload, repeats=1)
     share = layers["tokens"].mean() / layers["tokens"][0]
     assert table["ideal"].tolist() == pytest.approx((share * table["deit"]).tolist())

@@ -140,7 +140,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops_and_what_is_published(
     assert table.loc[merging[:2], "gflops"].to_numpy() == pytest.approx(table.loc[merging[2:], "gflops"], rel=0.05)
     assert (table.loc[merging, "gflops"] < table.loc["plain", "gflops"]).all()
     with torch.inference_mode():
-        source = adapting.folder_images(folder / "val", 32, 3)
+        source = adapting.folder_images(folder / "val", 32)
         images, labels = source[torch.arange(16)]
         images = (to_pixels(images) - 0.5) / 0.5  # as this model was trained
         expected = (model(images).argmax(dim=1) == labels).float().mean().item()

@@ -13,7 +13,7 @@ from avit_lib.study.benchmark import cost_table
     [
         (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
         (["--depth", "13"], "between 1 and 12"),
-        (["--model", "avit_nano_patch7_28", "--depth", "5"], "between 1 and 4"),
+        (["--model", "avit_nano", "--depth", "5"], "between 1 and 4"),
         (["--batch", "0"], "positive"),
         (["--repeats", "0"], "positive"),
         (["--limit", "-1"], "positive"),
@@ -31,7 +31,7 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     seeds, workload = set(), speed.synthetic_workload
     monkeypatch.setattr(speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed))
-    small = ["--model", "avit_nano_patch7_28", "--batch", "1", "4", "--repeats", "1", "--depth", "2", "--seed", "3"]
+    small = ["--model", "avit_nano", "--batch", "1", "4", "--repeats", "1", "--depth", "2", "--seed", "3"]
     assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
     folder = tmp_path / "benchmark"
     page = (folder / "README.md").read_text()

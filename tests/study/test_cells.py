@@ -102,7 +102,7 @@ class OfRuns:
         return self.model
 
     def initial_model(self, run):
-        return self.model if run.halting else timm.create_model("deit_nano_patch7_28")
+        return self.model if run.halting else timm.create_model("deit_nano")
 
 
 def test_images_of_each_class_and_figures_of_the_checkpoint_read_back():
@@ -151,7 +151,7 @@ MERGED = ["ToMe, r = 2", "ToMe, r = 3"]
 
 def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
     """A study in which every run that halts has left ``adaptive``, with ``changes`` of its profile."""
-    plain = timm.create_model("deit_nano_patch7_28").eval()
+    plain = timm.create_model("deit_nano").eval()
     return SimpleNamespace(
         profile=structs.replace(SMOKE, **changes), results=Kept(), seed=0, device="cpu", predict=predict,
         test=random_images(40), data=SimpleNamespace(validation=random_images(30, seed=1)),
@@ -161,7 +161,7 @@ def of_models(adaptive: AViT, **changes) -> SimpleNamespace:
 
 @pytest.mark.usefixtures("one_round")
 def test_merged_models_stand_beside_the_trained_ones():
-    adaptive = timm.create_model("avit_nano_patch7_28", beta=-1e4).eval()
+    adaptive = timm.create_model("avit_nano", beta=-1e4).eval()
     study = of_models(adaptive, merging=(2, 3), recalibrated={})
     untrained = tables.merged_models(study)
     models = {run.name: study.load(run.name) for run in study.profile.runs} | untrained
@@ -226,7 +226,7 @@ def test_a_macro_difference_weighs_small_classes_like_large_ones():
 def test_a_model_that_merges_is_set_to_other_budgets():
     run = structs.replace(SMOKE.plain, name="merging", label="Adaptive merging trained", init="deit", saved=0.3)
     study = of_models(varied_model(depth=4).float(), runs=(*SMOKE.runs, run), budgets={"merging": (0.1, 0.2)})
-    plain = timm.create_model("deit_nano_patch7_28").eval()
+    plain = timm.create_model("deit_nano").eval()
     study.load = lambda name: adapt(plain, study.data.validation[:][0], 0.3)
     models = tables.recalibrated_models(study, "merging")
     assert list(models) == ["Adaptive merging trained, 10% saved", "Adaptive merging trained, 20% saved"]
@@ -332,7 +332,7 @@ def test_accuracy_by_depth_of_fewer_images_than_groups(halting, plain):
 
 
 def analysed(halting: Predictions, plain: Predictions) -> Kept:
-    whole = timm.create_model("deit_nano_patch7_28", patch_size=14, num_classes=len(CLASSES)).eval()
+    whole = timm.create_model("deit_nano", patch_size=14, num_classes=len(CLASSES)).eval()
     study = study_of(plain, load=lambda name: whole, predict=lambda model, data: plain, device="cpu")
     return run_cells(
         "05_halting_analysis", "generator = torch", study=study, run=study.profile.run("avit_finetuned"),

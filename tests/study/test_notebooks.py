@@ -51,7 +51,7 @@ def write(project: Path, name: str, *code: str) -> Path:
     cells = [
         new_markdown_cell(f"# {name}"),
         new_code_cell(BOOTSTRAP, metadata={"tags": ["bootstrap"]}),
-        new_code_cell('PROFILE = "fashion"\nSEED = 0', metadata={"tags": ["parameters"]}),
+        new_code_cell('PROFILE = "caltech24"\nSEED = 0', metadata={"tags": ["parameters"]}),
         *[new_code_cell(textwrap.dedent(text)) for text in code],
     ]
     path = project / "notebooks" / f"{name}.ipynb"
@@ -153,7 +153,7 @@ def test_the_copy_says_in_one_place_what_was_run(project):
     write(project, "01_one", "print(PROFILE)")
     assert run("--seed", "3") == 0
     codes = [cell.source for cell in nbformat.read(executed(project, "01_one"), as_version=4).cells]
-    assert 'PROFILE = "smoke"\nSEED = 3' in codes and "fashion" not in "".join(codes)
+    assert 'PROFILE = "smoke"\nSEED = 3' in codes and "caltech24" not in "".join(codes)
 
 
 def test_new_text_needs_no_run(project, capsys):
@@ -325,8 +325,8 @@ def test_settings_that_no_notebook_sees_do_not_put_them_out_of_date(project, cap
     profile.write_text('extends = "smoke"')
     for content, again in (
         ("", ["01_one"]), ('notes = ["another"]', []), ("sweep_seeds = [5]", []),
-        ("search.taught.training.epochs = 5", []), ("runs.avit.halting.beta = -1.5", ["01_one"]),
-        ("data.train_per_class = 19", ["01_one"]), ("recalibrated = {}", ["01_one"]),
+        ("runs.avit.halting.beta = -1.5", ["01_one"]),
+        ("data.train_per_class = 3", ["01_one"]), ("recalibrated = {}", ["01_one"]),
     ):  # fmt: skip
         profile.write_text(f'extends = "smoke"\n{content}\n')
         assert cli.main(["notebooks", "--profile", "mine.toml"]) == 0
@@ -361,13 +361,13 @@ def test_a_fresh_run_goes_on_after_an_interruption_and_else_begins_anew(project,
     assert "trained deit" in capsys.readouterr().out
 
 
-def test_a_fresh_run_keeps_the_checkpoints_of_search_and_seeds(project):
+def test_a_fresh_run_keeps_the_checkpoints_of_other_seeds(project):
     write(project, "01_one", "print(1)")
-    folders = [project / "results" / "smoke" / "checkpoints" / name for name in ("search", "seed1", "deit")]
+    folders = [project / "results" / "smoke" / "checkpoints" / name for name in ("seed1", "deit")]
     for folder in folders:
         folder.mkdir(parents=True)
     assert run("--fresh") == 0
-    assert [folder.exists() for folder in folders] == [True, True, False]
+    assert [folder.exists() for folder in folders] == [True, False]
 
 
 def test_an_interrupted_fresh_run_of_other_code_is_not_gone_on_with(project, capsys):
@@ -490,10 +490,10 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monke
     readme = project / "README.md"
     stamp_page(readme)
     assert not readme.exists()
-    readme.write_text("before\n<!-- begin fashion/04_summary -->\nold\n<!-- end fashion/04_summary -->\nafter\n")
+    readme.write_text("before\n<!-- begin caltech24/04_summary -->\nold\n<!-- end caltech24/04_summary -->\nafter\n")
     stamp_page(readme)
     assert "old" in readme.read_text()
-    table = project / "results" / "fashion" / "tables" / "04_summary.md"
+    table = project / "results" / "caltech24" / "tables" / "04_summary.md"
     table.parent.mkdir(parents=True)
     table.write_text("| a |\n| ---: |\n| 1 |\n")
     facts = {"seed": 0, "commit": "0123456789abcdef", "date": "today", "hardware": "a computer"}
@@ -501,18 +501,20 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monke
     stamp_page(readme)
     text = readme.read_text()
     assert "old" not in text
-    assert "| 1 |\n\nMade by `make reproduce PROFILE=fashion SEED=0`, commit 0123456789, today, on a computer." in text
-    readme.write_text("In short: <!-- begin fashion/04_models -->\nold\n<!-- end fashion/04_models --> and so on\n")
+    assert (
+        "| 1 |\n\nMade by `make reproduce PROFILE=caltech24 SEED=0`, commit 0123456789, today, on a computer." in text
+    )
+    readme.write_text("In short: <!-- begin caltech24/04_models -->\nold\n<!-- end caltech24/04_models --> and so on\n")
     monkeypatch.setenv("AVIT_RUNNER", "make")
-    found = Results("fashion", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
+    found = Results("caltech24", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
     assert found == found._repr_markdown_() == "One model saves half."
     stamp_page(readme)
     assert "-->\nOne model saves half.\n<!-- end" in readme.read_text()
-    readme.write_text("<!-- begin fashion/sweep_summary -->\nold\n<!-- end fashion/sweep_summary -->\n")
+    readme.write_text("<!-- begin caltech24/sweep_summary -->\nold\n<!-- end caltech24/sweep_summary -->\n")
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
     stamp_page(readme)
-    assert "Made by `make sweep PROFILE=fashion SEED=0`, commit" in readme.read_text()
+    assert "Made by `make sweep PROFILE=caltech24 SEED=0`, commit" in readme.read_text()
 
 
 def test_the_readme_gets_the_table_of_the_benchmark(project):
@@ -568,8 +570,8 @@ def first_cells(folder: Path, address: str = "") -> Path:
     notebook = nbformat.read(sorted((ROOT / "notebooks").glob("*.ipynb"))[0], as_version=4)
     notebooks.stamp_notebook(notebook, address)
     last = next(i for i, cell in enumerate(notebook.cells) if "from avit_lib" in cell.source)
-    says = "import avit_lib, torch\nfrom avit_lib.study import Study\n"
-    says += "print(avit_lib.__file__, torch.__version__, Study('fashion').checkpoint('deit'))"
+    says = "import avit_lib, torch\nfrom avit_lib.places import project_root\n"
+    says += "print(avit_lib.__file__, torch.__version__, project_root())"
     notebook.cells = [*notebook.cells[: last + 1], new_code_cell(says)]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "first_cells.ipynb"
@@ -584,7 +586,7 @@ def execute(python: Path, notebook: Path) -> subprocess.CompletedProcess:
 
 def committed(checkout: Path) -> str:
     """A copy of what the first cell and a later notebook need of the repository, committed; returns its address."""
-    for folder in ("avit_lib", "notebooks", "results/fashion/checkpoints"):
+    for folder in ("avit_lib", "notebooks"):
         shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, checkout)
@@ -607,12 +609,12 @@ def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(tmp_pat
         pytest.skip("pip cannot reach a package index")
     assert done.returncode == 0, done.stderr
     assert "vanishes with the runtime" in done.stdout
-    library, version, checkpoint = done.stdout.split()[-3:]
+    library, version, root = done.stdout.split()[-3:]
     assert Path(library).is_relative_to(fresh_python.parents[1])
     assert version == torch.__version__
     assert not list(fresh_python.parents[1].glob("lib/python*/site-packages/torch"))
     clone = content / ("avit" if arrival == "a bare notebook" else "study")
-    assert Path(checkpoint) == clone / "results/fashion/checkpoints/deit/last.safetensors"
+    assert Path(root) == clone
 
 
 def test_on_colab_without_a_checkout_or_address_the_first_cell_says_how_to_bring_one(tmp_path, fresh_python):

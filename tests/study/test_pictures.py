@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 
 from avit_lib.study import pictures
 
-# (images, patches a side, pixels a side, channels, layers)
-STUDIES = {"smoke": (4, 4, 28, 1, 4), "fashion": (10, 7, 28, 1, 12), "caltech256": (6, 14, 56, 3, 12)}
+# (images, patches a side, pixels a side, layers)
+STUDIES = {"smoke": (4, 4, 64, 12), "caltech24": (6, 14, 224, 12)}
 HELPERS = {"mosaic", "bare", "grids", "coloured", "rgb", "veiled"}
 
 
 @functools.cache
-def drawn(count: int, side: int, pixels: int, channels: int, layers: int) -> dict[str, Figure]:
+def drawn(count: int, side: int, pixels: int, layers: int) -> dict[str, Figure]:
     """Every picture of the module, on random values."""
     generator = np.random.default_rng(0)
-    images = generator.random((count, channels, pixels, pixels))
+    images = generator.random((count, 3, pixels, pixels))
     depth = generator.integers(1, layers + 1, (count, 1 + side**2))
     names = tuple(f"some_class_{number} 7.5" for number in range(count))
     groups = {name: (images[part], depth[part], list(names[part])) for name, part in
@@ -58,14 +58,14 @@ def shown(axis: Axes) -> np.ndarray:
 
 def test_maps_show_patches_in_reading_order_without_the_class_token():
     depth = np.concatenate([[[99]], np.arange(1, 17)[None]], axis=1)
-    (axis,) = rows(pictures.depth_maps(np.zeros((1, 1, 28, 28)), depth, layers=16))["depth"]
+    (axis,) = rows(pictures.depth_maps(np.zeros((1, 3, 28, 28)), depth, layers=16))["depth"]
     np.testing.assert_array_equal(shown(axis), pictures.coloured(np.arange(1, 17).reshape(4, 4), 16))
     assert shown(axis).sum(axis=-1).argmax() == 15 and shown(axis).sum(axis=-1).argmin() == 0  # bright: went deep
 
 
 @pytest.mark.parametrize("figure", ["depth_maps", "depth_extremes"])
 def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figure):
-    images, depth = np.zeros((2, 1, 28, 28)), np.full((2, 50), 5)
+    images, depth = np.zeros((2, 3, 28, 28)), np.full((2, 50), 5)
     depth[0, 1], depth[1, 2], depth[:, 0] = 4, 9, 12  # the class token is not shown
     if figure == "depth_maps":
         drawing = pictures.depth_maps(images, depth, layers=12)
@@ -119,8 +119,8 @@ def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
     ],
 )
 def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
-    figure = pictures.samples(np.zeros((1, 1, 28, 28)), [0], (name,))
-    titled = pictures.depth_maps(np.zeros((1, 1, 28, 28)), np.ones((1, 17)), 4, [name])
+    figure = pictures.samples(np.zeros((1, 3, 28, 28)), [0], (name,))
+    titled = pictures.depth_maps(np.zeros((1, 3, 28, 28)), np.ones((1, 17)), 4, [name])
     for canvas in (figure, titled):
         FigureCanvasAgg(canvas).draw()
     words = figure.axes[0].yaxis.label, titled.axes[0].title
@@ -130,14 +130,14 @@ def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
 
 
 def test_a_name_too_long_for_its_place_is_broken():
-    figure = pictures.depth_maps(np.zeros((2, 1, 28, 28)), np.ones((2, 17)), 4, ["x" * 240, "stegosaurus"])
+    figure = pictures.depth_maps(np.zeros((2, 3, 28, 28)), np.ones((2, 17)), 4, ["x" * 240, "stegosaurus"])
     longest = max(figure.axes[0].get_title().split("\n"), key=len)
     assert len(longest) <= 50 and figure.axes[1].get_title() == "stegosaurus"
 
 
 def test_more_images_go_on_in_further_rows_with_their_titles():
     titles = [f"folder/image_{number}\npredicted: cat" for number in range(5)]
-    figure = pictures.depth_maps(np.zeros((5, 1, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2)
+    figure = pictures.depth_maps(np.zeros((5, 3, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2)
     axes = np.array(figure.axes[:-1]).reshape(12, 2)  # the last is the key
     found = [axis.get_title() for row in axes[::4] for axis in row]
     assert found == [title.replace("_", " ") for title in titles] + [""]
@@ -160,7 +160,7 @@ def test_the_veil_is_the_thicker_the_earlier_a_token_halted():
 
 
 def test_a_veil_needs_no_spread_of_depth():
-    figure = pictures.depth_maps(np.ones((1, 1, 28, 28)), np.full((1, 17), 3), layers=4)
+    figure = pictures.depth_maps(np.ones((1, 3, 28, 28)), np.full((1, 17), 3), layers=4)
     (veiled,), (left,) = rows(figure)["veiled\nby depth"], rows(figure)["in the\nlast layer"]
     assert (shown(veiled) == 1).all() and np.isfinite(shown(left)).all()
     FigureCanvasAgg(figure).draw()
@@ -179,12 +179,12 @@ def test_progress_veils_exactly_the_tokens_that_have_halted():
 
 def test_progress_is_shown_in_at_most_seven_layers_that_differ():
     depth = np.concatenate([np.full((2, 1), 12), np.random.default_rng(0).integers(3, 13, (2, 49))], axis=1)
-    names = list(rows(pictures.halting_progress(np.ones((2, 1, 28, 28)), depth)))
+    names = list(rows(pictures.halting_progress(np.ones((2, 3, 28, 28)), depth)))
     assert len(names) == 7 and names[0] == "layer 3" and names[-1] == "layer 12"
 
 
 def test_samples_stand_in_the_row_of_their_class():
-    images = np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 1, 28, 28))
+    images = np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 3, 28, 28))
     found = rows(pictures.samples(images, [2, 0, 2, 0], ("an_ant", "bee", "cat")))
     assert list(found) == ["an ant", "cat"]  # a bee is not among them
     assert [[shown(axis).max() for axis in row] for row in found.values()] == [

@@ -18,7 +18,7 @@ def test_a_committed_model_is_the_trained_one_in_half_precision(tmp_path, monkey
     study = Study(profile, source="release")
     study.train_chain(focus := study.profile.focus)
     table = release(study)
-    assert list(table["model"]) == ["DeiT", "A-ViT fine-tuned"]
+    assert list(table["model"]) == ["DeiT fine-tuned", "A-ViT halting trained"]
     assert (table["accuracy, as committed"] - table["accuracy, as trained"]).abs().max() <= 0.02
     path, trained = released("mine", focus), study.checkpoint(focus)
     assert path.stat().st_size < 0.6 * trained.stat().st_size
@@ -34,6 +34,7 @@ def test_a_committed_model_is_the_trained_one_in_half_precision(tmp_path, monkey
     assert inspecting.load(profile, 0, "cpu", None, None)[2] == path
 
 
-def test_weights_without_a_licence_are_not_released():
-    with pytest.raises(UserError, match="profile smoke has no licence"):
-        release(Study("smoke"))
+def test_weights_without_a_licence_are_not_released(tmp_path):
+    (tmp_path / "mine.toml").write_text('extends = "smoke"\nlicence = ""\n')
+    with pytest.raises(UserError, match="profile mine has no licence"):
+        release(Study(str(tmp_path / "mine.toml")))

@@ -8,6 +8,7 @@ import torch
 from conftest import random_images
 from msgspec import structs
 
+from avit_lib import training
 from avit_lib.adaptive import Adaptive
 from avit_lib.data import TrainingData
 from avit_lib.errors import UserError
@@ -22,19 +23,26 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def run():
+def run(monkeypatch):
+    monkeypatch.setattr(training, "load_pretrained", lambda *_: None)  # there are none of a small model
     halting = Halting(
         beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, start="class_attention", channel_rate=0.0,
     )  # fmt: skip
-    training = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
+    settings = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
     return Run(
-        name="fitted", label="fitted", model="avit_nano_patch7_28", init="random", training=training, halting=halting
+        name="fitted",
+        label="fitted",
+        model="avit_nano",
+        init="pretrained",
+        pretrained="any",
+        training=settings,
+        halting=halting,
     )
 
 
 @pytest.fixture
 def data():
-    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}})
+    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
 
 
 def channels(model):
@@ -55,7 +63,7 @@ def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
 
 
 def test_a_run_that_merges_is_adapted_before_it_is_trained(run, data, tmp_path):
-    merging = structs.replace(run, model="deit_nano_patch7_28", halting=None, saved=0.2)
+    merging = structs.replace(run, model="deit_nano", halting=None, saved=0.2)
     assert merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
     start = initial_model(merging, data, None, 0, CPU)
     train_run(merging, data, tmp_path, None, None, 0, CPU)
@@ -72,17 +80,15 @@ def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
     start, steps = channels(initial_model(run, data, None, 0, CPU)), []
     for rate in (0.5, 1.0):
         halting = structs.replace(run.halting, channel_rate=rate)
-        training = structs.replace(run.training, epochs=1)
-        train_run(
-            structs.replace(run, halting=halting, training=training), data, tmp_path / str(rate), None, None, 0, CPU
-        )
+        brief = structs.replace(run.training, epochs=1)
+        train_run(structs.replace(run, halting=halting, training=brief), data, tmp_path / str(rate), None, None, 0, CPU)
         after = channels(load_checkpoint(tmp_path / str(rate) / "last.safetensors", CPU)[0])
         steps.append(sum((new - old).abs().sum() for new, old in zip(after, start, strict=True)))
     assert 0.3 < steps[0] / steps[1] < 0.7
 
 
 def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
-    plain = structs.replace(run, name="plain", model="deit_nano_patch7_28", halting=None)
+    plain = structs.replace(run, name="plain", model="deit_nano", halting=None)
     train_run(plain, data, tmp_path / "plain", None, None, 0, CPU)
     weights, others = tmp_path / "plain" / "last.safetensors", replace(data, train=random_images(64, classes=3))
     for changes, teacher, images, message in (

@@ -20,7 +20,7 @@ LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 
 def test_evaluation_table_compares_with_the_plain_model():
     profile = replace(SMOKE, merging=())
-    model = timm.create_model("avit_nano_patch7_28")
+    model = timm.create_model("avit_nano")
     labels = torch.arange(10)
     logits = torch.eye(10)
     shallow = Predictions(logits.roll(1, 0), labels, torch.ones(10, 17, dtype=torch.long), torch.zeros(10, 4, 17), 4)
@@ -42,7 +42,7 @@ def test_evaluation_table_compares_with_the_plain_model():
 
 @pytest.mark.usefixtures("one_round")
 def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
-    plain, model = timm.create_model("deit_nano_patch7_28").eval(), varied_model(depth=4).float()
+    plain, model = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
     for label in ("ant", "bee"):
         (tmp_path / label).mkdir()
         for number in range(3):
@@ -50,7 +50,7 @@ def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
     files = folder_images(tmp_path, 28, 1)
     load = {"deit": plain, "deit_longer": plain, "avit": model, "avit_finetuned": model}.get
     study = SimpleNamespace(profile=SMOKE, load=load, device="cpu", test=files, seed=0)
-    assert [tables.test_images(study, most).shape for most in (1, 9)] == [(1, 1, 28, 28), (6, 1, 28, 28)]
+    assert [tables.test_images(study, most).shape for most in (1, 9)] == [(1, 3, 28, 28), (6, 3, 28, 28)]
     table = tables.speed_table(study, {"another": plain})
     trained = [*LABELS, "A-ViT, masked", "A-ViT fine-tuned, masked"]
     assert list(table["model"]) == [*trained, *trained, "another"]
@@ -59,7 +59,7 @@ def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
 
 
 def test_a_hundred_classes_of_one_or_a_few_images():
-    profile, model = get_profile("caltech101"), timm.create_model("avit_nano_patch7_28", num_classes=101)
+    profile, model = get_profile("caltech101"), timm.create_model("avit_nano", num_classes=101)
     labels = torch.cat([torch.arange(101), torch.arange(50), torch.arange(50)])  # half of them have a single image
     logits = torch.nn.functional.one_hot((labels + (torch.arange(201) % 10 == 0)) % 101, 101).float()
     found = Predictions(logits, labels, torch.full((201, 17), 4), torch.zeros(201, 4, 17), 4)

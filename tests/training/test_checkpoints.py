@@ -9,7 +9,7 @@ import torch
 from avit_lib.errors import UserError
 from avit_lib.training.checkpoints import load_checkpoint, load_pretrained, load_weights, save_checkpoint
 
-NAME, ARGUMENTS = "avit_nano_patch7_28", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
+NAME, ARGUMENTS = "avit_nano", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(save
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_plain_model_starts_an_adaptive_one(tmp_path, projection):
     torch.manual_seed(1)
-    plain = timm.create_model("deit_nano_patch7_28")
+    plain = timm.create_model("deit_nano")
     path = tmp_path / "deit.safetensors"
-    save_checkpoint(path, plain, "deit_nano_patch7_28", {})
+    save_checkpoint(path, plain, "deit_nano", {})
     model = timm.create_model(NAME, projection=projection)
     load_weights(model, path)
     if projection:
@@ -148,8 +148,8 @@ def test_foreign_weights(saved, other, message):
 
 
 def test_pretrained_weights_from_a_folder_keep_a_head_of_another_size(model, tmp_path, monkeypatch):
-    source = timm.create_model("deit_nano_patch7_28", num_classes=9)
-    save_checkpoint(tmp_path / "some_deit.safetensors", source, "deit_nano_patch7_28", {})
+    source = timm.create_model("deit_nano", num_classes=9)
+    save_checkpoint(tmp_path / "some_deit.safetensors", source, "deit_nano", {})
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     head = model.head.weight.clone()
     load_pretrained(model, "some_deit")

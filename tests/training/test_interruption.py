@@ -27,8 +27,8 @@ class PowerCut(Exception):
 def train(folder: Path) -> pd.DataFrame:
     """Train a small model in this process."""
     seed_everything(0)
-    model = timm.create_model("deit_nano_patch7_28", depth=1, drop_rate=0.1)
-    description = {"model": "deit_nano_patch7_28", "arguments": {"depth": 1}}
+    model = timm.create_model("deit_nano", depth=1, drop_rate=0.1)
+    description = {"model": "deit_nano", "arguments": {"depth": 1}}
 
     def validate(trained):
         return metrics(trained, predict(trained, VALIDATION))

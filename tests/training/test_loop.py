@@ -14,7 +14,7 @@ from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
 from avit_lib.training import Training, fit, load_checkpoint, pick_device, read_json, seed_everything
 
 CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)
-PLAIN, ADAPTIVE = "deit_nano_patch7_28", "avit_nano_patch7_28"
+PLAIN, ADAPTIVE = "deit_nano", "avit_nano"
 LOSSES = {PLAIN: TaskLoss(0.1), ADAPTIVE: AdaptiveLoss(task=TaskLoss(0.1))}
 TRAIN, VALIDATION = random_images(64), random_images(40, seed=1)
 

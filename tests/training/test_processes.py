@@ -17,7 +17,7 @@ from avit_lib.study.study import predict
 from avit_lib.training import Training, fit, processes, seed_everything
 
 PROCESSES = 2
-NAME = "avit_nano_patch7_28"
+NAME = "avit_nano"
 TRAIN = random_images(64)
 EVALUATED = (37, 1)  # images: not a multiple of the processes, fewer than them
 EXECUTIONS = {"masked": -3.0, "packed": -1.0}  # beta: with -1 some layers get no token, and no gradient
