@@ -12,7 +12,8 @@ Importing it registers the ``avit_*`` models with timm.
 import sys
 
 # Who asks `python -m avit_lib` for help (or for nothing, which is the same) need not wait for torch.
-if sys.argv[:1] != ["-m"] or sys.orig_argv[-1] not in ("avit_lib", "-h", "--help"):
+_asked = ("-m", "avit_lib") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False) and sys.argv[:1] == ["-m"]
+if not _asked or sys.orig_argv[-1] not in ("avit_lib", "-h", "--help"):
     from avit_lib.adaptive import Adaptive, adapt
     from avit_lib.errors import UserError
     from avit_lib.halting import HaltingRule, HaltingTrace

@@ -14,7 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avit_lib.backbone import TokensLeave, is_exporting, why_not_plain
+from avit_lib.backbone import TokensLeave, check_images, is_exporting, is_hooked, why_not_plain
 from avit_lib.errors import UserError
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.merging import (
@@ -97,7 +97,7 @@ class Adaptive(TokensLeave):
         return taken
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        return _blank, (self.original,), self.__dict__.copy()
+        return _blank, (self.original,), self.__getstate__()
 
     @torch.no_grad()
     def calibrate(self, images: Tensor, saved: float, report: Callable = lambda _: None) -> None:
@@ -106,16 +106,12 @@ class Adaptive(TokensLeave):
         ``report`` gets the share that is saved after each pass over the images, of which there are at most eight.
         Raises UserError for fewer than two images, images that are no numbers, or a share that is out of reach.
         """
-        if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-            what = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-            raise UserError(f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}")
+        check_images(images)
         if len(images) < 2:
             raise UserError(f"{len(images)} images are too few to set thresholds on; take some hundred")
         wanted = [self.patch_embed.proj.in_channels, *self.patch_embed.img_size]
         if list(images.shape[1:]) != wanted:
             raise UserError(f"images of shape {list(images.shape)}, the model wants [B, {str(wanted)[1:]}")
-        if not images.isfinite().all():
-            raise UserError("the images contain values that are no numbers (NaN or infinite); mend them")
         if not 0 <= saved <= MOST:
             raise UserError(f"a share of {saved} of the FLOPs cannot be saved; choose one between 0 and {MOST}")
         if saved == 0:
@@ -150,8 +146,14 @@ class Adaptive(TokensLeave):
         """Raise UserError where somebody counts on tokens in their places."""
         if attn_mask is not None:
             raise UserError("tokens that merge have no place in an attention mask; leave out attn_mask")
-        parts = [part for block in self.blocks for part in (block, block.attn)]
-        if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        if reason := why_not_plain(self):
+            raise UserError(f"tokens can't merge any more: {reason}")
+        parts = [self.blocks]
+        for block in self.blocks:
+            attention = block.attn
+            parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
+            parts += [block.drop_path1, block.drop_path2]
+        if any(is_hooked(part) for part in parts):
             raise UserError(
                 "a hook on a block would never be called, since tokens merge inside of it; "
                 "use forward_intermediates, or a hook on its norms or MLP"
@@ -287,6 +289,8 @@ def why_not(model: nn.Module) -> str:
         return "it is no VisionTransformer of timm's"
     if isinstance(model, Adaptive):
         return "it is adaptive already; use its calibrate"
+    if {"forward", "forward_features"} & vars(model).keys():
+        return "its forward was replaced, by torch.compile(model.forward) say; adapt the model first"
     own = [getattr(type(model), name) is getattr(VisionTransformer, name) for name in ("forward", "forward_features")]
     if not all(own):
         return "it runs its blocks in a way of its own"

@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from avit_lib.errors import UserError
@@ -111,14 +111,18 @@ class TokensLeave(VisionTransformer):
         return function(*arguments)
 
     def hooked(self) -> bool:
-        """Whether somebody listens to a block or to a part of one."""
-        return any(part._forward_hooks or part._forward_pre_hooks for part in self.blocks.modules())
+        """Whether somebody listens to a block or to a part of one; raises UserError if in vain."""
+        if is_hooked(self.blocks):
+            raise UserError("a hook on all blocks at once would never be called; put it on a block")
+        return any(is_hooked(part) for part in self.blocks.modules())
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks first."""
         raise UserError(f"torch.jit.script {_CANNOT_FOLLOW}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.exact and isinstance(value, nn.Parameter):
+            raise UserError(f"{name} is a fixed number, not a parameter that is trained")
         if name in self.exact and not isinstance(value, Tensor):
             value = torch.tensor(value, dtype=torch.float32, device=self._buffers[name].device)
         super().__setattr__(name, value)
@@ -137,6 +141,23 @@ class TokensLeave(VisionTransformer):
         super()._load_from_state_dict(weights, prefix, *args)
 
 
+def is_hooked(part: nn.Module) -> bool:
+    """Whether somebody asked to be called when ``part`` is computed or differentiated."""
+    kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    return any(kinds)
+
+
+def check_images(images: Tensor) -> None:
+    """Raise UserError unless ``images`` are one batch of finite numbers [B, C, H, W]."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
+        what = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}")
+    if not len(images):
+        raise UserError("0 images are too few; take some hundred")
+    if not images.isfinite().all():
+        raise UserError("the images contain values that are no numbers (NaN or infinite); mend them")
+
+
 def is_exporting() -> bool:
     """Whether an exporter follows one batch, to compute all others alike."""
     # Until torch 2.12 its compiler counts as an exporter, too.
@@ -149,8 +170,10 @@ def why_not_plain(model: VisionTransformer) -> str:
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(model.patch_embed).__name__}, not from timm's PatchEmbed"
     for block in model.blocks:
-        if type(block) is not Block or type(block.attn) is not Attention:
+        if type(block) is not Block:
             return f"its blocks ({type(block).__name__}) are not timm's plain ones"
+        if type(block.attn) is not Attention or "forward" in {*vars(block), *vars(block.attn)}:
+            return f"the attention of its blocks ({type(block.attn).__name__}) is not timm's plain one"
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
     return ""

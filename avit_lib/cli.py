@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.validators import Number
 
 from avit_lib.errors import UserError
@@ -23,8 +23,17 @@ app = App(
     version_flags=[], result_action="return_value", suppress_keyboard_interrupt=False,
 )  # fmt: skip
 Several = Parameter(consume_multiple=1)
-Seed = Annotated[int, Parameter(validator=Number(gte=0, lt=2**32))]
-Count = Annotated[int, Parameter(validator=Number(gte=1, lt=2**31))]
+
+
+def read_whole(kind: type, tokens: Sequence[Token]) -> int:
+    """A whole number as it was typed; cyclopts would round others without a word."""
+    if not tokens[0].value.isdecimal():
+        raise ValueError(f"{tokens[0].value!r} is no whole number")
+    return int(tokens[0].value)
+
+
+Seed = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=0, lt=2**32))]
+Count = Annotated[int, Parameter(converter=read_whole, validator=Number(gte=1, lt=2**31))]
 Task, Precision = Literal["inference", "training"], Literal["float32", "bfloat16"]
 
 
@@ -98,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @app.command
 def fit(
     *, common: Computing = Computing(), model: str = "AViT", output: Path | None = None, data_dir: Path | None = None,
-    ckpt: Path | None = None, teacher: Path | None = None, epochs: int | None = None, batch_size: int | None = None,
+    ckpt: Path | None = None, teacher: Path | None = None, epochs: Count | None = None, batch_size: Count | None = None,
     lr: float | None = None,
 ) -> None:  # fmt: skip
     """Train a model; the same command resumes where it stopped.
@@ -176,7 +185,7 @@ def test(
     """
     import pandas as pd
 
-    from avit_lib.study import adapting, get_profile, inspecting
+    from avit_lib.study import adapting, inspecting
     from avit_lib.study.results import provenance, to_markdown
     from avit_lib.training import pick_device, processes, write_json
 
@@ -192,10 +201,12 @@ def test(
     found = inspecting.test_images(common.profile, common.data_dir, model, run)
     facts = inspecting.figures_of(model, found, common.seed, device, batch_size)
     target = path.with_name(f"{path.stem}_test.json")
+    if target.with_suffix(".safetensors").exists():
+        raise UserError(f"{target} describes a checkpoint of that name; rename one of them")
     print(json.dumps(facts, indent=1))
     if processes.rank() == 0:
         print(to_markdown(pd.DataFrame([facts]).drop(columns="intervals")), file=sys.stderr)
-        write_json(target, facts | {"provenance": provenance(get_profile(common.profile).name, common.seed)})
+        write_json(target, facts | {"provenance": provenance(run.get("profile", ""), run["seed"])})
     print(f"written to {target}", file=sys.stderr)
 
 
@@ -251,7 +262,7 @@ def benchmark(
     *, common: Computing = Computing(), model: str = "avit_tiny_patch16_224", depth: float = 7.0,
     batch: Annotated[list[int], Several] = [1, 8, 64, 256],
     task: Annotated[list[Task], Several] = ["inference", "training"],
-    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: int = 7, limit: float = 40.0,
+    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: Count = 7, limit: float = 40.0,
 ) -> None:  # fmt: skip
     """Time DeiT, masked and packed A-ViT side by side on synthetic halting; tables and figures in results/benchmark.
 

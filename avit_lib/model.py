@@ -22,7 +22,7 @@ class AViT(TokensLeave):
     it is computed is a setting, not a different model: ``execution`` is "masked" (halted tokens are
     computed and ignored, as published), "packed" (they are gone) or "auto" (packed in evaluation,
     masked in training). Who follows tokens to their places gets masked execution all the same: an
-    exporter, a hook on a block, an attention mask.
+    exporter, a hook on a block, a block of one's own, an attention mask.
     """
 
     exact = ("gamma", "beta", "eps")
@@ -53,8 +53,7 @@ class AViT(TokensLeave):
         # A state dict of the other kind is then refused: it has this one too many, or lacks it.
         self.register_buffer("class_token_runs_on", None if class_token_halts else torch.tensor(True))
         # A learned projection adds D parameters; it starts as what it replaces, channel 0.
-        channel_0 = torch.eye(self.embed_dim, 1)[:, 0].to(self.cls_token)
-        self.direction = nn.Parameter(channel_0) if projection else None
+        self.direction = nn.Parameter(self._channel_0()) if projection else None
         self.execution = "masked" if is_exportable() or is_scriptable() else execution
 
     @property
@@ -91,9 +90,12 @@ class AViT(TokensLeave):
         _check_pooling(global_pool)
         super().reset_classifier(num_classes, global_pool)
 
+    def _channel_0(self) -> Tensor:
+        return torch.eye(self.embed_dim, 1)[:, 0].to(self.cls_token.detach())
+
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
         if self.direction is not None:  # who reads channel 0 has none
-            weights.setdefault(f"{prefix}direction", self.direction.detach())
+            weights.setdefault(f"{prefix}direction", self._channel_0())
         if self.class_token_runs_on is not None and f"{prefix}gamma" not in weights:  # a plain model
             weights[f"{prefix}class_token_runs_on"] = self.class_token_runs_on
         super()._load_from_state_dict(weights, prefix, *args)
@@ -102,7 +104,7 @@ class AViT(TokensLeave):
         if self.execution not in ("masked", "packed", "auto"):
             raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
         wanted = self.execution == "packed" or (self.execution == "auto" and not self.training)
-        return wanted and not is_exporting() and not self.hooked()
+        return wanted and not (is_exporting() or self.hooked() or why_not_plain(self))
 
 
 def _check_pooling(global_pool: str | None) -> None:

@@ -15,6 +15,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from avit_lib.backbone import check_images
 from avit_lib.errors import UserError
 from avit_lib.halting import halting_score, halting_step, initial_state
 from avit_lib.model import AViT, masked_block
@@ -37,6 +38,7 @@ def calibrated_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish:
     Stops within ``TOLERANCE`` of the wish, or where the depth jumps over it; the model is left as it is. Raises
     UserError unless the wish lies between the least depth and the greatest that any beta gives.
     """
+    check_images(images)
     probe = deepcopy(model).eval()
     probe.gamma, probe.eps = gamma, eps
 
@@ -147,6 +149,7 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor, target: Redundancy =
     Raises UserError when less than a patch of an image is left for the last layer, when ``halting`` is of another
     number of layers, and for a model in which channel 0 is not free to be written: before the first change.
     """
+    check_images(images)
     if any(parameter is None for parameter, _ in channel_parameters(model)):
         raise UserError("the fit of channel 0 takes learned positions, biases, and weights in all norms; leave it out")
     if len(halting) != len(model.blocks):

@@ -18,7 +18,7 @@ Image.init()
 FORMATS = tuple(kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/"))
 ENDINGS = {ending for ending, kind in Image.EXTENSION.items() if kind in {*FORMATS, "MPO"}}
 # What systems and programs put beside images, with images of their own in it.
-HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")
+HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 SHOWN = 5
 
 
@@ -49,8 +49,8 @@ def find_images(
 ) -> tuple[list[str], list[str]]:
     """The names below ``folder``, with slashes, of image files (sorted) and of folders.
 
-    What is no image by its name, or not ``wanted`` by it, is told in one line on stderr; hidden names
-    and those in ``leave_out`` are passed over. Links are followed, but every file and folder
+    What is hidden, no image by its name, or not ``wanted`` by it, is told in one line on stderr; folders and
+    files in ``leave_out`` are passed over without a word. Links are followed, but every file and folder
     counts once, by its own name if it has one here, and what holds ``folder`` never does.
     Raises UserError for a folder that cannot be read.
     """
@@ -66,22 +66,30 @@ def find_images(
             folders.append(name)
             for entry in _list_folder(place):
                 inner = f"{name}/{entry.name}".lstrip("/")
-                if entry.name.startswith(HIDDEN) or entry.name in leave_out:
+                if entry.name in leave_out:
+                    continue
+                if entry.name.startswith(".") or entry.name in HIDDEN:
+                    others.append(inner)
                     continue
                 if entry.is_symlink():
                     links.append((inner, os.path.realpath(entry)))
                 else:
                     waiting.append((inner, entry.path))
         else:
-            known = os.path.splitext(name)[1].lower() in ENDINGS
+            known = os.path.splitext(name)[1].lower() in ENDINGS and not _is_special(place)
             (images if known and wanted(name) else others).append(name)
         seen.add(place)
     if others:
-        why = "no image by its name, in no folder of a class, or a link to what is there already"
+        why = "hidden, no image by its name, in no folder of a class, or a link to what is there"
         tell(f"{len(others)} left out of {folder} ({why}): {name_some(sorted(others))}")
     # By class, then folder, then file, as torchvision has it.
     images.sort(key=lambda name: (name.partition("/")[0], *name.rpartition("/")))
     return images, folders
+
+
+def _is_special(place: str) -> bool:
+    """Whether it is there, and no file: a named pipe, say, which nobody may ever fill."""
+    return os.path.exists(place) and not os.path.isfile(place)
 
 
 def _list_folder(folder: str) -> list[os.DirEntry]:

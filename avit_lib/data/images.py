@@ -7,11 +7,13 @@ once; and whether a set lies in memory or on disk makes no difference to a batch
 
 import hashlib
 import math
+import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,6 +214,7 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             layout = str(image.tile)
+            _check_tiff(getattr(image, "tag_v2", {}))
             ImageOps.exif_transpose(image, in_place=True)
             most = WIDEST * min(image.size)
             middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
@@ -221,6 +224,14 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image" if unknown else " ".join(reason.split())
         raise Unreadable(f"{path} ({reason})") from None
+
+
+def _check_tiff(tags: Mapping[int, Any]) -> None:
+    """Raise ValueError for a TIFF of more than 8 bits that Pillow reads, but wrongly."""
+    bits, planes, white_is_zero = tags.get(258, (1,)), tags.get(284, 1) == 2, tags.get(262, 1) == 0
+    if max(bits) > 8 and (white_is_zero or (planes and len(bits) > 1)):
+        what = "white as zero" if white_is_zero else "one plane a colour"
+        raise ValueError(f"its pixels have {max(bits)} bits and {what}; save it with 8 bits")
 
 
 def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
@@ -240,8 +251,10 @@ def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
             raise ValueError("its pixels are whole numbers beyond 16 bits, of unknown range")
         whites = (4095,) if "I;12" in layout else WHITES
         white = next(white for white in whites if pixels.max() <= white)
-        image = Image.fromarray((pixels / white * 255).round().astype(np.uint8))
-    elif ";16" in layout and max(most for _, most in image.convert("RGB").getextrema()) < 16:
+        scaled = (pixels / white * 255).round().astype(np.uint8)
+        scaled[pixels == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(scaled)
+    elif re.search(r";16|'RGB', \d{4}", layout) and max(most for _, most in image.convert("RGB").getextrema()) < 16:
         raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save it with 8")
     if image.has_transparency_data:
         image = image.convert("RGBA")

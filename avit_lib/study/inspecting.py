@@ -39,9 +39,10 @@ def load(profile: str, seed: int, device: str, name: str | None, path: Path | No
         trained = (study.folder(run) / "last.safetensors").is_file() or not committed.is_file()
         path = study.checkpoint(run) if trained else committed
     model, description = load_checkpoint(path, study.device)
-    kind = "AViT" if isinstance(model, AViT) else "DeiT"
-    if name and name.lower() in {"avit", "deit"} - {kind.lower()}:
-        raise UserError(f"{path} is of kind {kind}, not {name}; correct --model or leave it out")
+    trained_as = description.get("run", {}).get("settings", {}).get("name", run)
+    kind = "avit" if isinstance(model, AViT) else "deit"
+    if name and name.lower() not in (kind, trained_as):
+        raise UserError(f"{path} was trained as {trained_as}, not {name}; correct --model or leave it out")
     return model, {"classes": [], "seed": seed} | description.get("run", {}), path
 
 

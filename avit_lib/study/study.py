@@ -187,9 +187,13 @@ def train_run(
     history = training.finished_history(folder, description, run.training)
     if history is not None:  # before a start is fitted for nothing
         return history
-    taught_by, known = training.load_checkpoint(teacher, device) if teacher else (None, None)
-    if known and known["run"]["classes"] != description["classes"]:
-        raise UserError(f"{teacher} was trained for other classes than those of the training images")
+    for path in (start, teacher):
+        known = read_json(path.with_suffix(".json")) if path else None
+        if known and known["run"]["classes"] != description["classes"]:
+            raise UserError(f"{path} was trained for other classes than those of the training images")
+        if known and known["arguments"].get("img_size", data.image_size) != data.image_size:
+            raise UserError(f"{path} was trained for images of another size than {data.image_size} pixels")
+    taught_by = training.load_checkpoint(teacher, device)[0] if teacher else None
     model = initial_model(run, data, start, seed, device)
     loss, adjust = run.task_loss(taught_by), None
     if run.halting:

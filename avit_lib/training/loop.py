@@ -284,5 +284,6 @@ def _resume(output: Path, state: _State, run: dict, device: torch.device) -> Non
 
 def _tidy(output: Path) -> None:
     """Remove what only an unfinished run needs, and what an interruption left half written."""
-    for path in (output / RESUME, output / PREVIOUS, *output.glob("*.tmp")):
-        path.unlink(missing_ok=True)
+    weights = ("last.safetensors", "last.json", "best.safetensors", "best.json")
+    for name in (RESUME, PREVIOUS, *(f"{name}.tmp" for name in ("history.csv", RESUME, *weights))):
+        (output / name).unlink(missing_ok=True)
