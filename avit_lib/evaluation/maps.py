@@ -8,7 +8,7 @@ from torchmetrics.functional.classification import binary_auroc
 from avit_lib.data import Images, loader, to_pixels
 
 TOLERANCE = 0.1  # of a colour, in any channel of 0..1, within which it counts as that of the border
-BORDER = 0.98  # share of its pixels that have the border colour, where the background has one
+BORDER = 0.9  # share of its pixels that have the border colour, where the background has one
 OBJECT, BACKGROUND = 0.5, 0.02  # share of differing pixels: patches of the object have more, of the background less
 
 
