@@ -1,8 +1,8 @@
 """timm's VisionTransformer as a base for models whose tokens leave: its interface, kept or refused.
 
 Two kinds of models stand on it: one whose tokens halt (``model.AViT``) and one whose tokens merge
-(``adaptive.Adaptive``). Each says what its layers make of images; what timm offers in public follows
-from that here, so that no inherited method runs the plain transformer instead.
+(``adaptive.Adaptive``). Each says what its layers make of images; what timm offers in public
+follows from that here, so that no inherited method runs the plain transformer instead.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,9 @@ class TokensLeave(VisionTransformer):
     exact: tuple[str, ...] = ()  # buffers that decide who leaves: float32 whatever the weights are
     added: tuple[str, ...] = ()  # the names in a state dict that a plain model's lacks
 
-    def compute_features(self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool) -> tuple[Tensor, Any]:
+    def compute_features(
+        self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool
+    ) -> tuple[Tensor, Any]:
         """Normalised features of images [B, C, H, W], and, if ``traced``, the trace.
 
         Unless they are wanted ``whole``, what ``forward_head`` reads of them is enough.
@@ -59,7 +61,9 @@ class TokensLeave(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
         return self(images, with_trace=True)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def forward_features(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
         _check_flags(x, is_causal)
         return self.compute_features(x, attn_mask, traced=False, whole=True)[0]
@@ -143,19 +147,32 @@ class TokensLeave(VisionTransformer):
 
 def is_hooked(part: nn.Module) -> bool:
     """Whether somebody asked to be called when ``part`` is computed or differentiated."""
-    kinds = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    kinds = (
+        part._forward_hooks,
+        part._forward_pre_hooks,
+        part._backward_hooks,
+        part._backward_pre_hooks,
+    )
     return any(kinds)
 
 
 def check_images(images: Tensor) -> None:
     """Raise UserError unless ``images`` are one batch of finite numbers [B, C, H, W]."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        what = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}")
+        what = (
+            f"{images.dtype} {list(images.shape)}"
+            if isinstance(images, Tensor)
+            else type(images).__name__
+        )
+        raise UserError(
+            f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}"
+        )
     if not len(images):
         raise UserError("0 images are too few; take some hundred")
     if not images.isfinite().all():
-        raise UserError("the images contain values that are no numbers (NaN or infinite); mend them")
+        raise UserError(
+            "the images contain values that are no numbers (NaN or infinite); mend them"
+        )
 
 
 def is_exporting() -> bool:
@@ -173,7 +190,9 @@ def why_not_plain(model: VisionTransformer) -> str:
         if type(block) is not Block:
             return f"its blocks ({type(block).__name__}) are not timm's plain ones"
         if type(block.attn) is not Attention or "forward" in {*vars(block), *vars(block.attn)}:
-            return f"the attention of its blocks ({type(block.attn).__name__}) is not timm's plain one"
+            return (
+                f"the attention of its blocks ({type(block.attn).__name__}) is not timm's plain one"
+            )
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
     return ""

@@ -1,4 +1,5 @@
-"""The command line, ``python -m avit_lib``: a function a command, whose options are read off it by cyclopts.
+"""The command line, ``python -m avit_lib``: a function a command, whose options are read off it by
+cyclopts.
 
 What takes long to import, as torch does, is imported where it is used: ``--help`` needs none of it.
 """
@@ -19,9 +20,13 @@ from cyclopts.validators import Number
 from avit_lib.errors import UserError
 
 app = App(
-    "python -m avit_lib", help="Train, test and look into A-ViT.", default_parameter=Parameter(negative=()),
-    version_flags=[], result_action="return_value", suppress_keyboard_interrupt=False,
-)  # fmt: skip
+    "python -m avit_lib",
+    help="Train, test and look into A-ViT.",
+    default_parameter=Parameter(negative=()),
+    version_flags=[],
+    result_action="return_value",
+    suppress_keyboard_interrupt=False,
+)
 Several = Parameter(consume_multiple=1)
 
 
@@ -44,8 +49,8 @@ class Common:
     """What every command takes.
 
     Args:
-        profile: The study: caltech24, caltech101, ... (avit_lib/study/profiles), or a TOML file of your own.
-        seed: Of everything random.
+        profile: The study: caltech24, caltech101, ... (avit_lib/study/profiles), or a TOML file of
+        your own. seed: Of everything random.
     """
 
     profile: str = "caltech24"
@@ -71,8 +76,9 @@ class Trained(Computing):
 
     Args:
         model: DeiT, AViT or another run of the profile. Default: the one the notebooks look into.
-        ckpt: A .safetensors that fit wrote, its .json beside it. Default: the profile's, of --model.
-        data_dir: A folder of your own with test/, in it one folder of images a class. Default: the profile's data.
+        ckpt: A .safetensors that fit wrote, its .json beside it. Default: the profile's, of
+        --model. data_dir: A folder of your own with test/, in it one folder of images a class.
+        Default: the profile's data.
     """
 
     model: str | None = None
@@ -81,7 +87,9 @@ class Trained(Computing):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 2 after a fault that the user can mend, 130 after
+    Ctrl-C.
+    """
     speaker = ""
     try:
         command, given, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
@@ -107,22 +115,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.command
 def fit(
-    *, common: Computing = Computing(), model: str = "AViT", output: Path | None = None, data_dir: Path | None = None,
-    ckpt: Path | None = None, teacher: Path | None = None, epochs: Whole | None = None, batch_size: Whole | None = None,
+    *,
+    common: Computing = Computing(),
+    model: str = "AViT",
+    output: Path | None = None,
+    data_dir: Path | None = None,
+    ckpt: Path | None = None,
+    teacher: Path | None = None,
+    epochs: Whole | None = None,
+    batch_size: Whole | None = None,
     lr: float | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train a model; the same command resumes where it stopped.
 
     Args:
-        model: DeiT, AViT or another run of the profile.
-        output: Folder for checkpoints and history.csv. Default: where the notebooks look for those of the profile;
+        model: DeiT, AViT or another run of the profile. output: Folder for checkpoints and
+        history.csv. Default: where the notebooks look for those of the profile;
             the runs that this one starts or learns from are then trained first.
-        data_dir: A folder of your own with train/ and perhaps val/, in each one folder of images a class.
+        data_dir: A folder of your own with train/ and perhaps val/, in each one folder of images a
+        class.
             Default: the data of the profile.
-        ckpt: The .safetensors to start from. Default: the profile's.
-        teacher: The .safetensors of the model that teaches, for runs that have one. Default: the profile's.
-        epochs: Passes over the images. Default: the profile's.
-        batch_size: Images in a step. Default: the profile's.
+        ckpt: The .safetensors to start from. Default: the profile's. teacher: The .safetensors of
+        the model that teaches, for runs that have one. Default: the profile's. epochs: Passes over
+        the images. Default: the profile's. batch_size: Images in a step. Default: the profile's.
         lr: Peak learning rate. Default: the profile's.
     """
     from avit_lib.data import folder_training_data
@@ -137,11 +152,19 @@ def fit(
     wanted = {name: value for name, value in wanted.items() if value is not None}
     if output is None:
         if data_dir or ckpt or teacher or wanted:
-            raise UserError("data, weights or settings of your own need a folder of their own: add --output DIR")
+            raise UserError(
+                "data, weights or settings of your own need a folder of their own: add --output DIR"
+            )
         output, history = study.folder(declared.name), study.train_chain(declared.name)
     else:
-        run = changed(declared, declared.name, training=msgspec.to_builtins(declared.training) | wanted)
-        found = folder_training_data(data_dir, study.profile.data, common.seed) if data_dir else study.data
+        run = changed(
+            declared, declared.name, training=msgspec.to_builtins(declared.training) | wanted
+        )
+        found = (
+            folder_training_data(data_dir, study.profile.data, common.seed)
+            if data_dir
+            else study.data
+        )
         history = train_run(run, found, output, ckpt, teacher, common.seed, study.device)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")
@@ -149,40 +172,51 @@ def fit(
 
 @app.command
 def adapt(
-    *, common: Computing = Computing(), images: Path, output: Path, model: str = "deit_tiny_patch16_224",
-    weights: Path | None = None, saved: float = 0.4,
-) -> None:  # fmt: skip
-    """Let any VisionTransformer of timm's save FLOPs without training: its tokens merge by thresholds set on images.
+    *,
+    common: Computing = Computing(),
+    images: Path,
+    output: Path,
+    model: str = "deit_tiny_patch16_224",
+    weights: Path | None = None,
+    saved: float = 0.4,
+) -> None:
+    """Let any VisionTransformer of timm's save FLOPs without training: its tokens merge by
+    thresholds set on images.
 
     Args:
-        images: A folder with some hundred images, in it or below; no labels.
-        output: The .safetensors to write, which test and visualize take as --ckpt.
-        model: Its timm name.
-        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's pretrained ones.
-        saved: The share of FLOPs to save, 0 to 0.8.
+        images: A folder with some hundred images, in it or below; no labels. output: The
+        .safetensors to write, which test and visualize take as --ckpt. model: Its timm name.
+        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's
+        pretrained ones. saved: The share of FLOPs to save, 0 to 0.8.
     """
     from avit_lib.study import adapting
     from avit_lib.training import pick_device
 
     found, described = adapting.trained_model(model, weights)
-    adapting.adapt_files(found, described, images, saved, output, common.seed, pick_device(common.device))
+    adapting.adapt_files(
+        found, described, images, saved, output, common.seed, pick_device(common.device)
+    )
     print(f"written to {output}")
 
 
 @app.command
 def test(
-    *, common: Trained = Trained(), batch_size: Count = 250, data: Literal["imagenet"] | None = None,
+    *,
+    common: Trained = Trained(),
+    batch_size: Count = 250,
+    data: Literal["imagenet"] | None = None,
     images: Path | None = None,
-) -> None:  # fmt: skip
-    """Accuracy, F1, depth and GFLOPs of a checkpoint on the test images; the same as JSON beside the checkpoint.
+) -> None:
+    """Accuracy, F1, depth and GFLOPs of a checkpoint on the test images; the same as JSON beside
+    the checkpoint.
 
-    With --data imagenet: DeiT-T with its ImageNet weights (or --model, a timm name, or --ckpt), plain, with ToMe, and
-    adapted to as many FLOPs, on ImageNet's validation images.
+    With --data imagenet: DeiT-T with its ImageNet weights (or --model, a timm name, or --ckpt),
+    plain, with ToMe, and adapted to as many FLOPs, on ImageNet's validation images.
 
     Args:
-        batch_size: Images at once.
-        data: imagenet, to be tested there and not on the images of the profile.
-        images: The folder with ImageNet's validation images, one folder a class; or with those in val/, and train/.
+        batch_size: Images at once. data: imagenet, to be tested there and not on the images of the
+        profile. images: The folder with ImageNet's validation images, one folder a class; or with
+        those in val/, and train/.
     """
     import pandas as pd
 
@@ -195,8 +229,12 @@ def test(
     device = pick_device(common.device)
     if data:
         found, _ = adapting.trained_model(common.model or "deit_tiny_patch16_224", common.ckpt)
-        return print(to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size)))
-    model, run, path = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
+        return print(
+            to_markdown(adapting.imagenet_table(found, images, common.seed, device, batch_size))
+        )
+    model, run, path = inspecting.load(
+        common.profile, common.seed, common.device, common.model, common.ckpt
+    )
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
     target = inspecting.record_beside(path)
@@ -211,20 +249,27 @@ def test(
 
 @app.command
 def visualize(
-    *, common: Trained = Trained(), output: Path = Path("halting.png"),
+    *,
+    common: Trained = Trained(),
+    output: Path = Path("halting.png"),
     images: Annotated[list[str], Several] = [],
-) -> None:  # fmt: skip
+) -> None:
     """Draw where an A-ViT stopped looking, and what it still saw, into one picture.
 
     Args:
-        output: The .png, .jpg, .webp, .pdf or .svg to write; without a suffix, a PNG.
-        images: Numbers of test images, or paths of image files. Default: a test image of each of six classes.
+        output: The .png, .jpg, .webp, .pdf or .svg to write; without a suffix, a PNG. images:
+        Numbers of test images, or paths of image files. Default: a test image of each of six
+        classes.
     """
     from avit_lib.study import inspecting
     from avit_lib.training import pick_device
 
-    model, run, _ = inspecting.load(common.profile, common.seed, common.device, common.model, common.ckpt)
-    test_images = partial(inspecting.test_images, common.profile, common.data_dir, model, run, decode=False)
+    model, run, _ = inspecting.load(
+        common.profile, common.seed, common.device, common.model, common.ckpt
+    )
+    test_images = partial(
+        inspecting.test_images, common.profile, common.data_dir, model, run, decode=False
+    )
     figure = inspecting.picture(model, run, images, test_images, pick_device(common.device))
     inspecting.write_picture(figure, output)
     print(f"written to {output}")
@@ -241,11 +286,18 @@ def data(*, common: Common = Common()) -> None:
     profile = get_profile(common.profile)
     if files := datasets.check_embedded(datasets.data_dir()):
         print(f"{files} embedded files are as published (SHA256SUMS)")
-    found, tested = datasets.training_data(profile.data, common.seed), datasets.test_data(profile.data, common.seed)
+    found, tested = (
+        datasets.training_data(profile.data, common.seed),
+        datasets.test_data(profile.data, common.seed),
+    )
     split, classes = found.split, len(found.train.classes)
     sizes = f"{split['train_images']} training, {split['validation_images']} validation, {len(tested)} test"
     print(f"{profile.data.dataset} under {datasets.data_dir()}: {sizes} images, {classes} classes")
-    for role, part in (("training", found.train), ("validation", found.validation), ("test", tested)):
+    for role, part in (
+        ("training", found.train),
+        ("validation", found.validation),
+        ("test", tested),
+    ):
         counts = part.labels.bincount(minlength=classes)
         print(f"  {role}: {counts.min()} to {counts.max()} images a class")
     print(f"split by seed {common.seed}, sha256 {split['sha256']}")
@@ -258,12 +310,18 @@ def data(*, common: Common = Common()) -> None:
 
 @app.command
 def benchmark(
-    *, common: Computing = Computing(), model: str = "avit_tiny_patch16_224", depth: float = 7.0,
+    *,
+    common: Computing = Computing(),
+    model: str = "avit_tiny_patch16_224",
+    depth: float = 7.0,
     batch: Annotated[list[int], Several] = [1, 8, 64, 256],
     task: Annotated[list[Task], Several] = ["inference", "training"],
-    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"], repeats: Whole = 7, limit: float = 40.0,
-) -> None:  # fmt: skip
-    """Time DeiT, masked and packed A-ViT side by side on synthetic halting; tables and figures in results/benchmark.
+    precision: Annotated[list[Precision], Several] = ["float32", "bfloat16"],
+    repeats: Whole = 7,
+    limit: float = 40.0,
+) -> None:
+    """Time DeiT, masked and packed A-ViT side by side on synthetic halting; tables and figures in
+    results/benchmark.
 
     Args:
         model: A timm name avit_*.
@@ -279,7 +337,9 @@ def benchmark(
     from avit_lib.training import pick_device
 
     device = pick_device(common.device)
-    speed, page = run_benchmark(model, depth, batch, task, precision, repeats, limit, common.seed, device)
+    speed, page = run_benchmark(
+        model, depth, batch, task, precision, repeats, limit, common.seed, device
+    )
     print(to_markdown(speed))
     print(f"tables and figures: {page}")
 
@@ -292,21 +352,29 @@ def sweep(*, common: Computing = Computing()) -> None:
     from avit_lib.study.sweep import run_sweep
 
     print(to_markdown(run_sweep(common.profile, common.seed, common.device)))
-    print(f"written to {results_dir(get_profile(common.profile).name) / 'tables' / 'sweep.csv'}", file=sys.stderr)
+    print(
+        f"written to {results_dir(get_profile(common.profile).name) / 'tables' / 'sweep.csv'}",
+        file=sys.stderr,
+    )
 
 
 @app.command
 def release(*, common: Computing = Computing()) -> None:
-    """Write the headline models of a profile in half precision, to be committed, and what that costs them."""
+    """Write the headline models of a profile in half precision, to be committed, and what that
+    costs them.
+    """
     from avit_lib.study import Study, releasing
     from avit_lib.study.results import to_markdown
 
-    print(to_markdown(releasing.release(Study(common.profile, common.seed, "release", common.device))))
+    print(
+        to_markdown(releasing.release(Study(common.profile, common.seed, "release", common.device)))
+    )
 
 
 @app.command
 def notebooks(*, common: Common = Common(), fresh: bool = False) -> int | None:
-    """Run those notebooks of a profile whose results are out of date, by papermill, then write the pages of results.
+    """Run those notebooks of a profile whose results are out of date, by papermill, then write the
+    pages of results.
 
     Args:
         fresh: Run all of them, and train again; resumes after an interruption.
@@ -314,7 +382,9 @@ def notebooks(*, common: Common = Common(), fresh: bool = False) -> int | None:
     from avit_lib.data import project_root
     from avit_lib.study.notebooks import NotebookFailed, Runner
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be terminated is to be interrupted
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # to be terminated is to be interrupted
     runner = Runner(common.profile, common.seed, project_root() / "notebooks")
     try:
         runner.run_fresh() if fresh else runner.run_stale()

@@ -1,4 +1,6 @@
-"""FLOPs of a vision transformer, layer by layer; a multiply-add is one, norms, activations and softmax are left out."""
+"""FLOPs of a vision transformer, layer by layer; a multiply-add is one, norms, activations and
+softmax are left out.
+"""
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -7,10 +9,11 @@ from torch import Tensor, nn
 def block_flops(
     model: VisionTransformer, attended: float | Tensor, passed: float | Tensor, merges: bool = True
 ) -> float | Tensor:
-    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP: numbers, or [n] each.
+    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP:
+    numbers, or [n] each.
 
-    With ``merges`` also those of finding who merges: half of the tokens compared with the other half by keys averaged
-    over heads, and importance, once the width of each.
+    With ``merges`` also those of finding who merges: half of the tokens compared with the other
+    half by keys averaged over heads, and importance, once the width of each.
     """
     block, width = model.blocks[0], model.embed_dim
     first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()

@@ -1,4 +1,6 @@
-"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11), term by term."""
+"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11),
+term by term.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +22,9 @@ class Losses:
 
 
 def ponder_loss(ponder: Tensor) -> Tensor:
-    """Mean of ponder rho [B, N] over images and tokens: layers executed + remainder (equation 9)."""
+    """Mean of ponder rho [B, N] over images and tokens: layers executed + remainder (equation
+    9).
+    """
     return ponder.mean()
 
 
@@ -29,14 +33,24 @@ def same(value: Tensor) -> Tensor:
     return value
 
 
-def halting_distribution(halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same) -> Tensor:
-    """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation 10)."""
-    mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))  # without the class token; halted patches count 0
+def halting_distribution(
+    halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same
+) -> Tensor:
+    """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation
+    10).
+    """
+    mean_score = average(
+        halting_scores[:, :, 1:].mean(dim=(0, 2))
+    )  # without the class token; halted patches count 0
     return mean_score / mean_score.sum()
 
 
-def target_distribution(mean: float, std: float, layers: int, device: torch.device | None = None) -> Tensor:
-    """The Gaussian prior [L] over layers 1..L, its density at each layer normalised to sum 1 (section 3.3)."""
+def target_distribution(
+    mean: float, std: float, layers: int, device: torch.device | None = None
+) -> Tensor:
+    """The Gaussian prior [L] over layers 1..L, its density at each layer normalised to sum 1
+    (section 3.3).
+    """
     layer = torch.arange(1, layers + 1, device=device, dtype=torch.float32)
     return torch.softmax(-0.5 * ((layer - mean) / std) ** 2, dim=0)
 
@@ -44,10 +58,11 @@ def target_distribution(mean: float, std: float, layers: int, device: torch.devi
 def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "paper") -> Tensor:
     """KL(H || target), [L] both (equation 11); ``direction`` "code": KL(target || H).
 
-    The published code computes the second, but not this number: its ``KLDivLoss("batchmean")`` takes [L] for a batch
-    and divides by L (12 layers: 12 times smaller); its H is clamped to 0.01..0.99 after it was normalised, counts the
-    scores of tokens that have halted, and by a slip in an index (``h[1:]``, of [B, N]) leaves out the first image in
-    place of the class token. Raises ValueError for another direction.
+    The published code computes the second, but not this number: its ``KLDivLoss("batchmean")``
+    takes [L] for a batch and divides by L (12 layers: 12 times smaller); its H is clamped to
+    0.01..0.99 after it was normalised, counts the scores of tokens that have halted, and by a slip
+    in an index (``h[1:]``, of [B, N]) leaves out the first image in place of the class token.
+    Raises ValueError for another direction.
     """
     if direction not in ("paper", "code"):
         raise ValueError(f"direction must be 'paper' or 'code', not {direction!r}")
@@ -57,19 +72,27 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, logits [B, K], mean over images (arXiv 1503.02531, section 2)."""
-    student, teacher = (F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher_logits))
+    """T^2 * KL(teacher || student) at temperature T, logits [B, K], mean over images (arXiv
+    1503.02531, section 2).
+    """
+    student, teacher = (
+        F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher_logits)
+    )
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def ramp(progress: float, duration: float) -> float:
-    """A factor that grows from 0 to 1 while ``progress``, 0..1, goes from 0 to ``duration``; 1 if that is 0."""
+    """A factor that grows from 0 to 1 while ``progress``, 0..1, goes from 0 to ``duration``; 1 if
+    that is 0.
+    """
     return min(1.0, progress / duration) if duration > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model in evaluation mode whose logits another model learns to give (not in the paper)."""
+    """A trained model in evaluation mode whose logits another model learns to give (not in the
+    paper).
+    """
 
     model: nn.Module
     alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
@@ -78,12 +101,16 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K]; a teacher adds its distillation."""
+    """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K]; a teacher adds
+    its distillation.
+    """
 
     label_smoothing: float = 0.0
     teacher: Teacher | None = None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0
+    ) -> Losses:
         return self.of_logits(model(images), images, labels)
 
     def of_logits(self, logits: Tensor, images: Tensor, labels: Tensor) -> Losses:
@@ -94,11 +121,14 @@ class TaskLoss:
         with torch.no_grad():
             taught = self.teacher.model(images)
         distillation = distillation_loss(logits, taught, self.teacher.temperature)
-        return Losses(task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation})
+        return Losses(
+            task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation}
+        )
 
 
 def traced(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
-    """Logits [B, K] and trace, by a call of ``model`` itself: that is what wrappers see (DDP, autocast, compile).
+    """Logits [B, K] and trace, by a call of ``model`` itself: that is what wrappers see (DDP,
+    autocast, compile).
 
     Raises UserError for a model that gives no halting scores.
     """
@@ -109,7 +139,9 @@ def traced(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
         if "with_trace" not in str(error):
             raise
     if not isinstance(trace, HaltingTrace):
-        raise UserError("AdaptiveLoss needs the halting scores of an A-ViT; train any other model by TaskLoss")
+        raise UserError(
+            "AdaptiveLoss needs the halting scores of an A-ViT; train any other model by TaskLoss"
+        )
     return logits, trace
 
 
@@ -121,21 +153,34 @@ class AdaptiveLoss:
     """
 
     alpha_ponder: float = 5e-4  # alpha_p
-    ponder_ramp: float = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    ponder_ramp: float = (
+        0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    )
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H); see distribution_loss
     task: TaskLoss = TaskLoss()  # L_task
-    average: Callable[[Tensor], Tensor] = same  # the mean over the processes of a training, with a gradient
+    average: Callable[[Tensor], Tensor] = (
+        same  # the mean over the processes of a training, with a gradient
+    )
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0) -> Losses:
+    def __call__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0
+    ) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""
         logits, trace = traced(model, images)
-        target = target_distribution(self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device)
+        target = target_distribution(
+            self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device
+        )
         task = self.task.of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)
-        distr = distribution_loss(halting_distribution(trace.halting_scores, self.average), target, self.kl_direction)
+        distr = distribution_loss(
+            halting_distribution(trace.halting_scores, self.average), target, self.kl_direction
+        )
         alpha_ponder = self.alpha_ponder * ramp(progress, self.ponder_ramp)
         total = task.total + alpha_ponder * ponder + self.alpha_distr * distr
-        return Losses(total, task.parts | {"ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()})
+        return Losses(
+            total,
+            task.parts | {"ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()},
+        )

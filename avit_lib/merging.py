@@ -1,13 +1,15 @@
-"""Tokens that merge by thresholds, as pure functions (ours, not in the paper of A-ViT; the model: ``adaptive``).
+"""Tokens that merge by thresholds, as pure functions (ours, not in the paper of A-ViT; the model:
+``adaptive``).
 
-Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv 2210.09461), but not
-the same number in every image. The score of a token is its similarity to the token that can stand for it, minus a
-weight times the logarithm of its importance to the class token; it merges where the score exceeds the threshold of the
-layer. As in A-ViT, each token decides how deep it is computed, but its scores don't add up over the layers.
+Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv
+2210.09461), but not the same number in every image. The score of a token is its similarity to the
+token that can stand for it, minus a weight times the logarithm of its importance to the class
+token; it merges where the score exceeds the threshold of the layer. As in A-ViT, each token decides
+how deep it is computed, but its scores don't add up over the layers.
 
-Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated (DyMU, 2025) and set
-by a formula (ATM, arXiv 2505.15160). New is that images with different numbers of tokens run as one packed batch: what
-has merged is computed no more.
+Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated
+(DyMU, 2025) and set by a formula (ATM, arXiv 2505.15160). New is that images with different numbers
+of tokens run as one packed batch: what has merged is computed no more.
 """
 
 from dataclasses import dataclass, replace
@@ -19,23 +21,34 @@ from torch import Tensor, nn
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.packed import Layout, packed_mlp, split_off, whole_layout
 
-IMPORTANCE_WEIGHT = 0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
-SPREAD = 1.0  # exponent of the schedule of merges over the layers, see planned (notebook 07 compares)
+IMPORTANCE_WEIGHT = (
+    0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
+)
+SPREAD = (
+    1.0  # exponent of the schedule of merges over the layers, see planned (notebook 07 compares)
+)
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Of each token [T]: its similarity (cosine of keys [T, d]) to its partner, and the row of that partner.
+    """Of each token [T]: its similarity (cosine of keys [T, d]) to its partner, and the row of that
+    partner.
 
-    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens, every second looks
-    for the most similar one among those between. All other tokens have similarity -inf.
+    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens,
+    every second looks for the most similar one among those between. All other tokens have
+    similarity -inf.
     """
     longest, images = layout.lengths[0], len(layout.lengths)
     place = torch.arange(len(keys), device=keys.device) - layout.starts[layout.segment]
     slot = layout.segment * longest + place
     keys = keys / _norm(keys).clamp(min=1e-12)[:, None]
     table = keys.new_zeros(images * longest, keys.shape[1]).index_copy(0, slot, keys)
-    there = torch.zeros(images * longest, dtype=torch.bool, device=keys.device).index_fill(0, slot, True)
-    table, there = table.view(images, longest, -1)[:, prefix:], there.view(images, longest)[:, prefix:]
+    there = torch.zeros(images * longest, dtype=torch.bool, device=keys.device).index_fill(
+        0, slot, True
+    )
+    table, there = (
+        table.view(images, longest, -1)[:, prefix:],
+        there.view(images, longest)[:, prefix:],
+    )
     similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
     best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
     if not best.values.shape[1]:  # in no image is a patch left that looks for a partner
@@ -47,27 +60,37 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
 
 
 def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Tensor:
-    """The logarithm of what the class token takes from each token [T], relative to the mean patch of its image.
+    """The logarithm of what the class token takes from each token [T], relative to the mean patch
+    of its image.
 
-    That is attention times norm of the value, mean over heads. The class token is the first of its image.
+    That is attention times norm of the value, mean over heads. The class token is the first of its
+    image.
     """
     query, key, value = qkv.unbind(1)  # [T, heads, d]
     query = query[layout.starts].index_select(0, layout.segment)  # of the class token
-    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]  # as in attention
+    logits = (
+        torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]
+    )  # as in attention
     images = (len(layout.lengths), logits.shape[1])
     segment = layout.segment[:, None].expand_as(logits)
     highest = logits.new_full(images, -torch.inf).scatter_reduce(0, segment, logits, "amax")
     weight = (logits - highest[layout.segment]).exp()
-    attention = weight / weight.new_zeros(images).index_add(0, layout.segment, weight)[layout.segment]
+    attention = (
+        weight / weight.new_zeros(images).index_add(0, layout.segment, weight)[layout.segment]
+    )
     taken = (attention * _norm(value)).mean(dim=1)
     sums = taken.new_zeros(len(layout.lengths), 2)
-    sums = sums.index_add(0, layout.segment, torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None])
+    sums = sums.index_add(
+        0, layout.segment, torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None]
+    )
     mean = sums[:, 0] / sums[:, 1].clamp(min=1)
     return (taken / mean[layout.segment]).log()
 
 
 def _norm(vectors: Tensor) -> Tensor:
-    """Euclidean norm over the last axis: of short vectors several times as fast as torch's on CPUs."""
+    """Euclidean norm over the last axis: of short vectors several times as fast as torch's on
+    CPUs.
+    """
     return torch.linalg.vecdot(vectors, vectors).sqrt()
 
 
@@ -88,14 +111,18 @@ def unmerged(tokens: Tensor) -> Packed:
 
 
 def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
-    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m]: means weighted by size."""
+    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m]: means
+    weighted by size.
+    """
     keep = torch.ones_like(packed.layout.index, dtype=torch.bool).index_fill(0, gone, False)
     layout, stay = split_off(packed.layout, keep)
     if stay is None:
         return packed
     size = packed.size.index_add(0, target, packed.size[gone])
     # A mean is what it was plus what each that joins differs from it, by its share of the whole.
-    change = (packed.tokens[gone] - packed.tokens[target]) * (packed.size[gone] / size[target])[:, None]
+    change = (packed.tokens[gone] - packed.tokens[target]) * (packed.size[gone] / size[target])[
+        :, None
+    ]
     tokens = packed.tokens.index_add(0, target, change.to(packed.tokens.dtype))
     return Packed(tokens.index_select(0, stay), size.index_select(0, stay), layout)
 
@@ -106,16 +133,20 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
 
 
 def planned(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
-    """How many tokens each layer merges, on average over images, to save about ``saved`` of the FLOPs.
+    """How many tokens each layer merges, on average over images, to save about ``saved`` of the
+    FLOPs.
 
-    Layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at most half; the last layer merges none.
+    Layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at most half; the last
+    layer merges none.
     """
     layers, prefix, whole = len(model.blocks), model.num_prefix_tokens, plain_flops(model, count)
 
     def share(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
         for layer in range(1, layers + 1):
-            numbers.append(min(scale * (layer + 1) ** spread, 0.5) * (left - prefix) if layer < layers else 0.0)
+            numbers.append(
+                min(scale * (layer + 1) ** spread, 0.5) * (left - prefix) if layer < layers else 0.0
+            )
             done += block_flops(model, left, left - numbers[-1], merges=layer < layers)
             left -= numbers[-1]
         return 1 - done / whole, numbers

@@ -1,10 +1,17 @@
-"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``; no parameter more than a DeiT or ViT."""
+"""A-ViT on timm's VisionTransformer, registered with timm as ``avit_*``; no parameter more than a
+DeiT or ViT.
+"""
 
 from collections.abc import Callable
 
 import torch
 from timm.layers import is_exportable, is_scriptable
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -39,19 +46,25 @@ class AViT(TokensLeave):
         execution: str = "auto",
         **kwargs,
     ):
-        """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError for what won't go."""
+        """The halting settings are those of ``HaltingRule``, the others timm's; raises UserError
+        for what won't go.
+        """
         _check_pooling(kwargs.get("global_pool"))
         needed = {"class_token": True, "reg_tokens": 0, "patch_drop_rate": 0}
         refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
         if refused:
-            raise UserError(f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}")
+            raise UserError(
+                f"A-ViT reads its class token and follows every patch; leave out {', '.join(refused)}"
+            )
         super().__init__(*args, **kwargs)
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't halt in this model: {reason}")
         for name, value in (("gamma", gamma), ("beta", beta), ("eps", eps)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device="cpu"))
         # A state dict of the other kind is then refused: it has this one too many, or lacks it.
-        self.register_buffer("class_token_runs_on", None if class_token_halts else torch.tensor(True))
+        self.register_buffer(
+            "class_token_runs_on", None if class_token_halts else torch.tensor(True)
+        )
         # A learned projection adds D parameters; it starts as what it replaces, channel 0.
         self.direction = nn.Parameter(self._channel_0()) if projection else None
         self.execution = "masked" if is_exportable() or is_scriptable() else execution
@@ -96,13 +109,17 @@ class AViT(TokensLeave):
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
         if self.direction is not None:  # who reads channel 0 has none
             weights.setdefault(f"{prefix}direction", self._channel_0())
-        if self.class_token_runs_on is not None and f"{prefix}gamma" not in weights:  # a plain model
+        if (
+            self.class_token_runs_on is not None and f"{prefix}gamma" not in weights
+        ):  # a plain model
             weights[f"{prefix}class_token_runs_on"] = self.class_token_runs_on
         super()._load_from_state_dict(weights, prefix, *args)
 
     def _packs(self) -> bool:
         if self.execution not in ("masked", "packed", "auto"):
-            raise UserError(f"unknown execution {self.execution!r}; choose from masked, packed, auto")
+            raise UserError(
+                f"unknown execution {self.execution!r}; choose from masked, packed, auto"
+            )
         wanted = self.execution == "packed" or (self.execution == "auto" and not self.training)
         return wanted and not (is_exporting() or self.hooked() or why_not_plain(self))
 
@@ -120,7 +137,8 @@ def run_masked(
     run: Callable = call,
     observe: Callable[[Tensor, Tensor], None] = lambda active, tokens: None,
 ) -> tuple[Tensor, HaltingTrace]:
-    """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D] and the trace.
+    """Algorithm 1 with masks, from the embedded tokens [B, N, D] to the representation [B, 1, D]
+    and the trace.
 
     ``attn_mask`` as timm's; ``run`` calls the function of a layer; ``observe`` is told after each
     layer which tokens were active [B, N], and what became of them [B, N, D].
@@ -141,11 +159,15 @@ def run_masked(
         scores.append(torch.where(active, score, 0.0))
         weights.append(weight[:, :1])  # w of the class token
         representation = representation + weight[:, :1, None] * tokens[:, :1]
-    trace = HaltingTrace(state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1))
+    trace = HaltingTrace(
+        state.depth, state.ponder, torch.stack(scores, dim=1), torch.cat(weights, dim=1)
+    )
     return representation.to(tokens.dtype), trace
 
 
-def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def masked_block(
+    block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None
+) -> Tensor:
     """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
     keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
@@ -158,7 +180,7 @@ def masked_block(block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Te
     return block(tokens, attn_mask=bias)
 
 
-# --- registration with timm -------------------------------------------------------------------------------------------
+# --- registration with timm -----------------------------------------------------------------------
 
 SHAPES = {
     "tiny_patch16_224": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3),
@@ -174,7 +196,10 @@ def register(model_class: type, size: str) -> None:
 
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | SHAPES[size] | kwargs
-        options["feature_cfg"] = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
+        options["feature_cfg"] = {
+            "out_indices": options.pop("out_indices", 3),
+            "feature_cls": "getter",
+        }
         own = isinstance(options.get("pretrained_cfg"), str | None)  # not somebody else's weights
         if not (pretrained and own):
             return build_model_with_cfg(model_class, name, pretrained, **options)

@@ -16,7 +16,11 @@ def project_root() -> Path:
     Else that of this file; else, where the package is installed without one, the current folder.
     """
     upward = (Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
-    found = (path for path in upward if (path / "pyproject.toml").is_file() and (path / "avit_lib").is_dir())
+    found = (
+        path
+        for path in upward
+        if (path / "pyproject.toml").is_file() and (path / "avit_lib").is_dir()
+    )
     return next(found, upward[0])
 
 
@@ -56,11 +60,17 @@ def check_embedded(place: Path) -> int:
     listed = {data / line[66:]: line[:64] for line in lines}
     place = place.absolute()
     chosen = {path: wanted for path, wanted in listed.items() if place in (path, *path.parents)}
-    wrong = {path.relative_to(data): fault for path, wanted in chosen.items() if (fault := _fault(path, wanted))}
+    wrong = {
+        path.relative_to(data): fault
+        for path, wanted in chosen.items()
+        if (fault := _fault(path, wanted))
+    }
     if wrong:
         named = ", ".join(f"{path} ({fault})" for path, fault in list(wrong.items())[:SHOWN])
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise UserError(f"{data} is not as published: {named}{more}; bring it back with `git checkout -- data`")
+        raise UserError(
+            f"{data} is not as published: {named}{more}; bring it back with `git checkout -- data`"
+        )
     return len(chosen)
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 
 os.chdir(Path(__file__).resolve().parent)
 if not all(util.find_spec(name) for name in ("avit_lib", "timm", "torchmetrics")):
-    pins = [f"{name}=={metadata.version(name)}" for name in ("torch", "torchvision")]  # Colab's own stay
+    pins = [
+        f"{name}=={metadata.version(name)}" for name in ("torch", "torchvision")
+    ]  # Colab's own stay
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "..", *pins], check=True)
     importlib.invalidate_caches()
-print("All that is computed here vanishes with the runtime: download what you want to keep of results/.")
+print(
+    "All that is computed here vanishes with the runtime: download what you want to keep of results/."
+)

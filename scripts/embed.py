@@ -1,10 +1,12 @@
-"""Put the default study's photographs and weights into data/, and say what rounding the weights costs.
+"""Put the default study's photographs and weights into data/, and say what rounding the weights
+costs.
 
     python scripts/embed.py CALTECH101 WEIGHTS
 
 CALTECH101: the folder 101_ObjectCategories; WEIGHTS: deit_tiny_patch16_224.fb_in1k.safetensors,
 float32. Photographs are copied as they are; weights are rounded to float16. data/SHA256SUMS lists
-everything that was embedded, and data/weights/rounding.json what rounding changes on the photographs.
+everything that was embedded, and data/weights/rounding.json what rounding changes on the
+photographs.
 """
 
 import hashlib
@@ -46,7 +48,9 @@ def embed_weights(source: Path) -> Path:
 
 @torch.inference_mode()
 def measure_rounding(whole: Path, rounded: Path) -> dict[str, float]:
-    """KL (nats) of the predictions by rounded weights to those by whole ones, and how often both agree."""
+    """KL (nats) of the predictions by rounded weights to those by whole ones, and how often both
+    agree.
+    """
     photographs = official_images(get_profile("caltech24").data, train=True)
     models = [timm.create_model("deit_tiny_patch16_224").eval() for _ in range(2)]
     for model, path in zip(models, (whole, rounded), strict=True):
@@ -64,7 +68,10 @@ def main() -> None:
     photographs, weights = Path(sys.argv[1]), Path(sys.argv[2])
     rounded = embed_weights(weights)
     files = [*embed_photographs(photographs), rounded]
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(DATA)}" for path in files]
+    sums = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(DATA)}"
+        for path in files
+    ]
     (DATA / "SHA256SUMS").write_text("\n".join(sums) + "\n")
     facts = {"sha256_of_the_published_file": hashlib.sha256(weights.read_bytes()).hexdigest()}
     write_json(DATA / "weights" / "rounding.json", facts | measure_rounding(weights, rounded))

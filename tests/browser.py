@@ -1,4 +1,5 @@
-"""The notebooks in a real browser, in JupyterLab as `make lab` starts it: opened, run and saved like a reader does.
+"""The notebooks in a real browser, in JupyterLab as `make lab` starts it: opened, run and saved
+like a reader does.
 
 Not among the tests of `make test`: run by `make test-browser`, which needs chromium and selenium.
 """
@@ -22,7 +23,9 @@ selenium = pytest.importorskip(
 )
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
-    pytest.skip("no chromium: on Debian, apt install chromium chromium-driver", allow_module_level=True)
+    pytest.skip(
+        "no chromium: on Debian, apt install chromium chromium-driver", allow_module_level=True
+    )
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
@@ -66,7 +69,9 @@ jupyterapp.commands.execute("notebook:run-all-cells")
 
 def git(checkout: Path, *command: str) -> str:
     identity = ["-c", "user.name=x", "-c", "user.email=x"]
-    done = subprocess.run(["git", *identity, *command], cwd=checkout, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", *identity, *command], cwd=checkout, capture_output=True, text=True, check=True
+    )
     return done.stdout
 
 
@@ -75,7 +80,11 @@ def checkout(tmp_path_factory):
     """A copy of the repository without results and data, all of it committed."""
     folder = tmp_path_factory.mktemp("lab") / "checkout"
     for name in ("avit_lib", "notebooks"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+        shutil.copytree(
+            ROOT / name,
+            folder / name,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     for name in (".gitignore", "Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "x"]):
@@ -90,17 +99,34 @@ def address(checkout):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     settings = {"open_browser": False, "port": port, "allow_root": True}
-    settings = {"ServerApp": settings, "LabApp": {"expose_app_in_browser": True}, "IdentityProvider": {"token": ""}}
+    settings = {
+        "ServerApp": settings,
+        "LabApp": {"expose_app_in_browser": True},
+        "IdentityProvider": {"token": ""},
+    }
     config = checkout.parent / "config"
     config.mkdir()
     for name in ("server", "lab"):
         (config / f"jupyter_{name}_config.json").write_text(json.dumps(settings))
-    known = {"JUPYTER_CONFIG_DIR": str(config), "PYTHONPATH": str(ROOT), "AVIT_DATA": str(ROOT / "data")}
-    environment = {key: value for key, value in os.environ.items() if key not in ("AVIT_RESULTS", "AVIT_RUNNER")}
+    known = {
+        "JUPYTER_CONFIG_DIR": str(config),
+        "PYTHONPATH": str(ROOT),
+        "AVIT_DATA": str(ROOT / "data"),
+    }
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("AVIT_RESULTS", "AVIT_RUNNER")
+    }
     command = ["make", "-o", "setup", "lab", f"VENV={sys.prefix}"]
     with (checkout.parent / "lab.log").open("w") as log:
         server = subprocess.Popen(
-            command, cwd=checkout, env=environment | known, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=checkout,
+            env=environment | known,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     address = f"http://localhost:{port}"
     for _ in range(120):
@@ -118,7 +144,12 @@ def address(checkout):
 def browser():
     options = selenium.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1000"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,1000",
+    ):
         options.add_argument(argument)
     driver = selenium.Chrome(options, selenium.ChromeService(DRIVER))
     driver.set_script_timeout(60)
@@ -135,13 +166,17 @@ def test_a_notebook_runs_without_a_fault_and_leaves_git_clean(name, checkout, ad
     assert git(checkout, "status", "--porcelain") == "", "saving it changed it"
     browser.execute_script(RUN, 'PROFILE = "smoke"\nSEED = 0')
     deadline = time.monotonic() + 60 * MINUTES
-    while not (cells := browser.execute_script("return window.ran")):  # asked again: a call may take two minutes only
+    while not (
+        cells := browser.execute_script("return window.ran")
+    ):  # asked again: a call may take two minutes only
         assert time.monotonic() < deadline, "it takes too long"
         time.sleep(0.5)
     assert isinstance(cells, list), cells
     for source, count, outputs in cells:
         assert count, f"did not run: {source}"
-        faults = [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+        faults = [
+            out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"
+        ]
         assert not faults, f"{faults} in {source}"
     assert browser.execute_async_script(SAVE) is None
     assert git(checkout, "status", "--porcelain") == "", "running it changed it"

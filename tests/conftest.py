@@ -1,4 +1,6 @@
-"""What several tests share: small data, a small model whose tokens halt at many depths, what a run left, no network."""
+"""What several tests share: small data, a small model whose tokens halt at many depths, what a run
+left, no network.
+"""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -32,7 +34,7 @@ torch.set_num_threads(1)
 
 SMALL = dict(
     img_size=28, patch_size=7, num_classes=10, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0
-)  # fmt: skip
+)
 
 
 def small_model(kind: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
@@ -52,11 +54,16 @@ def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
 
 
 def four_runs() -> Profile:
-    """The smoke profile with two plain runs and two that halt, under short labels, and nothing besides."""
+    """The smoke profile with two plain runs and two that halt, under short labels, and nothing
+    besides.
+    """
     profile = get_profile("smoke")
     labels = {
-        "deit": "DeiT", "deit_longer": "DeiT trained longer", "avit": "A-ViT", "avit_finetuned": "A-ViT fine-tuned",
-    }  # fmt: skip
+        "deit": "DeiT",
+        "deit_longer": "DeiT trained longer",
+        "avit": "A-ViT",
+        "avit_finetuned": "A-ViT fine-tuned",
+    }
     runs = []
     for name, label in labels.items():
         run = profile.run(name)
@@ -78,20 +85,30 @@ def small_profile(tmp_path_factory) -> Iterator[Path]:
 
 
 def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:
-    """``count`` 28 x 28 images of noise, the brighter the higher their label; the labels take turns."""
+    """``count`` 28 x 28 images of noise, the brighter the higher their label; the labels take
+    turns.
+    """
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 100, (count, 3, 28, 28), dtype=torch.uint8, generator=generator)
-    images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[:, None, None, None]
-    return Images(images, torch.arange(count) % classes, tuple(map(str, range(classes))), batch_transform(28))
+    images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[
+        :, None, None, None
+    ]
+    return Images(
+        images, torch.arange(count) % classes, tuple(map(str, range(classes))), batch_transform(28)
+    )
 
 
 def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
-    """A float64 model in evaluation mode in which the brightness of a patch decides how deep it goes.
+    """A float64 model in evaluation mode in which the brightness of a patch decides how deep it
+    goes.
 
-    Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel`` for the class token.
+    Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel``
+    for the class token.
     """
     torch.manual_seed(0)
-    model = small_model("avit", **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
+    model = (
+        small_model("avit", **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
+    )
     with torch.no_grad():
         weight = model.patch_embed.proj.weight
         weight[0] = 1 / weight[0].numel()
@@ -102,7 +119,9 @@ def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
 
 
 def bright_and_dark(patch: int = 7) -> torch.Tensor:
-    """Images [4, 3, 28, 28]: patches of random brightness (two images), all very bright, all very dark."""
+    """Images [4, 3, 28, 28]: patches of random brightness (two images), all very bright, all very
+    dark.
+    """
     generator = torch.Generator().manual_seed(1)
     side = 28 // patch
     brightness = torch.randn(4, 1, side, side, generator=generator, dtype=torch.float64) * 2
@@ -114,7 +133,11 @@ def bright_and_dark(patch: int = 7) -> torch.Tensor:
 
 def finished_epochs(folder: Path) -> int:
     """How many epochs the history of a run in ``folder`` has so far."""
-    return len((folder / "history.csv").read_text().splitlines()) - 1 if (folder / "history.csv").is_file() else 0
+    return (
+        len((folder / "history.csv").read_text().splitlines()) - 1
+        if (folder / "history.csv").is_file()
+        else 0
+    )
 
 
 def content(folder: Path) -> dict:
@@ -130,11 +153,15 @@ def content(folder: Path) -> dict:
 
 def assert_same(folder: Path, whole: Path) -> None:
     """The runs in both folders left the same."""
-    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        path.name for path in whole.iterdir()
+    )
     assert content(folder) == content(whole)
 
 
-def at_batch(patch: pytest.MonkeyPatch, loss: type, number: int, happens: Callable[[Losses], Losses]) -> None:
+def at_batch(
+    patch: pytest.MonkeyPatch, loss: type, number: int, happens: Callable[[Losses], Losses]
+) -> None:
     """Let something happen to what ``loss`` gives for a batch, counted over epochs."""
     calls, compute = 0, loss.__call__
 
@@ -148,19 +175,29 @@ def at_batch(patch: pytest.MonkeyPatch, loss: type, number: int, happens: Callab
 
 
 def assert_labels_on_the_page(drawn: dict[str, Figure]) -> None:
-    """Every one of some named figures draws, cuts nothing off, is as wide as all, and is unknown to pyplot."""
+    """Every one of some named figures draws, cuts nothing off, is as wide as all, and is unknown to
+    pyplot.
+    """
     for name, figure in drawn.items():
         FigureCanvasAgg(figure).draw()
         page, taken = figure.bbox_inches, figure.get_tightbbox()
-        assert taken.x0 > -0.05 and taken.y0 > -0.05, f"{name} is cut off at the left or bottom: {taken}"
-        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off: {taken} on {page}"
+        assert taken.x0 > -0.05 and taken.y0 > -0.05, (
+            f"{name} is cut off at the left or bottom: {taken}"
+        )
+        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, (
+            f"{name} is cut off: {taken} on {page}"
+        )
         assert figure.get_figwidth() == figures.WIDTH, name
     assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
 
 
 def public_names(module: ModuleType) -> set[str]:
     """What a module defines for others."""
-    found = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    found = {
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", "") == module.__name__
+    }
     return {name for name in found if not name.startswith("_")}
 
 
@@ -178,7 +215,14 @@ def one_round(monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     """Every download fails at once, wherever the tests run."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in (
+        "http_proxy",
+        "https_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "all_proxy",
+        "ALL_PROXY",
+    ):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -1,4 +1,6 @@
-"""What timm's VisionTransformer offers in public: of models whose tokens leave, right or refused in one line."""
+"""What timm's VisionTransformer offers in public: of models whose tokens leave, right or refused in
+one line.
+"""
 
 import copy
 import pickle
@@ -91,7 +93,9 @@ def test_a_merged_token_is_what_stands_for_it():
 def test_chosen_layers_and_formats(make):
     model = make()
     whole = model.forward_intermediates(images(), intermediates_only=True)
-    chosen = model.forward_intermediates(images(), [0, -1], stop_early=True, intermediates_only=True)
+    chosen = model.forward_intermediates(
+        images(), [0, -1], stop_early=True, intermediates_only=True
+    )
     torch.testing.assert_close(chosen, [whole[0], whole[-1]])
     found = model.forward_intermediates(images(), 1, output_dict=True, return_prefix_tokens=True)
     assert set(found) == {"image_features", "image_intermediates", "image_intermediates_prefix"}
@@ -117,7 +121,9 @@ def test_layers_can_be_pruned(make):
     model = make()
     expected = model.forward_intermediates(images(), [1], intermediates_only=True)
     model.prune_intermediate_layers([1])
-    torch.testing.assert_close(model.forward_intermediates(images(), 1, intermediates_only=True), expected)
+    torch.testing.assert_close(
+        model.forward_intermediates(images(), 1, intermediates_only=True), expected
+    )
     assert len(model.blocks) == 2 and model(images()).shape[-1] == model.embed_dim
 
 
@@ -147,7 +153,9 @@ def saved_for_backward(model: TokensLeave) -> int:
     return total
 
 
-@pytest.mark.parametrize("make", [lambda: halting(execution="masked"), lambda: halting(execution="packed"), merging])
+@pytest.mark.parametrize(
+    "make", [lambda: halting(execution="masked"), lambda: halting(execution="packed"), merging]
+)
 def test_checkpointing_saves_memory_and_changes_no_gradient(make):
     model = make().train()
     whole = saved_for_backward(model)
@@ -163,7 +171,12 @@ def test_an_empty_batch(make):
     model, none = make(), images()[:0]
     logits, trace = model.forward_with_trace(none)
     assert logits.shape == model(none).shape == (0, 10) and trace.depth.shape == (0, 17)
-    assert model.forward_intermediates(none, 1, intermediates_only=True)[0].shape == (0, model.embed_dim, 4, 4)
+    assert model.forward_intermediates(none, 1, intermediates_only=True)[0].shape == (
+        0,
+        model.embed_dim,
+        4,
+        4,
+    )
 
 
 @pytest.mark.parametrize("kind", ["truth", "bias"])
@@ -195,7 +208,9 @@ def test_halted_tokens_are_masked_by_a_bias():
             return (torch.zeros(len(tokens), 1, 17, 17) + attn_mask).softmax(dim=-1)[:, 0] @ tokens
 
     tokens, active = torch.randn(2, 17, 8), torch.rand(2, 17) < 0.5
-    expected = torch.stack([t[a].mean(dim=0).expand(17, -1) for t, a in zip(tokens, active, strict=True)])
+    expected = torch.stack(
+        [t[a].mean(dim=0).expand(17, -1) for t, a in zip(tokens, active, strict=True)]
+    )
     torch.testing.assert_close(masked_block(Adds(), tokens, active), expected)
 
 
@@ -209,7 +224,10 @@ HOOKS = {
 def test_hooks_on_a_block_see_tokens_in_their_places(kind):
     model, seen = halting(), []
     expected = model(images())
-    HOOKS[kind](model.blocks[2], lambda block, given, found: seen.append(tuple(model.blocks[2].state_dict())))
+    HOOKS[kind](
+        model.blocks[2],
+        lambda block, given, found: seen.append(tuple(model.blocks[2].state_dict())),
+    )
     found = model(images())
     found.sum().backward()
     torch.testing.assert_close(found, expected)
@@ -304,7 +322,9 @@ def test_what_cannot_follow_is_refused(make):
             follow(make())
 
 
-@pytest.mark.parametrize("make", [lambda: halting(depth=2), lambda: halting(depth=2).train(), merging])
+@pytest.mark.parametrize(
+    "make", [lambda: halting(depth=2), lambda: halting(depth=2).train(), merging]
+)
 def test_compiled_it_says_the_same(make):
     model = make()
     compiled = torch.compile(model)
@@ -400,7 +420,9 @@ def test_the_reason_is_the_right_one(name, changes, reason):
             timm.create_model(NAME, **changes)
 
 
-@pytest.mark.parametrize("given", [[torch.zeros(3, 28, 28)] * 4, torch.zeros(4, 3, 28, 28, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "given", [[torch.zeros(3, 28, 28)] * 4, torch.zeros(4, 3, 28, 28, dtype=torch.uint8)]
+)
 def test_images_that_are_no_batch_are_named(given):
     with refused("one tensor of floats"):
         merging().calibrate(given, 0.2)

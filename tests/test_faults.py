@@ -27,7 +27,9 @@ MODEL = "avit_nano"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fault happens: a copy of a folder of images and one of a finished run, and a folder for a new run."""
+    """Where a fault happens: a copy of a folder of images and one of a finished run, and a folder
+    for a new run.
+    """
 
     root: Path
     profile: Path
@@ -37,15 +39,32 @@ class Place:
         return self.root / name  # images, trained, output
 
     def fit(self, *changes) -> list[str]:
-        """The command that trains two epochs of three batches on ``images`` into ``output``, with changed options."""
-        options = {"--profile": self.profile, "--device": "cpu", "--data-dir": self.images, "--output": self.output}
-        options |= {"--epochs": 2, "--batch-size": 6} | dict(zip(changes[::2], changes[1::2], strict=True))
+        """The command that trains two epochs of three batches on ``images`` into ``output``, with
+        changed options.
+        """
+        options = {
+            "--profile": self.profile,
+            "--device": "cpu",
+            "--data-dir": self.images,
+            "--output": self.output,
+        }
+        options |= {"--epochs": 2, "--batch-size": 6} | dict(
+            zip(changes[::2], changes[1::2], strict=True)
+        )
         return ["fit", *(str(word) for option in options.items() for word in option)]
 
     def test(self) -> list[str]:
         """The command that evaluates ``trained`` on ``images``."""
         checkpoint = self.trained / "last.safetensors"
-        return ["test", "--profile", str(self.profile), "--ckpt", str(checkpoint), "--data-dir", str(self.images)]
+        return [
+            "test",
+            "--profile",
+            str(self.profile),
+            "--ckpt",
+            str(checkpoint),
+            "--data-dir",
+            str(self.images),
+        ]
 
     def at_batch(self, number: int, happens: Callable[[Losses], Losses]) -> None:
         """Let something happen to the losses of a batch, counted over epochs."""
@@ -69,7 +88,9 @@ ROWS = []
 
 
 def fault(message: str, leaves: set[str] = frozenset(), also: str = ""):
-    """A row of the table: ``message`` and ``also`` are in the line; ``leaves`` are the files left in ``output``."""
+    """A row of the table: ``message`` and ``also`` are in the line; ``leaves`` are the files left
+    in ``output``.
+    """
 
     def register(arrange: Callable[[Place], list[str]]):
         ROWS.append(pytest.param(arrange, message, also, leaves, id=arrange.__name__))
@@ -81,7 +102,10 @@ def fault(message: str, leaves: set[str] = frozenset(), also: str = ""):
 # ---- what is typed ----
 
 
-@fault("unknown profile 'imagnet'; choose from caltech101, ", also=", smoke, or name a file that ends in .toml")
+@fault(
+    "unknown profile 'imagnet'; choose from caltech101, ",
+    also=", smoke, or name a file that ends in .toml",
+)
 def unknown_profile(place):
     return place.fit("--profile", "imagnet")
 
@@ -197,7 +221,9 @@ def a_run_that_is_not_declared(place):
     return profile(place, 'focus = "nobody"')
 
 
-@fault("caltech24.toml would share the results of the profile caltech24: give the file another name")
+@fault(
+    "caltech24.toml would share the results of the profile caltech24: give the file another name"
+)
 def the_name_of_another_profile(place):
     path = place.root / "caltech24.toml"
     path.write_text('extends = "smoke"')
@@ -209,7 +235,9 @@ def a_profile_file_that_is_not_there(place):
     return place.fit("--profile", "missing.toml")
 
 
-@fault("mine.toml: data: there is no data set 'FashionMNIST'; choose from Caltech101, Caltech256, ImageNet")
+@fault(
+    "mine.toml: data: there is no data set 'FashionMNIST'; choose from Caltech101, Caltech256, ImageNet"
+)
 def a_data_set_that_is_gone(place):
     return profile(place, "data.dataset = 'FashionMNIST'")
 
@@ -346,7 +374,9 @@ def weights_of_another_architecture(place):
     return place.fit("--ckpt", place.root / "foreign.safetensors")
 
 
-@fault("foreign.safetensors has another number of classes: head.weight is [7, 16], the model's [2, 16]")
+@fault(
+    "foreign.safetensors has another number of classes: head.weight is [7, 16], the model's [2, 16]"
+)
 def weights_for_another_number_of_classes(place):
     model = timm.create_model(MODEL, num_classes=7)
     save_checkpoint(place.root / "foreign.safetensors", model, MODEL, {})
@@ -399,10 +429,14 @@ def a_seed_that_is_no_whole_number(place):
 # ---- the disk ----
 
 
-@fault("last.json cannot be written (No space left on device); free some space, then run the same command again",
-       leaves=UNFINISHED - {"last.json"})  # fmt: skip
+@fault(
+    "last.json cannot be written (No space left on device); free some space, then run the same command again",
+    leaves=UNFINISHED - {"last.json"},
+)
 def a_disk_that_is_full_after_the_first_epoch(place):
-    place.at_write(6, OSError(errno.ENOSPC, "No space left on device"))  # state, history, best (2), last (2)
+    place.at_write(
+        6, OSError(errno.ENOSPC, "No space left on device")
+    )  # state, history, best (2), last (2)
     return place.fit()
 
 
@@ -445,14 +479,19 @@ def not_a_number(losses: Losses) -> Losses:
     return Losses(losses.total * float("nan"), losses.parts)
 
 
-@fault("the loss became nan in epoch 1, batch 2; lower the learning rate and train into another folder, by --output")
+@fault(
+    "the loss became nan in epoch 1, batch 2; lower the learning rate and train into another folder, by --output"
+)
 def a_loss_that_is_no_number(place):
     place.at_batch(2, not_a_number)
     return place.fit()
 
 
-@fault("the loss became nan in epoch 2, batch 3", also="the checkpoints of the last finished epoch are kept",
-       leaves=UNFINISHED)  # fmt: skip
+@fault(
+    "the loss became nan in epoch 2, batch 3",
+    also="the checkpoints of the last finished epoch are kept",
+    leaves=UNFINISHED,
+)
 def a_loss_that_is_no_number_later(place):
     place.at_batch(6, not_a_number)
     return place.fit()
@@ -466,10 +505,14 @@ def a_gradient_that_is_no_number(place):
 
 
 def out_of_memory(*_):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation")
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+    )
 
 
-@fault("out of memory with 6 images at once; lower batch_size (--batch-size), or train on more devices")
+@fault(
+    "out of memory with 6 images at once; lower batch_size (--batch-size), or train on more devices"
+)
 def no_memory_for_a_batch(place):
     place.at_batch(2, out_of_memory)
     return place.fit()
@@ -527,7 +570,9 @@ def test_a_fault_is_one_line_and_loses_nothing(arrange, message, also, leaves, p
     assert line.startswith("error: ") and message in line and also in line
     if arrange is not a_finished_run_without_its_history:
         assert {path.name for path in place.output.glob("*")} == leaves
-    assert {path: path.read_bytes() for path in place.trained.rglob("*.*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in place.trained.rglob("*.*") if path.is_file()
+    } == before
     assert not (place.root / "exploded").exists() and not (place.root / "results").exists()
     place.patch.undo()
     if leaves:  # the fault is mended: the same command goes on
@@ -537,7 +582,9 @@ def test_a_fault_is_one_line_and_loses_nothing(arrange, message, also, leaves, p
 
 
 def sixteen_bit(path: Path) -> None:
-    Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)).save(path.with_suffix(".png"))
+    Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16)).save(
+        path.with_suffix(".png")
+    )
     path.unlink()
 
 

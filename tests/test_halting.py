@@ -13,7 +13,11 @@ quick = settings(max_examples=60, deadline=None)
 @st.composite
 def scores_and_eps(draw):
     """Scores [L, B, N] in float64, all ones in the last layer, and an eps."""
-    layers, images, tokens = draw(st.integers(1, 6)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    layers, images, tokens = (
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 2)),
+        draw(st.integers(1, 3)),
+    )
     highest = draw(st.sampled_from([0.2, 0.5, 1.0]))
     count = (layers - 1) * images * tokens
     values = draw(st.lists(st.floats(0, highest), min_size=count, max_size=count))
@@ -72,7 +76,9 @@ def test_invariants(case):
 def test_a_token_halts_once_and_for_good(case):
     scores, eps = case
     states, _ = run(scores, eps)
-    active = torch.stack([torch.ones_like(states[0].active), *(state.active for state in states)]).int()
+    active = torch.stack(
+        [torch.ones_like(states[0].active), *(state.active for state in states)]
+    ).int()
     steps = active[1:] - active[:-1]
     assert (steps <= 0).all()
     assert (steps.sum(0) == -1).all()
@@ -117,7 +123,9 @@ def test_the_layout_does_not_matter(case):
 
 
 def test_a_worked_example():
-    scores = torch.tensor([[0.125, 0.25, 0.5, 0.5, 1.0]], dtype=torch.float64).T  # one token, five layers
+    scores = torch.tensor(
+        [[0.125, 0.25, 0.5, 0.5, 1.0]], dtype=torch.float64
+    ).T  # one token, five layers
     states, weights = run(scores, eps=0.25)
     assert states[-1].depth.item() == 3  # 0.125 + 0.25 + 0.5 = 0.875 >= 0.75
     assert states[-1].remainder.item() == 0.625
@@ -127,7 +135,9 @@ def test_a_worked_example():
 
 def test_the_boundary_halts():
     at, below = torch.tensor([0.5, 0.25, 1.0]), torch.tensor([0.5, 0.25 - 2**-20, 1.0])
-    states, _ = run(torch.stack([at, below], dim=1).double(), eps=0.25)  # 0.5 + 0.25 == 1 - 0.25, all exact
+    states, _ = run(
+        torch.stack([at, below], dim=1).double(), eps=0.25
+    )  # 0.5 + 0.25 == 1 - 0.25, all exact
     assert states[1].active.tolist() == [False, True]
     assert states[-1].depth.tolist() == [2, 3]
 
@@ -145,13 +155,17 @@ def test_gradient_of_ponder():
     scores = torch.rand(6, 2, 8, generator=generator, dtype=torch.float64) * 0.6
     scores[-1] = 1.0
     states, _ = run(scores, eps)
-    assert (torch.stack([state.cumulative for state in states]) - (1 - eps)).abs().min() > 1e-4  # no token at its edge
+    assert (
+        torch.stack([state.cumulative for state in states]) - (1 - eps)
+    ).abs().min() > 1e-4  # no token at its edge
     assert len(states[-1].depth.unique()) >= 3
     scores.requires_grad_()
     assert torch.autograd.gradcheck(lambda s: run(s, eps)[0][-1].ponder, (scores,), eps=1e-7)
     run(scores, eps)[0][-1].ponder.sum().backward()
     layer = torch.arange(1, 7)[:, None, None]
-    expected = torch.where(layer < states[-1].depth, -1.0, 0.0)  # rho = N + 1 - sum of h before the halting layer
+    expected = torch.where(
+        layer < states[-1].depth, -1.0, 0.0
+    )  # rho = N + 1 - sum of h before the halting layer
     assert torch.equal(scores.grad, expected.double())
 
 
@@ -165,7 +179,10 @@ def test_score_is_the_sigmoid_of_channel_zero_only():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_score_of_half_precision_tokens_is_float32(dtype):
-    assert halting_score(torch.ones(1, 2, 3, dtype=dtype), HaltingRule(1.0, 0.0, 0.01)).dtype == torch.float32
+    assert (
+        halting_score(torch.ones(1, 2, 3, dtype=dtype), HaltingRule(1.0, 0.0, 0.01)).dtype
+        == torch.float32
+    )
 
 
 def test_executed_depth_ends_with_the_class_token():

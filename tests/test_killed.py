@@ -1,4 +1,6 @@
-"""Nothing is lost: a command, a notebook or one of several processes that is killed goes on as if it had not been."""
+"""Nothing is lost: a command, a notebook or one of several processes that is killed goes on as if
+it had not been.
+"""
 
 import multiprocessing
 import os
@@ -25,7 +27,17 @@ EPOCHS = 8
 
 
 def arguments(folder: Path) -> list[str]:
-    return ["fit", "--profile", "smoke", "--device", "cpu", "--epochs", str(EPOCHS), "--output", str(folder)]
+    return [
+        "fit",
+        "--profile",
+        "smoke",
+        "--device",
+        "cpu",
+        "--epochs",
+        str(EPOCHS),
+        "--output",
+        str(folder),
+    ]
 
 
 def train_in_a_process(folder: Path) -> None:
@@ -53,20 +65,32 @@ def test_a_training_killed_at_any_moment_ends_as_if_it_had_not_been(tmp_path):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert cli.main(arguments(whole)) == 0  # in this process: the same command gives the same, bit for bit
+    assert (
+        cli.main(arguments(whole)) == 0
+    )  # in this process: the same command gives the same, bit for bit
     assert_same(pieces, whole)
 
 
 def test_the_same_command_gives_the_same_metrics_file(tmp_path):
     for folder in (tmp_path / "first", tmp_path / "second"):
-        assert cli.main(["fit", "--profile", "smoke", "--device", "cpu", "--output", str(folder)]) == 0
-        assert cli.main(["test", "--profile", "smoke", "--ckpt", str(folder / "last.safetensors")]) == 0
+        assert (
+            cli.main(["fit", "--profile", "smoke", "--device", "cpu", "--output", str(folder)]) == 0
+        )
+        assert (
+            cli.main(["test", "--profile", "smoke", "--ckpt", str(folder / "last.safetensors")])
+            == 0
+        )
     assert_same(tmp_path / "first", tmp_path / "second")
     assert "intervals" in content(tmp_path / "first")["last_test.json"]
 
 
 def test_make_reproduce_killed_in_the_middle_of_a_training_goes_on(tmp_path, monkeypatch):
-    for file in ("Makefile", "pyproject.toml", "requirements.lock", "notebooks/02_finetune_deit.ipynb"):
+    for file in (
+        "Makefile",
+        "pyproject.toml",
+        "requirements.lock",
+        "notebooks/02_finetune_deit.ipynb",
+    ):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / file, tmp_path / file)
     (tmp_path / "avit_lib").mkdir()  # that is how the root of the study is known
@@ -103,7 +127,17 @@ def test_make_reproduce_killed_in_the_middle_of_a_training_goes_on(tmp_path, mon
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    command = ["fit", "--profile", "smoke", "--epochs", "2", "--device", "cpu", "--output", str(tmp_path / "pieces")]
+    command = [
+        "fit",
+        "--profile",
+        "smoke",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path / "pieces"),
+    ]
 
     def interrupted(losses):
         raise KeyboardInterrupt
@@ -120,10 +154,30 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    fit = ["fit", "--profile", "smoke", "--device", "cpu", "--epochs", str(EPOCHS), "--output", str(tmp_path / "run")]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fit = [
+        "fit",
+        "--profile",
+        "smoke",
+        "--device",
+        "cpu",
+        "--epochs",
+        str(EPOCHS),
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     launcher = subprocess.Popen(
-        [*torchrun, "-m", "avit_lib", *fit], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*torchrun, "-m", "avit_lib", *fit],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     history = tmp_path / "run" / "history.csv"
     while finished_epochs(tmp_path / "run") < 2:  # what is said of the first is said

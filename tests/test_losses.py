@@ -64,7 +64,10 @@ def test_divergence_by_hand_in_both_directions():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.01, 1), min_size=4, max_size=4), st.lists(st.floats(0.01, 1), min_size=4, max_size=4))
+@given(
+    st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
+    st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
+)
 def test_divergence_is_zero_only_for_equal_distributions(first, second):
     first, second = (torch.tensor(values, dtype=torch.float64) for values in (first, second))
     first, second = first / first.sum(), second / second.sum()
@@ -84,7 +87,9 @@ def test_task_loss_by_hand(label_smoothing):
     model, images = varied_model(0.5), bright_and_dark()
     log_probability = model(images).log_softmax(dim=1)
     right = log_probability[torch.arange(4), LABELS]
-    expected = -((1 - label_smoothing) * right + label_smoothing * log_probability.mean(dim=1)).mean()
+    expected = -(
+        (1 - label_smoothing) * right + label_smoothing * log_probability.mean(dim=1)
+    ).mean()
     losses = TaskLoss(label_smoothing)(model, images, LABELS)
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert losses.parts.keys() == {"task"} and losses.parts["task"] is losses.total
@@ -93,7 +98,12 @@ def test_task_loss_by_hand(label_smoothing):
 @pytest.mark.parametrize("direction", ["paper", "code"])
 def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     model, images = varied_model(0.5), bright_and_dark()
-    weights = {"alpha_ponder": 0.25, "alpha_distr": 0.5, "target_depth": 3.0, "kl_direction": direction}
+    weights = {
+        "alpha_ponder": 0.25,
+        "alpha_distr": 0.5,
+        "target_depth": 3.0,
+        "kl_direction": direction,
+    }
     losses = AdaptiveLoss(**weights, task=TaskLoss(0.1))(model, images, LABELS)
     parts = losses.parts
     expected = parts["task"] + 0.25 * parts["ponder"] + 0.5 * parts["distr"]
@@ -101,20 +111,24 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     _, trace = model.forward_with_trace(images)
     target = target_distribution(3.0, 1.0, layers=6)
     divergence = distribution_loss(halting_distribution(trace.halting_scores), target, direction)
-    assert parts["task"].item() == pytest.approx(TaskLoss(0.1)(model, images, LABELS).total.item(), rel=1e-5)
+    assert parts["task"].item() == pytest.approx(
+        TaskLoss(0.1)(model, images, LABELS).total.item(), rel=1e-5
+    )
     assert parts["ponder"].item() == pytest.approx(trace.ponder.mean().item())
     assert parts["distr"].item() == pytest.approx(divergence.item())
     assert parts["depth"].item() == pytest.approx(trace.depth.double().mean().item())
     assert min(parts["distr"], parts["ponder"], parts["task"]) > 0.01
 
 
-# --- in other people's loops ------------------------------------------------------------------------------------------
+# --- in other people's loops ----------------------------------------------------------------------
 
 
 @pytest.fixture
 def one_process(tmp_path):
     """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
     yield
     dist.destroy_process_group()
 
@@ -122,12 +136,18 @@ def one_process(tmp_path):
 def wrapped(model, wrapper):
     if wrapper == "DDP":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    return nn.DataParallel(model) if wrapper == "DataParallel" else torch.compile(model, backend="eager")
+    return (
+        nn.DataParallel(model)
+        if wrapper == "DataParallel"
+        else torch.compile(model, backend="eager")
+    )
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 @pytest.mark.parametrize("wrapper", ["DDP", "DataParallel", "compile"])
-def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(wrapper, execution, one_process):
+def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(
+    wrapper, execution, one_process
+):
     totals, gradients = [], []
     for wrap in (False, True):
         model = varied_model(0.5, execution=execution).train()
@@ -144,7 +164,10 @@ def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(wrapper, 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32(execution):
     """As accelerate prepares a model."""
-    model, images = varied_model(0.5, execution=execution).float().train(), bright_and_dark().float()
+    model, images = (
+        varied_model(0.5, execution=execution).float().train(),
+        bright_and_dark().float(),
+    )
     loss, half = AdaptiveLoss(target_depth=3.0), torch.autocast("cpu", torch.bfloat16)
     whole = loss(model, images, LABELS)
     with half:
@@ -165,18 +188,24 @@ def test_a_model_without_halting_scores_is_refused_in_one_line(name):
     assert "\n" not in str(error.value)
 
 
-# --- at the extremes --------------------------------------------------------------------------------------------------
+# --- at the extremes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("direction", ["paper", "code"])
 @pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1), (-30.0, None)])
 def test_gradients_are_finite_at_the_extremes(direction, beta, depth):
     model = varied_model(0.5, beta=beta).float()
-    losses = AdaptiveLoss(kl_direction=direction, target_depth=3.0)(model, bright_and_dark().float(), LABELS)
+    losses = AdaptiveLoss(kl_direction=direction, target_depth=3.0)(
+        model, bright_and_dark().float(), LABELS
+    )
     losses.total.backward()
     assert depth is None or losses.parts["depth"].item() == depth
     assert losses.total.isfinite()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    assert all(
+        parameter.grad.isfinite().all()
+        for parameter in model.parameters()
+        if parameter.grad is not None
+    )
 
 
 def test_the_ponder_term_alone_makes_tokens_halt_sooner():
@@ -196,7 +225,9 @@ def test_distillation_by_hand():
     expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
     assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
     two = distillation_loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]), 2.0)
-    assert two.item() == pytest.approx(expected / 2, rel=1e-5)  # the mean over images; the second agrees
+    assert two.item() == pytest.approx(
+        expected / 2, rel=1e-5
+    )  # the mean over images; the second agrees
 
 
 def test_distillation_pulls_towards_the_teacher_alike_at_every_temperature():
@@ -215,10 +246,15 @@ def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
     model, images = varied_model(0.5), bright_and_dark()
     other = varied_model(0.0, beta=-3.0)
     tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25, temperature=2.0))
-    objectives = [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks] if adaptive else tasks
+    objectives = (
+        [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks] if adaptive else tasks
+    )
     alone, taught = (objective(model, images, LABELS) for objective in objectives)
     expected = distillation_loss(model(images), other(images), 2.0)
-    assert taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5) and expected > 1e-3
+    assert (
+        taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5)
+        and expected > 1e-3
+    )
     assert taught.total.item() == pytest.approx((alone.total + 0.25 * expected).item(), rel=1e-5)
     assert "distillation" not in alone.parts
     taught.total.backward()

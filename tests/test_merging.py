@@ -1,4 +1,6 @@
-"""Tokens that merge by thresholds: against a loop over single images, on many architectures, and for bad input."""
+"""Tokens that merge by thresholds: against a loop over single images, on many architectures, and
+for bad input.
+"""
 
 from itertools import pairwise
 
@@ -34,7 +36,9 @@ def make(name="vit_tiny_patch16_224", **settings) -> VisionTransformer:
     torch.manual_seed(0)
     model = timm.create_model(name, **(SMALL | ARCHITECTURES[name] | settings)).double().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from the initialisation, at which all tokens are alike
+        for (
+            parameter
+        ) in model.parameters():  # far from the initialisation, at which all tokens are alike
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
@@ -45,7 +49,9 @@ def photographs(model, number=6) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(number, 3, height, width, generator=generator, dtype=torch.float64)
     return (
-        noise * torch.linspace(0, 2, width, dtype=torch.float64) * torch.linspace(0.2, 1, number)[:, None, None, None]
+        noise
+        * torch.linspace(0, 2, width, dtype=torch.float64)
+        * torch.linspace(0.2, 1, number)[:, None, None, None]
     )
 
 
@@ -54,13 +60,19 @@ def adapted(model, saved=0.2) -> Adaptive:
 
 
 def one_image(model: Adaptive, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and depth of an image by a plain loop, nothing packed: groups of places instead of a buffer."""
+    """Logits and depth of an image by a plain loop, nothing packed: groups of places instead of a
+    buffer.
+    """
     prefix, tokens = model.num_prefix_tokens, model.embed(image[None])[0]
     groups = [[place] for place in range(len(tokens))]
     depth = torch.full((len(tokens),), len(model.blocks))
     for layer, block in enumerate(model.blocks):
         size = torch.tensor([float(len(group)) for group in groups]).double()
-        q, k, v = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(1)
+        q, k, v = (
+            block.attn.qkv(block.norm1(tokens))
+            .unflatten(-1, (3, block.attn.num_heads, -1))
+            .unbind(1)
+        )
         q, k = block.attn.q_norm(q), block.attn.k_norm(k)
         logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
         attention = logits.softmax(dim=-1)
@@ -77,14 +89,21 @@ def one_image(model: Adaptive, image: torch.Tensor) -> tuple[torch.Tensor, torch
             likeness = keys[asked] @ keys[asking]
             if likeness.max() - worth[asking] > model.thresholds[layer]:
                 joins[asking] = asked[likeness.argmax()]
-                depth[groups[asking]] = torch.minimum(depth[groups[asking]], torch.tensor(layer + 1))
+                depth[groups[asking]] = torch.minimum(
+                    depth[groups[asking]], torch.tensor(layer + 1)
+                )
         members = {
-            place: [place, *(one for one, into in joins.items() if into == place)] for place in range(len(tokens))
+            place: [place, *(one for one, into in joins.items() if into == place)]
+            for place in range(len(tokens))
         }
         kept = [place for place in range(len(tokens)) if place not in joins]
-        tokens = torch.stack([
-            (size[members[place], None] * tokens[members[place]]).sum(0) / size[members[place]].sum() for place in kept
-        ])  # fmt: skip
+        tokens = torch.stack(
+            [
+                (size[members[place], None] * tokens[members[place]]).sum(0)
+                / size[members[place]].sum()
+                for place in kept
+            ]
+        )
         groups = [[first for one in members[place] for first in groups[one]] for place in kept]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
     whole = torch.empty(len(depth), tokens.shape[1]).double()
@@ -127,7 +146,9 @@ def test_an_image_does_not_depend_on_the_rest_of_the_batch():
     together = adaptive(images)
     for number in range(len(images)):
         torch.testing.assert_close(adaptive(images[number : number + 1])[0], together[number])
-        torch.testing.assert_close(adaptive(images.flip(0))[len(images) - 1 - number], together[number])
+        torch.testing.assert_close(
+            adaptive(images.flip(0))[len(images) - 1 - number], together[number]
+        )
 
 
 def test_images_differ_in_what_is_saved():
@@ -154,7 +175,9 @@ def test_as_much_is_saved_as_was_wished_for(saved):
     done = flops_per_image(adaptive, adaptive.forward_with_trace(images)[1].depth)
     plain = flops_per_image(model, torch.full((1, model.patch_embed.num_patches + 1), 6))
     assert 1 - (done.mean() / plain).item() == pytest.approx(saved, abs=0.005)
-    assert torch.allclose(plain, torch.tensor(counted_flops(model.eval(), images[:1])).double(), rtol=0.01)
+    assert torch.allclose(
+        plain, torch.tensor(counted_flops(model.eval(), images[:1])).double(), rtol=0.01
+    )
     one = images[:1]  # alone, or the batch's longest image pads the comparison of keys
     assert counted_flops(adaptive, one) == pytest.approx(done[0].item(), rel=0.03)
 
@@ -167,10 +190,19 @@ def test_the_spread_moves_merges_to_later_layers_and_saves_as_much():
         adaptive.spread = spread
         adaptive.calibrate(images, 0.3)
         depth = adaptive.forward_with_trace(images)[1].depth
-        done = flops_per_image(adaptive, depth).mean() / flops_per_image(model, torch.full_like(depth, 6)).mean()
+        done = (
+            flops_per_image(adaptive, depth).mean()
+            / flops_per_image(model, torch.full_like(depth, 6)).mean()
+        )
         assert 1 - done.item() == pytest.approx(0.3, abs=0.005)
-        means[spread] = (depth == 1).sum().item(), (depth == 5).sum().item()  # merged in the first layer, in the last
-    assert means[0.0][0] > means[1.0][0] > means[2.0][0] and means[0.0][1] < means[1.0][1] < means[2.0][1]
+        means[spread] = (
+            (depth == 1).sum().item(),
+            (depth == 5).sum().item(),
+        )  # merged in the first layer, in the last
+    assert (
+        means[0.0][0] > means[1.0][0] > means[2.0][0]
+        and means[0.0][1] < means[1.0][1] < means[2.0][1]
+    )
 
 
 def test_weights_and_thresholds_are_saved_and_loaded_together():
@@ -189,7 +221,8 @@ def test_it_is_turned_to_another_budget_and_the_original_stays_as_it_was():
     shallow = adaptive.forward_with_trace(photographs(model))[1].depth.float().mean()
     adaptive.train().calibrate(photographs(model), 0.3)
     assert (
-        adaptive.training and adaptive.eval().forward_with_trace(photographs(model))[1].depth.float().mean() < shallow
+        adaptive.training
+        and adaptive.eval().forward_with_trace(photographs(model))[1].depth.float().mean() < shallow
     )
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert isinstance(adaptive, VisionTransformer) and not isinstance(model, Adaptive)
@@ -199,7 +232,10 @@ def test_gradients_reach_every_weight():
     model = make()
     adaptive = adapted(model).train()
     adaptive(photographs(model)).square().sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in adaptive.parameters())
+    assert all(
+        parameter.grad is not None and parameter.grad.isfinite().all()
+        for parameter in adaptive.parameters()
+    )
 
 
 BAD_MODELS = {
@@ -226,7 +262,11 @@ def test_a_model_that_cannot_be_adapted_is_told_why(reason):
     [
         (lambda images: images[:0], 0.3, "0 images are too few"),
         (lambda images: images[:1], 0.3, "1 images are too few"),
-        (lambda images: images[:, :1], 0.3, r"images of shape \[6, 1, 96, 96\], the model wants \[B, 3, 96, 96\]"),
+        (
+            lambda images: images[:, :1],
+            0.3,
+            r"images of shape \[6, 1, 96, 96\], the model wants \[B, 3, 96, 96\]",
+        ),
         (lambda images: images[..., :80], 0.3, r"the model wants \[B, 3, 96, 96\]"),
         (lambda images: images / 0, 0.3, "no numbers"),
         (lambda images: images, -0.1, "between 0 and 0.8"),

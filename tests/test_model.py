@@ -1,4 +1,6 @@
-"""A-ViT as a model: the plain transformer inside it, halting as deletion, and what timm expects of a model."""
+"""A-ViT as a model: the plain transformer inside it, halting as deletion, and what timm expects of
+a model.
+"""
 
 import pytest
 import timm
@@ -62,10 +64,15 @@ def test_without_halting_it_is_the_plain_transformer(plain_name, adaptive_name):
         torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert (trace.depth == len(plain.blocks)).all()
-    assert torch.equal(trace.output_weights[:, -1], torch.ones(2)) and (trace.output_weights[:, :-1] == 0).all()
+    assert (
+        torch.equal(trace.output_weights[:, -1], torch.ones(2))
+        and (trace.output_weights[:, :-1] == 0).all()
+    )
 
 
-@pytest.mark.parametrize("class_channel", [-1.0, 0.5, 20.0])  # the class token goes deep, half way, one layer
+@pytest.mark.parametrize(
+    "class_channel", [-1.0, 0.5, 20.0]
+)  # the class token goes deep, half way, one layer
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     model, images = varied_model(class_channel), bright_and_dark()
@@ -73,7 +80,9 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     logits, trace = model.forward_with_trace(images)
     assert len(trace.depth[:2].unique()) >= 5
     assert (trace.depth[2, 1:] == 1).all() and (trace.depth[3, 1:] == 6).all()
-    for image, *found in zip(images, logits, trace.depth, trace.ponder, trace.output_weights, strict=True):
+    for image, *found in zip(
+        images, logits, trace.depth, trace.ponder, trace.output_weights, strict=True
+    ):
         for value, expected in zip(found, forward_deleting(model, image), strict=True):
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-10)
     torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-10)
@@ -84,17 +93,24 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
 def test_gradients_equal_those_of_deletion(class_channel, execution):
     model, images = varied_model(class_channel), bright_and_dark()
     model.execution = execution
-    direction = torch.randn(model.num_classes, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(
+        model.num_classes, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
 
     def gradients(pairs):
         model.zero_grad()
         sum((logits @ direction).sum() + 0.1 * ponder.sum() for logits, ponder in pairs).backward()
         parameters = model.named_parameters()
-        return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters}
+        return {
+            name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in parameters
+        }
 
     logits, trace = model.forward_with_trace(images)
     found = gradients([(logits, trace.ponder)])
-    expected = gradients([(parts[0], parts[2]) for parts in (forward_deleting(model, image) for image in images)])
+    expected = gradients(
+        [(parts[0], parts[2]) for parts in (forward_deleting(model, image) for image in images)]
+    )
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-10)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
@@ -135,7 +151,9 @@ def test_trace_shapes():
     torch.testing.assert_close(trace.output_weights.sum(1), torch.ones(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("fused", [True, False])  # attention over nothing is NaN in the one, 0 in the other
+@pytest.mark.parametrize(
+    "fused", [True, False]
+)  # attention over nothing is NaN in the one, 0 in the other
 def test_everything_halts_in_layer_one(fused):
     model, images = varied_model(0.0, beta=1e4), bright_and_dark()
     model.execution = "masked"
@@ -151,7 +169,9 @@ def test_timm_finds_and_configures_it():
     assert {"avit_tiny_patch16_224", "avit_small_patch16_224", "avit_base_patch16_224"} <= set(
         timm.list_models("avit_*")
     )
-    model = timm.create_model("avit_nano", num_classes=7, gamma=3.0, beta=-2.0, eps=0.25, img_size=14)
+    model = timm.create_model(
+        "avit_nano", num_classes=7, gamma=3.0, beta=-2.0, eps=0.25, img_size=14
+    )
     assert isinstance(model, AViT) and avit_lib.AViT is AViT
     assert (model.gamma, model.beta, model.eps) == (3.0, -2.0, 0.25)
     assert model(torch.zeros(2, 3, 14, 14)).shape == (2, 7)
@@ -177,12 +197,16 @@ def test_a_wrong_image_size_is_named():
 
 def test_a_learned_projection_starts_as_channel_zero_and_learns():
     plain = varied_model().double().eval()
-    projected = timm.create_model("avit_nano", projection=True, gamma=2.0, beta=-1.0, depth=6).double()
+    projected = timm.create_model(
+        "avit_nano", projection=True, gamma=2.0, beta=-1.0, depth=6
+    ).double()
     projected.load_state_dict(plain.state_dict())
     images = bright_and_dark()
     logits, trace = projected.forward_with_trace(images)
     torch.testing.assert_close(logits, plain(images))
     trace.ponder.mean().backward()
     assert (projected.direction.grad[1:] != 0).any()
-    added = sum(p.numel() for p in projected.parameters()) - sum(p.numel() for p in plain.parameters())
+    added = sum(p.numel() for p in projected.parameters()) - sum(
+        p.numel() for p in plain.parameters()
+    )
     assert added == projected.embed_dim

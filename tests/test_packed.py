@@ -21,7 +21,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1}
 def make_model(gamma=5.0, beta=-2.0, eps=0.01, spread=1.0, seed=0, **kwargs):
     """A small A-ViT whose tokens halt at many different depths."""
     torch.manual_seed(seed)
-    model = timm.create_model("avit_nano", depth=6, gamma=gamma, beta=beta, eps=eps, **kwargs).double().eval()
+    model = (
+        timm.create_model("avit_nano", depth=6, gamma=gamma, beta=beta, eps=eps, **kwargs)
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         model.pos_embed[..., 0].normal_(std=spread)
         if model.direction is not None:
@@ -33,7 +37,9 @@ def make_model(gamma=5.0, beta=-2.0, eps=0.01, spread=1.0, seed=0, **kwargs):
 
 
 def make_images(batch, seed=0, dtype=torch.float64):
-    return torch.randn(batch, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return torch.randn(
+        batch, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def run(model, images, execution):
@@ -121,7 +127,10 @@ def test_a_token_exactly_on_the_boundary_halts():
 def test_one_token_in_all():
     blocks = make_model().blocks
     tokens = torch.randn(1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    masked, packed = (function(blocks, tokens, HaltingRule(5.0, -2.0, 0.01)) for function in (run_masked, run_packed))
+    masked, packed = (
+        function(blocks, tokens, HaltingRule(5.0, -2.0, 0.01))
+        for function in (run_masked, run_packed)
+    )
     torch.testing.assert_close(packed[0], masked[0])
     assert torch.equal(packed[1].depth, masked[1].depth)
 
@@ -149,8 +158,12 @@ def test_an_image_does_not_depend_on_the_rest_of_the_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_within_its_tolerance(dtype):
-    """Depths may differ where a sum lies within rounding of the threshold, so the scores are kept away from it."""
-    model = make_model(gamma=0.0, beta=-1.0).to(dtype)  # every token scores 0.27 and halts in layer 4
+    """Depths may differ where a sum lies within rounding of the threshold, so the scores are kept
+    away from it.
+    """
+    model = make_model(gamma=0.0, beta=-1.0).to(
+        dtype
+    )  # every token scores 0.27 and halts in layer 4
     images = make_images(4, dtype=dtype)
     model.execution = "masked"
     with torch.inference_mode():
@@ -164,8 +177,12 @@ def test_lower_precision_within_its_tolerance(dtype):
 def test_packed_in_evaluation_masked_in_training(monkeypatch):
     model, images = make_model(), make_images(2)
     calls = []
-    monkeypatch.setattr("avit_lib.model.run_packed", lambda *a, **k: calls.append("packed") or run_packed(*a, **k))
-    monkeypatch.setattr("avit_lib.model.run_masked", lambda *a, **k: calls.append("masked") or run_masked(*a, **k))
+    monkeypatch.setattr(
+        "avit_lib.model.run_packed", lambda *a, **k: calls.append("packed") or run_packed(*a, **k)
+    )
+    monkeypatch.setattr(
+        "avit_lib.model.run_masked", lambda *a, **k: calls.append("masked") or run_masked(*a, **k)
+    )
     model.eval().forward_with_trace(images)
     model.train().forward_with_trace(images)
     assert calls == ["packed", "masked"]
@@ -193,13 +210,24 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "repeat_interleave"}
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "is_nonzero",
+    "repeat_interleave",
+}
 
 
-@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=lambda variant: "-".join(variant) or "paper")
+@pytest.mark.parametrize(
+    "variant", [{}, *VARIANTS], ids=lambda variant: "-".join(variant) or "paper"
+)
 @pytest.mark.parametrize("every_token", [True, False])
 def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, monkeypatch):
-    """No operator whose result the host must know, but the one that reads how many tokens are left."""
+    """No operator whose result the host must know, but the one that reads how many tokens are
+    left.
+    """
     model = make_model(**({"beta": -4.0} | variant))
     tokens, reads, read = model.embed(make_images(6)), [], torch.Tensor.tolist
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend_padded)  # as on a GPU
@@ -214,12 +242,15 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(variant, every_token, 
 
 
 def test_stochastic_depth_drops_whole_images():
-    """After a block whose paths are dropped or kept by image, the tokens of an image have all moved or all stayed."""
+    """After a block whose paths are dropped or kept by image, the tokens of an image have all moved
+    or all stayed.
+    """
     model = make_model(beta=-1e4, drop_path_rate=0.5).train()
     tokens = model.embed(make_images(32))
-    before, after = [buffer for _, buffer, _, _ in packed_layers(model.blocks, tokens, model.rule, every_token=True)][
-        -2:
-    ]
+    before, after = [
+        buffer
+        for _, buffer, _, _ in packed_layers(model.blocks, tokens, model.rule, every_token=True)
+    ][-2:]
     moved = (before != after).any(dim=1).view(32, 17)
     assert (moved.all(dim=1) | ~moved.any(dim=1)).all()
     assert 0 < moved[:, 0].sum() < 32

@@ -1,4 +1,6 @@
-"""What the files of the repository promise: tidy notebooks, the data as published, no heavy or private files."""
+"""What the files of the repository promise: tidy notebooks, the data as published, no heavy or
+private files.
+"""
 
 import ast
 import json
@@ -19,7 +21,9 @@ from avit_lib.study.settings import get_profile, profile_names
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
-EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed ones
+EXECUTED = [
+    path for path in EXECUTED if path.suffixes == [".ipynb"]
+]  # neither running nor failed ones
 WEIGHTS = Path("data/weights")
 MODELS = Path("results/caltech101/models")  # the headline models, in half precision
 MEGABYTE = 2**20
@@ -43,7 +47,9 @@ def tracked() -> list[Path]:
     """The files under version control, relative to the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
-    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return [Path(name) for name in listing.split("\0") if name]
 
 
@@ -60,7 +66,9 @@ def test_a_notebook_is_valid_and_carries_no_outputs(path):
 def test_a_notebook_is_saved_without_what_running_it_added(path):
     """In the JupyterLab of `make lab`; and so the file is as that one writes it."""
     config = SimpleNamespace(FileContentsManager=SimpleNamespace())
-    runpy.run_path(ROOT / "notebooks/.jupyter/jupyter_server_config.py", {"get_config": lambda: config})
+    runpy.run_path(
+        ROOT / "notebooks/.jupyter/jupyter_server_config.py", {"get_config": lambda: config}
+    )
     notebook = read(path)
     assert notebook.metadata.accelerator == "GPU"  # asked for on Colab
     notebook.metadata.language_info |= {"version": "3.99", "mimetype": "text/x-python"}
@@ -86,8 +94,14 @@ def test_code_cells_are_short_plain_python(path):
 def test_a_notebook_neither_patches_paths_nor_names_absolute_ones(path):
     for code in code_cells(path):
         assert "sys.path" not in code
-        strings = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
-        assert not [text for text in strings if isinstance(text, str) and re.match(r"(/|~/|[A-Za-z]:\\)\w", text)]
+        strings = [
+            node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)
+        ]
+        assert not [
+            text
+            for text in strings
+            if isinstance(text, str) and re.match(r"(/|~/|[A-Za-z]:\\)\w", text)
+        ]
 
 
 @each_notebook
@@ -106,15 +120,24 @@ def test_the_parameters_are_what_the_runner_passes(path):
 
 @each_notebook
 def test_the_bootstrap_cell_and_badge_are_up_to_date(path):
-    assert path.stem not in notebooks.stamp(path.parent, notebooks.repository_address(ROOT), check=True), "make badges"
+    assert path.stem not in notebooks.stamp(
+        path.parent, notebooks.repository_address(ROOT), check=True
+    ), "make badges"
 
 
 def test_all_notebooks_begin_with_the_same_short_folded_bootstrap_cell():
-    cells = [cell for path in SOURCES for cell in read(path).cells if "bootstrap" in cell.metadata.get("tags", [])]
+    cells = [
+        cell
+        for path in SOURCES
+        for cell in read(path).cells
+        if "bootstrap" in cell.metadata.get("tags", [])
+    ]
     ((code, looks),) = {(cell.source, json.dumps(cell.metadata)) for cell in cells}
     assert len(cells) == len(SOURCES) >= 6 and len(code.splitlines()) <= 15
     assert len(re.findall(r'^address = ".*"', code, re.MULTILINE)) == 1  # the line that is stamped
-    assert code.startswith("# @title ") and json.loads(looks)["cellView"] == "form"  # on Colab only the title is seen
+    assert (
+        code.startswith("# @title ") and json.loads(looks)["cellView"] == "form"
+    )  # on Colab only the title is seen
     assert json.loads(looks)["jupyter"] == {"source_hidden": True}
 
 
@@ -144,19 +167,27 @@ def test_what_a_page_links_to_is_there(page):
 
 
 def test_of_the_data_only_what_has_a_checksum_is_tracked():
-    listed = {Path("data", line[66:]) for line in (ROOT / "data/SHA256SUMS").read_text().splitlines()}
+    listed = {
+        Path("data", line[66:]) for line in (ROOT / "data/SHA256SUMS").read_text().splitlines()
+    }
     facts = {Path("data", name) for name in ("README.md", "SHA256SUMS", "weights/rounding.json")}
     assert {path for path in tracked() if path.parts[0] == "data"} == listed | facts
 
 
 def test_the_photographs_are_those_of_the_default_study():
-    photographs = {path.parent.name for path in (ROOT / "data/caltech101/101_ObjectCategories").glob("*/*.jpg")}
+    photographs = {
+        path.parent.name for path in (ROOT / "data/caltech101/101_ObjectCategories").glob("*/*.jpg")
+    }
     assert photographs >= set(get_profile("caltech24").data.classes)
 
 
 def test_no_file_of_the_library_is_long():
-    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "avit_lib").rglob("*.py")}
-    assert len(lengths) > 30 and not {path: length for path, length in lengths.items() if length > 350}
+    lengths = {
+        path: len(path.read_text().splitlines()) for path in (ROOT / "avit_lib").rglob("*.py")
+    }
+    assert len(lengths) > 30 and not {
+        path: length for path, length in lengths.items() if length > 350
+    }
 
 
 def test_everything_that_is_no_code_is_packaged():
@@ -168,8 +199,14 @@ def test_everything_that_is_no_code_is_packaged():
             found = set((ROOT / package.replace(".", "/")).glob(pattern))
             assert found, f"{pattern} of {package} names nothing"
             packaged |= found
-    files = {path for path in (ROOT / "avit_lib").rglob("*.*") if path.suffix not in (".py", ".pyc")}
-    assert {path.stem for path in packaged if path.parent.name == "profiles"} == set(profile_names()) >= {"smoke"}
+    files = {
+        path for path in (ROOT / "avit_lib").rglob("*.*") if path.suffix not in (".py", ".pyc")
+    }
+    assert (
+        {path.stem for path in packaged if path.parent.name == "profiles"}
+        == set(profile_names())
+        >= {"smoke"}
+    )
     assert files == packaged
 
 

@@ -1,7 +1,7 @@
 """Where halting starts.
 
-Calibrated: the depth that was wished for, on backbones whose channel 0 is spread very differently. Fitted: who can be
-spared, what the fit changes and what it must not, and how fast it then learns.
+Calibrated: the depth that was wished for, on backbones whose channel 0 is spread very differently.
+Fitted: who can be spared, what the fit changes and what it must not, and how fast it then learns.
 """
 
 from copy import deepcopy
@@ -15,9 +15,15 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from avit_lib import starts
 from avit_lib.errors import UserError
 from avit_lib.model import masked_block
-from avit_lib.starts import calibrated_beta, channel_parameters, fit_start, mean_depth, scale_channel_rate
+from avit_lib.starts import (
+    calibrated_beta,
+    channel_parameters,
+    fit_start,
+    mean_depth,
+    scale_channel_rate,
+)
 
-# --- beta, calibrated -------------------------------------------------------------------------------------------------
+# --- beta, calibrated -----------------------------------------------------------------------------
 
 TWO_IMAGES = bright_and_dark()[:2]
 
@@ -55,7 +61,7 @@ def test_a_wish_out_of_reach_is_refused(wish):
         calibrated_beta(varied_model(), TWO_IMAGES, 5.0, 0.01, wish)
 
 
-# --- channel 0, fitted ------------------------------------------------------------------------------------------------
+# --- channel 0, fitted ----------------------------------------------------------------------------
 
 HALTING = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2])
 
@@ -63,7 +69,9 @@ HALTING = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2])
 def images():
     """Images [8, 3, 28, 28] of smooth and of busy regions."""
     generator = torch.Generator().manual_seed(5)
-    coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).repeat_interleave(7, 2)
+    coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64).repeat_interleave(
+        7, 2
+    )
     fine = torch.randn(8, 1, 28, 28, generator=generator, dtype=torch.float64)
     grey = coarse.repeat_interleave(7, 3) + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
     return grey.expand(-1, 3, -1, -1)
@@ -108,17 +116,25 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     hook = block.attn.attn_drop.register_forward_hook(lambda *parts: seen.append(parts[-1]))
     masked_block(block, tokens, active)
     hook.remove()
-    attention = F.normalize(seen[0][:, :, 0, 1:], p=1, dim=-1)  # [B, heads, P] of the class token, among the patches
+    attention = F.normalize(
+        seen[0][:, :, 0, 1:], p=1, dim=-1
+    )  # [B, heads, P] of the class token, among the patches
     value = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][:, 1:]
-    length = torch.stack([part.norm(dim=-1) for part in value.chunk(block.attn.num_heads, dim=-1)], dim=1)
-    found, spared = (target(block, tokens, active) for target in (starts.class_attention, starts.unimportance))
+    length = torch.stack(
+        [part.norm(dim=-1) for part in value.chunk(block.attn.num_heads, dim=-1)], dim=1
+    )
+    found, spared = (
+        target(block, tokens, active) for target in (starts.class_attention, starts.unimportance)
+    )
     assert torch.allclose(found, (attention * length).mean(dim=1), atol=1e-12)
     left = active[:, 1:]
     assert torch.allclose(spared[left], -found[left].log()) and (found[:, 4] == 0).all()
     assert spared.isfinite().all() and (spared[:, 4] > 2 * spared[left].max()).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"class_token_halts": False}, {"init_values": 1e-5}, {"projection": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"class_token_halts": False}, {"init_values": 1e-5}, {"projection": True}]
+)
 def test_as_many_patches_halt_in_each_layer_as_wished_for(settings):
     model = fitted_model(**settings)
     depth = model.forward_with_trace(images())[1].depth[:, 1:]
@@ -180,12 +196,16 @@ def test_masked_and_packed_agree_on_a_fitted_model():
     assert trace.depth.unique().numel() > 3
 
 
-@pytest.mark.parametrize("pixels", [images()[:1], torch.zeros(2, 3, 28, 28, dtype=torch.float64)], ids=["one", "equal"])
+@pytest.mark.parametrize(
+    "pixels", [images()[:1], torch.zeros(2, 3, 28, 28, dtype=torch.float64)], ids=["one", "equal"]
+)
 def test_a_poor_choice_of_images_gives_a_model_that_computes(pixels):
     """A single image, or images all of whose patches are equal."""
     model = fitted_model(pixels=pixels)
     logits, trace = model.forward_with_trace(images())
-    assert logits.isfinite().all() and all(parameter.isfinite().all() for parameter in model.parameters())
+    assert logits.isfinite().all() and all(
+        parameter.isfinite().all() for parameter in model.parameters()
+    )
     assert trace.depth.min() >= 1 and trace.depth.max() <= 6
 
 
@@ -198,7 +218,9 @@ def test_a_model_may_be_fitted_again():
 
 
 def test_halting_that_leaves_nobody_for_the_last_layer_is_refused():
-    with pytest.raises(UserError, match="leaves no patch for the last layer; raise target_depth") as error:
+    with pytest.raises(
+        UserError, match="leaves no patch for the last layer; raise target_depth"
+    ) as error:
         fit_start(untouched_model(), images(), torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0, 0.0]))
     assert "\n" not in str(error.value)
 

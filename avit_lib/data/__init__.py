@@ -1,7 +1,8 @@
 """Images: their files (``files``), where they come from (``datasets``), who sees them (``splits``),
 and how they become batches (``images``).
 
-May import the method's errors; no other room. The others import what is named here, not the modules.
+May import the method's errors; no other room. The others import what is named here, not the
+modules.
 """
 
 from avit_lib.data.datasets import Data
@@ -19,7 +20,22 @@ from avit_lib.data.splits import (
 from avit_lib.places import check_embedded, data_dir, project_root
 
 __all__ = [
-    "STATISTICS", "Data", "Images", "TrainingData", "check_embedded", "check_split", "data_dir", "find_images",
-    "folder_test_data", "folder_training_data", "loader", "pick_per_class", "project_root",
-    "read_all", "read_image", "test_data", "to_pixels", "training_data",
-]  # fmt: skip
+    "STATISTICS",
+    "Data",
+    "Images",
+    "TrainingData",
+    "check_embedded",
+    "check_split",
+    "data_dir",
+    "find_images",
+    "folder_test_data",
+    "folder_training_data",
+    "loader",
+    "pick_per_class",
+    "project_root",
+    "read_all",
+    "read_image",
+    "test_data",
+    "to_pixels",
+    "training_data",
+]

@@ -1,4 +1,6 @@
-"""Where images come from: torchvision's data sets, found or downloaded, ImageNet, and folders of one's own."""
+"""Where images come from: torchvision's data sets, found or downloaded, ImageNet, and folders of
+one's own.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +17,24 @@ from avit_lib.data.images import ImageFiles, Images, batch_transform
 from avit_lib.errors import UserError
 from avit_lib.places import check_embedded, data_dir
 
-# Data sets without an official test set, from which all three parts are drawn: their folder under data_dir(), in it one
-# a class, and the one of these that holds images of nothing in particular.
+# Data sets without an official test set, from which all three parts are drawn: their folder under
+# data_dir(), in it one a class, and the one of these that holds images of nothing in particular.
 POOLS = {
     "Caltech101": ("caltech101/101_ObjectCategories", "BACKGROUND_Google"),
     "Caltech256": ("caltech256/256_ObjectCategories", "257.clutter"),
 }
 CLASSES = {"Caltech101": 101, "Caltech256": 256}
 DATASETS = (*POOLS, "ImageNet")
-DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, AssertionError, EOFError, ImportError, KeyError, UnpicklingError)
+DOWNLOAD_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    AssertionError,
+    EOFError,
+    ImportError,
+    KeyError,
+    UnpicklingError,
+)
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -34,22 +45,30 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     dataset: str  # one of DATASETS
     image_size: Count  # pixels
     validation_per_class: Count
-    # Of a pool alone: the classes that take part, by their folders (none named: all), and how many images.
+    # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
+    # images.
     classes: tuple[str, ...] = ()
     train_per_class: Count | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most
-    augmentation: Literal["none", "standard"] = "none"  # of training images; "standard": random crops and mirroring
+    augmentation: Literal["none", "standard"] = (
+        "none"  # of training images; "standard": random crops and mirroring
+    )
 
     def __post_init__(self):
         if self.dataset not in DATASETS:
-            raise ValueError(f"there is no data set {self.dataset!r}; choose from {', '.join(DATASETS)}")
+            raise ValueError(
+                f"there is no data set {self.dataset!r}; choose from {', '.join(DATASETS)}"
+            )
         whole = not self.classes and self.train_per_class == self.test_per_class == "all"
         if self.dataset not in POOLS and not whole:
-            raise ValueError(f"of {self.dataset} all classes and images take part; leave out what chooses some")
+            raise ValueError(
+                f"of {self.dataset} all classes and images take part; leave out what chooses some"
+            )
 
 
 def official_images(data: Data, train: bool) -> Images:
-    """All training or test images of a data set, or the whole pool, as they are evaluated; files are not decoded.
+    """All training or test images of a data set, or the whole pool, as they are evaluated; files
+    are not decoded.
 
     Downloads what is missing, if it can; raises UserError, with the folder it belongs into, if not.
     """
@@ -77,7 +96,11 @@ def _left_out(data: Data, folder: Path, nothing: str) -> list[str]:
     there = {path.name for path in folder.iterdir() if path.is_dir()} - {nothing}
     missing = sorted(set(data.classes) - there)
     if missing or (not data.classes and len(there) < CLASSES[data.dataset]):
-        what = name_some(missing) if missing else f"{CLASSES[data.dataset] - len(there)} of its classes"
+        what = (
+            name_some(missing)
+            if missing
+            else f"{CLASSES[data.dataset] - len(there)} of its classes"
+        )
         raise UserError(
             f"{data.dataset} under {folder} is not whole: it lacks {what}; bring them back (`git checkout -- data`), "
             f"or set AVIT_DATA to a folder into which all of it can be downloaded"
@@ -94,9 +117,9 @@ def folder_images(
     """The image files in ``source``, one folder a class, sorted by name; not decoded.
 
     ``classes``: those to which the images have to belong; one without images is told on stderr.
-    ``leave_out``: classes that a pool has too many; images in folders inside a class's are then left
-    out as well, as torchvision does it. Raises UserError when there are no images, none in a folder,
-    or some of other classes.
+    ``leave_out``: classes that a pool has too many; images in folders inside a class's are then
+    left out as well, as torchvision does it. Raises UserError when there are no images, none in a
+    folder, or some of other classes.
     """
 
     def in_a_class(name: str) -> bool:

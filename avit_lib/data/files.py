@@ -52,10 +52,10 @@ def find_images(
 ) -> tuple[list[str], list[str]]:
     """The names below ``folder``, with slashes, of image files (sorted) and of folders.
 
-    What is hidden, no image by its name, or not ``wanted`` by it, is told in one line on stderr; folders and
-    files in ``leave_out`` are passed over without a word. Links are followed, but every file and folder
-    counts once, by its own name if it has one here, and what holds ``folder`` never does.
-    Raises UserError for a folder that cannot be read.
+    What is hidden, no image by its name, or not ``wanted`` by it, is told in one line on stderr;
+    folders and files in ``leave_out`` are passed over without a word. Links are followed, but every
+    file and folder counts once, by its own name if it has one here, and what holds ``folder`` never
+    does. Raises UserError for a folder that cannot be read.
     """
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
@@ -105,7 +105,9 @@ def _list_folder(folder: str) -> list[os.DirEntry]:
 
 
 def read_all(read: Callable[[Any], Any], items: Iterable[Any], verb: str) -> list[Any]:
-    """What ``read`` makes of each item, in threads; raises Unreadable with the faults of all items."""
+    """What ``read`` makes of each item, in threads; raises Unreadable with the faults of all
+    items.
+    """
 
     def attempt(item: Any) -> tuple[Any, tuple[str, ...]]:
         try:

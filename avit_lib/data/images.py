@@ -27,22 +27,40 @@ from avit_lib.data.files import FORMATS, Unreadable, read_all, worker_count
 
 STATISTICS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # mean and deviation, of pixels 0..1
 CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (crop_pct)
-CROP_AREA = (0.5, 1.0)  # of the decoded square, seen by a training crop: moderate, the square is most of the object
-MEMORY_LIMIT = 4 * 2**30  # bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again
+CROP_AREA = (
+    0.5,
+    1.0,
+)  # of the decoded square, seen by a training crop: moderate, the square is most of the object
+MEMORY_LIMIT = (
+    4 * 2**30
+)  # bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again
 
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits
 
-# What Pillow raises for files that are damaged or no images: OSError is also its UnidentifiedImageError.
-READ_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+# What Pillow raises for files that are damaged or no images: OSError is also its
+# UnidentifiedImageError.
+READ_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files ``root``/``names`` [n], decoded whenever they are asked for: indexed like bytes [n, 3, S, S]."""
+    """Image files ``root``/``names`` [n], decoded whenever they are asked for: indexed like bytes
+    [n, 3, S, S].
+    """
 
     root: Path
-    names: np.ndarray  # of str: a list of a million strings would be copied into every worker of a DataLoader
+    names: (
+        np.ndarray
+    )  # of str: a list of a million strings would be copied into every worker of a DataLoader
     image_size: int
 
     def __getitem__(self, index: int | list[int] | Tensor) -> Tensor:
@@ -56,7 +74,8 @@ class ImageFiles:
 class Images(Dataset):
     """Images [n, C, H, W] as bytes or files, their labels [n] and the names of the classes.
 
-    An item is a normalised float image [C, H, W], made by ``transform``, and its label; several indices give a batch.
+    An item is a normalised float image [C, H, W], made by ``transform``, and its label; several
+    indices give a batch.
     """
 
     images: Tensor | ImageFiles
@@ -73,12 +92,17 @@ class Images(Dataset):
     def select(self, indices: Tensor) -> "Images":
         """The images at ``indices`` [k], in that order; files are not decoded."""
         images = self.images
-        chosen = images[indices] if isinstance(images, Tensor) else replace(images, names=images.names[indices.numpy()])
+        chosen = (
+            images[indices]
+            if isinstance(images, Tensor)
+            else replace(images, names=images.names[indices.numpy()])
+        )
         return replace(self, images=chosen, labels=self.labels[indices])
 
 
 def load(*sets: Images) -> list[Images]:
-    """Decode image files into memory if they fit (``MEMORY_LIMIT``), else only check that every one can be read.
+    """Decode image files into memory if they fit (``MEMORY_LIMIT``), else only check that every one
+    can be read.
 
     Raises Unreadable for all files of all sets that cannot be read: now, not in mid-epoch.
     """
@@ -92,7 +116,9 @@ def load(*sets: Images) -> list[Images]:
             pixels[index] = files[index]
 
     jobs = [
-        (data.images, pixels, index) for data, pixels in zip(sets, decoded, strict=True) for index in range(len(data))
+        (data.images, pixels, index)
+        for data, pixels in zip(sets, decoded, strict=True)
+        for index in range(len(data))
     ]
     read_all(read, jobs, "reading")
     return [replace(data, images=pixels) for data, pixels in zip(sets, decoded, strict=True)]
@@ -122,11 +148,15 @@ def _digest_file(path: Path) -> bytes:
         return b""
 
 
-def loader(data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)) -> DataLoader:
-    """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left out).
+def loader(
+    data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)
+) -> DataLoader:
+    """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left
+    out).
 
-    ``share`` (k, n): of each batch only the images k, k + n, ..., the part of one of n processes. Augmentation draws
-    from torch's global generator; of image files from those of workers, seeded by ``shuffle_seed`` and their number.
+    ``share`` (k, n): of each batch only the images k, k + n, ..., the part of one of n processes.
+    Augmentation draws from torch's global generator; of image files from those of workers, seeded
+    by ``shuffle_seed`` and their number.
     """
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed) if shuffle else None
@@ -134,12 +164,16 @@ def loader(data: Images, batch_size: int, shuffle_seed: int | None = None, share
     batches = BatchSampler(order, batch_size, drop_last=shuffle and len(data) > batch_size)
     workers = worker_count() if isinstance(data.images, ImageFiles) else 0
     # Whole batches are asked for (batch_size=None): thousands of small images are slow one by one.
-    return DataLoader(Share(data, *share), None, sampler=batches, generator=generator, num_workers=workers)
+    return DataLoader(
+        Share(data, *share), None, sampler=batches, generator=generator, num_workers=workers
+    )
 
 
 @dataclass(frozen=True)
 class Share(Dataset):
-    """A data set of which one process loads only its share of each batch: images rank, rank + count, ..."""
+    """A data set of which one process loads only its share of each batch: images rank, rank +
+    count, ...
+    """
 
     data: Images
     rank: int
@@ -172,7 +206,9 @@ def decode(path: Path, image_size: int) -> Tensor:
 
 
 def decoded_size(image_size: int) -> int:
-    """Side of the square that is decoded for models that see ``image_size`` pixels, such as 248 for 224."""
+    """Side of the square that is decoded for models that see ``image_size`` pixels, such as 248 for
+    224.
+    """
     return math.floor(image_size / CROP_FRACTION)
 
 
@@ -191,11 +227,17 @@ def batch_transform(image_size: int, augmentation: str = "none") -> v2.Compose:
 
 
 class EachByItself(v2.Compose):
-    """Random transforms applied to every image of a batch with draws of its own; v2's share theirs in a batch."""
+    """Random transforms applied to every image of a batch with draws of its own; v2's share theirs
+    in a batch.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """From [..., C, H, W] to [..., C, h, w]."""
-        return super().forward(images) if images.ndim == 3 else torch.stack([self(image) for image in images])
+        return (
+            super().forward(images)
+            if images.ndim == 3
+            else torch.stack([self(image) for image in images])
+        )
 
 
 def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
@@ -228,7 +270,11 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
 
 def _check_tiff(tags: Mapping[int, Any]) -> None:
     """Raise ValueError for a TIFF of more than 8 bits that Pillow reads, but wrongly."""
-    bits, planes, white_is_zero = np.atleast_1d(tags.get(258, 1)), tags.get(284, 1), tags.get(262, 1) == 0
+    bits, planes, white_is_zero = (
+        np.atleast_1d(tags.get(258, 1)),
+        tags.get(284, 1),
+        tags.get(262, 1) == 0,
+    )
     if bits.max() > 8 and (white_is_zero or (planes == 2 and len(bits) > 1)):
         what = "white as zero" if white_is_zero else "one plane a colour"
         raise ValueError(f"its pixels have {bits.max()} bits and {what}; save it with 8 bits")
@@ -238,10 +284,10 @@ def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
     """An image of any mode as "RGB": 16 bits scaled to 8, what is transparent laid on white.
 
     Grey files of 16 bits seldom say how many are used: we take the fewest of 8, 12 and 16 that hold
-    the brightest pixel. So what a sensor of 10 or 14 bits took is dark, at most by a factor of 4; and
-    a picture without a pixel above a sixteenth of white becomes 16 times as bright. Of colours of 16
-    bits Pillow keeps the upper 8: an image in which all are that dark is refused.
-    ``layout``: how Pillow finds the pixels in the file.
+    the brightest pixel. So what a sensor of 10 or 14 bits took is dark, at most by a factor of 4;
+    and a picture without a pixel above a sixteenth of white becomes 16 times as bright. Of colours
+    of 16 bits Pillow keeps the upper 8: an image in which all are that dark is refused. ``layout``:
+    how Pillow finds the pixels in the file.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range")
@@ -254,8 +300,13 @@ def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
         scaled = (pixels / white * 255).round().astype(np.uint8)
         scaled[pixels == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(scaled)
-    elif re.search(r";16|'RGB', \d{4}", layout) and max(most for _, most in image.convert("RGB").getextrema()) < 17:
-        raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save it with 8")
+    elif (
+        re.search(r";16|'RGB', \d{4}", layout)
+        and max(most for _, most in image.convert("RGB").getextrema()) < 17
+    ):
+        raise ValueError(
+            "its colours use 12 bits of 16 or fewer, so come out black; save it with 8"
+        )
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

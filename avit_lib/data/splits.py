@@ -1,4 +1,6 @@
-"""How images are told apart into training, validation and test: drawn by seed, and put on record."""
+"""How images are told apart into training, validation and test: drawn by seed, and put on
+record.
+"""
 
 import hashlib
 import json
@@ -32,33 +34,40 @@ def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -
     order = torch.randperm(len(labels), generator=generator)
     picked = [order[labels[order] == label][:per_class] for label in labels.unique()]
     if min(len(indices) for indices in picked) < per_class:
-        raise UserError(f"a class has fewer than the {per_class} images asked for; lower the number per class")
+        raise UserError(
+            f"a class has fewer than the {per_class} images asked for; lower the number per class"
+        )
     return torch.cat(picked).sort().values
 
 
 def hold_out(labels: Tensor, per_class: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Indices of the "validation" images, ``per_class`` random ones of each class, and of all others, for "train"."""
+    """Indices of the "validation" images, ``per_class`` random ones of each class, and of all
+    others, for "train".
+    """
     chosen = pick_per_class(labels, per_class, generator)
     others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, chosen, False)
     return {"train": others.nonzero()[:, 0], "validation": chosen}
 
 
 def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
-    """Indices of the "train", "validation" and "test" images of a pool, drawn from each class by seed, each sorted.
+    """Indices of the "train", "validation" and "test" images of a pool, drawn from each class by
+    seed, each sorted.
 
     A class gives ``train_per_class`` images to training, of the rest ``validation_per_class`` to
-    validation, and up to ``test_per_class`` of what is then left to the test. In a class
-    too small for that, training still gets its number as long as two images are left, and validation at most half of
-    what is left: so every class is in every part.
-    With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of 31, gives 29, 1 and 1.
-    Raises UserError for a class of fewer than three images.
+    validation, and up to ``test_per_class`` of what is then left to the test. In a class too small
+    for that, training still gets its number as long as two images are left, and validation at most
+    half of what is left: so every class is in every part. With the 30 and 5 of Caltech-101, classes
+    of 40 images or more are complete; the smallest, of 31, gives 29, 1 and 1. Raises UserError for
+    a class of fewer than three images.
     """
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     parts = {"train": [], "validation": [], "test": []}
     for label, name in enumerate(pool.classes):
         members = order[pool.labels[order] == label]
         if len(members) < 3:
-            raise UserError(f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it")
+            raise UserError(
+                f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it"
+            )
         most = len(members) - 2
         train = most if data.train_per_class == "all" else min(data.train_per_class, most)
         validation = min(data.validation_per_class, (len(members) - train) // 2)
@@ -70,7 +79,9 @@ def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
 
 
 def training_data(data: Data, seed: int) -> TrainingData:
-    """Training and validation images, drawn by seed: from the official training set, or from a pool."""
+    """Training and validation images, drawn by seed: from the official training set, or from a
+    pool.
+    """
     official = official_images(data, train=True)
     if data.dataset in POOLS:
         chosen = split_pool(official, data, seed)
@@ -83,9 +94,11 @@ def training_data(data: Data, seed: int) -> TrainingData:
 
 
 def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
-    """The test images, for the final evaluation only: the official ones, or from a pool those of the split by ``seed``.
+    """The test images, for the final evaluation only: the official ones, or from a pool those of
+    the split by ``seed``.
 
-    Decoded once, here, if memory allows; with ``decode`` False image files are decoded when they are asked for.
+    Decoded once, here, if memory allows; with ``decode`` False image files are decoded when they
+    are asked for.
     """
     images = official_images(data, train=False)
     if data.dataset in POOLS:
@@ -104,7 +117,10 @@ def check_split(recorded: dict, split: dict) -> str:
     other = {f"the content of {role}" for role in content if content[role] != found.get(role)}
     if recorded.get("sha256") == split["sha256"] and not other:
         return "content" if content else "names"
-    found = [{name for names in part.get("files", {}).values() for name in names} for part in (recorded, split)]
+    found = [
+        {name for names in part.get("files", {}).values() for name in names}
+        for part in (recorded, split)
+    ]
     other = found[0] ^ found[1] or other
     named = f" (such as {min(other)})" if other else ""
     raise UserError(
@@ -113,15 +129,19 @@ def check_split(recorded: dict, split: dict) -> str:
     )
 
 
-def folder_test_data(folder: Path, size: int, classes: Sequence[str], decode: bool = True) -> Images:
-    """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are not ``classes``."""
+def folder_test_data(
+    folder: Path, size: int, classes: Sequence[str], decode: bool = True
+) -> Images:
+    """The images of ``folder``/test, like ``test_data``; raises UserError when their classes are
+    not ``classes``.
+    """
     images = folder_images(folder / "test", size, classes)
     return load(images)[0] if decode else images
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
-    """Training and validation images of a folder of one's own: its val/, or else of every class of train/ equally
-    many, a tenth of the smallest class.
+    """Training and validation images of a folder of one's own: its val/, or else of every class of
+    train/ equally many, a tenth of the smallest class.
 
     Of ``data`` the image size and the augmentation count.
     """
@@ -132,7 +152,9 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     else:
         smallest = int(train.labels.bincount().min())
         if smallest < 2:
-            raise UserError(f"a class in {train.images.root} has a single image, so none can be held out; add images")
+            raise UserError(
+                f"a class in {train.images.root} has a single image, so none can be held out; add images"
+            )
         chosen = hold_out(train.labels, max(1, smallest // 10), torch.Generator().manual_seed(seed))
         parts = {role: train.select(indices) for role, indices in chosen.items()}
     split = _description(str(folder), seed, parts, list_training=False)
@@ -143,13 +165,16 @@ def _loaded(parts: dict[str, Images], split: dict, data: Data) -> TrainingData:
     """Decode the training and validation images, and augment the former."""
     transform = batch_transform(data.image_size, data.augmentation)
     train = replace(parts["train"], transform=transform)
-    return TrainingData(*load(train, parts["validation"]), split, data.image_size, data.augmentation)
+    return TrainingData(
+        *load(train, parts["validation"]), split, data.image_size, data.augmentation
+    )
 
 
 def _description(dataset: str, seed: int, parts: dict[str, Images], list_training: bool) -> dict:
     """The split as file names by role, ready for JSON, with checksums of names and of contents.
 
-    The former is of all names, also of training images that are not listed because they are the rest.
+    The former is of all names, also of training images that are not listed because they are the
+    rest.
     """
     files = {role: part.images.names.tolist() for role, part in parts.items()}
     return {

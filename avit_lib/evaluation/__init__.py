@@ -1,4 +1,5 @@
-"""What measures any classifier: accuracy with intervals (``metrics``), FLOPs (``flops``), time (``speed``), memory.
+"""What measures any classifier: accuracy with intervals (``metrics``), FLOPs (``flops``), time
+(``speed``), memory.
 
 May import the method and ``data``; neither ``training`` nor ``study``.
 """
@@ -14,6 +15,12 @@ from avit_lib.evaluation.metrics import (
 )
 
 __all__ = [
-    "Predictions", "bootstrap_intervals", "counted_flops", "flops_per_image", "metrics", "paired_difference", "predict",
+    "Predictions",
+    "bootstrap_intervals",
+    "counted_flops",
+    "flops_per_image",
+    "metrics",
+    "paired_difference",
+    "predict",
     "standard_error",
-]  # fmt: skip
+]

@@ -1,4 +1,6 @@
-"""FLOPs, predicted from depths and counted by torch; a multiply-add is one, as in the paper (DeiT-T: 1.3 G)."""
+"""FLOPs, predicted from depths and counted by torch; a multiply-add is one, as in the paper
+(DeiT-T: 1.3 G).
+"""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -12,10 +14,11 @@ from avit_lib.halting import executed_depth
 
 
 def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
-    """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; norms, activations, softmax left out.
+    """FLOPs [n] of plain inference on images whose tokens reach ``depth`` [n, N]; norms,
+    activations, softmax left out.
 
-    Layer l computes on the tokens whose executed depth is at least l. One that merges there (``Adaptive``) does so
-    between attention and MLP.
+    Layer l computes on the tokens whose executed depth is at least l. One that merges there
+    (``Adaptive``) does so between attention and MLP.
     """
     executed, layers = executed_depth(depth), len(model.blocks)
     thresholds = model.thresholds.tolist() if isinstance(model, Adaptive) else [torch.inf] * layers
@@ -29,7 +32,13 @@ def flops_per_image(model: VisionTransformer, depth: Tensor) -> Tensor:
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:
-    """FLOPs per image that a forward pass on images [B, C, H, W] really performs, by torch's counter."""
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    """FLOPs per image that a forward pass on images [B, C, H, W] really performs, by torch's
+    counter.
+    """
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(images)
     return counter.get_total_flops() / 2 / len(images)

@@ -13,11 +13,22 @@ from avit_lib.evaluation.speed import prepared, step_of, synthetic_workload
 
 
 def peak_memory(
-    name: str, model: str, batch: int, mean_depth: float, task: str, precision: str, gpu: bool, seed: int = 0
+    name: str,
+    model: str,
+    batch: int,
+    mean_depth: float,
+    task: str,
+    precision: str,
+    gpu: bool,
+    seed: int = 0,
 ) -> float:
-    """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a synthetic workload."""
+    """Peak MiB, above weights and images, of steps of ``model`` (of ``speed.MODELS``) on a
+    synthetic workload.
+    """
     about = dict(name=name, batch=batch, mean_depth=mean_depth, seed=seed)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:  # what a process once took it may not give back
+    with multiprocessing.get_context("spawn").Pool(
+        1
+    ) as pool:  # what a process once took it may not give back
         return pool.apply(_peak_memory, (about, model, task, precision, gpu))
 
 
@@ -27,7 +38,9 @@ def _peak_memory(about: dict, model: str, task: str, precision: str, gpu: bool) 
     gc.collect()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # Linux forgets a process's highest memory use on demand; elsewhere it includes the past
+    with suppress(
+        OSError
+    ):  # Linux forgets a process's highest memory use on demand; elsewhere it includes the past
         Path("/proc/self/clear_refs").write_text("5")
     before = _highest(gpu)
     for _ in range(2):
@@ -43,4 +56,6 @@ def _highest(gpu: bool) -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
     import resource  # here, because Windows has none
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )

@@ -1,4 +1,6 @@
-"""Trained models of timm's made adaptive from the command line, and measured on ImageNet beside their peers."""
+"""Trained models of timm's made adaptive from the command line, and measured on ImageNet beside
+their peers.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +38,8 @@ CLASSES = 1000  # of ImageNet
 
 
 def trained_model(name: str, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    """A trained model and what ``save_checkpoint`` says of it: one that fit wrote, else timm's ``name``.
+    """A trained model and what ``save_checkpoint`` says of it: one that fit wrote, else timm's
+    ``name``.
 
     ``weights``: a .safetensors or .pth of timm's keys, for as many classes as it has; or of fit,
     with its .json; default: the pretrained ones of ``name``.
@@ -66,13 +69,20 @@ def reader(model: nn.Module, run: dict[str, Any]) -> tuple[Callable[[Path], Tens
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *model.patch_embed.img_size)  # the model may be made for another
     transform = create_transform(**config)
-    return partial(read_image, image_size=size, transform=transform), (config["mean"], config["std"])
+    return partial(read_image, image_size=size, transform=transform), (
+        config["mean"],
+        config["std"],
+    )
 
 
 def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) -> list[str]:
-    """Above each image: name, prediction (of ``classes``, else of ImageNet), mean depth; logits [B, K]."""
+    """Above each image: name, prediction (of ``classes``, else of ImageNet), mean depth; logits [B,
+    K].
+    """
     if not classes:
-        known = ImageNetInfo().index_to_description if logits.shape[1] == CLASSES else "class {}".format
+        known = (
+            ImageNetInfo().index_to_description if logits.shape[1] == CLASSES else "class {}".format
+        )
         classes = [known(index).split(",")[0] for index in range(logits.shape[1])]
     means = depth.float().mean(dim=1).tolist()
     above = zip(names, (classes[index] for index in logits.argmax(dim=1)), means, strict=True)
@@ -80,25 +90,38 @@ def titles(names: list[str], logits: Tensor, depth: Tensor, classes: list[str]) 
 
 
 def adapt_files(
-    model: nn.Module, described: dict[str, Any], images: Path, saved: float, output: Path, seed: int,
+    model: nn.Module,
+    described: dict[str, Any],
+    images: Path,
+    saved: float,
+    output: Path,
+    seed: int,
     device: torch.device,
-) -> Adaptive:  # fmt: skip
-    """``adaptive.adapt`` on at most ``CALIBRATION`` image files in or below ``images``; writes ``output``."""
+) -> Adaptive:
+    """``adaptive.adapt`` on at most ``CALIBRATION`` image files in or below ``images``; writes
+    ``output``.
+    """
     if output.suffix != ".safetensors":
         raise UserError(f"--output must end in .safetensors, not {output.name!r}")
     if not images.is_dir():
-        raise UserError(f"{images} is no folder; name one with some hundred images, which need no labels")
+        raise UserError(
+            f"{images} is no folder; name one with some hundred images, which need no labels"
+        )
     files, _ = find_images(images)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
     read = reader(model, described["run"])[0]
     pixels = read_all(read, [images / files[number] for number in order.tolist()], "reading")
     if len(pixels) < 2:
-        raise UserError(f"{images} holds {len(pixels)} images; thresholds are set on two or more, better some hundred")
+        raise UserError(
+            f"{images} holds {len(pixels)} images; thresholds are set on two or more, better some hundred"
+        )
     with fitting_memory(len(pixels), "name a folder with fewer images"):
         adaptive = adapt(model.to(device), torch.stack(pixels).to(device), saved, report=_tell)
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", seed)}
     arguments = described["name"], described["arguments"]
-    save_checkpoint(output, adaptive, *arguments, run={"seed": seed} | described["run"], adapted=facts)
+    save_checkpoint(
+        output, adaptive, *arguments, run={"seed": seed} | described["run"], adapted=facts
+    )
     return adaptive
 
 
@@ -107,12 +130,15 @@ def _tell(share: float) -> None:
 
 
 @torch.inference_mode()
-def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.device, batch_size: int) -> pd.DataFrame:
-    """A trained ``model`` on the validation images of ImageNet: plain, ToMe, and adapted to as many FLOPs as ToMe.
+def imagenet_table(
+    model: nn.Module, folder: Path, seed: int, device: torch.device, batch_size: int
+) -> pd.DataFrame:
+    """A trained ``model`` on the validation images of ImageNet: plain, ToMe, and adapted to as many
+    FLOPs as ToMe.
 
-    ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on train/, if it is there;
-    else on ``CALIBRATION`` of the validation images, without their labels. An ``Adaptive`` model is measured as it is.
-    Raises UserError unless there are 1,000 classes.
+    ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on
+    train/, if it is there; else on ``CALIBRATION`` of the validation images, without their labels.
+    An ``Adaptive`` model is measured as it is. Raises UserError unless there are 1,000 classes.
     """
     model, config = model.to(device), resolve_model_data_config(model)
     size = model.patch_embed.img_size[0]
@@ -123,19 +149,25 @@ def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.devi
     val, train = folder / "val", folder / "train"
     data = folder_images(val if val.is_dir() else folder, size)
     if len(data.classes) != CLASSES or model.num_classes != CLASSES:
-        counts = f"{data.images.root} has {len(data.classes)} classes, the model {model.num_classes}"
+        counts = (
+            f"{data.images.root} has {len(data.classes)} classes, the model {model.num_classes}"
+        )
         raise UserError(f"{counts}; ImageNet has {CLASSES:,}, one folder each")
     if isinstance(model, Adaptive):
         models = {f"{ADAPTED}, as in the file": model}
     else:
         source = folder_images(train, size) if train.is_dir() else data
-        chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:CALIBRATION]
+        chosen = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[
+            :CALIBRATION
+        ]
         pixels = as_wanted(source[chosen][0])
         models = {"plain": model} | {f"ToMe, r = {r}": TokenMerging(model, r) for r in PEERS}
         models |= adapted_like(model, [models[f"ToMe, r = {r}"] for r in PEERS], pixels)
     right, flops = dict.fromkeys(models, 0), {}
     with fitting_memory(batch_size, "lower --batch-size"):
-        for images, labels in tqdm(loader(data, batch_size), desc="testing", unit="batch", disable=None):
+        for images, labels in tqdm(
+            loader(data, batch_size), desc="testing", unit="batch", disable=None
+        ):
             images = as_wanted(images)
             for name, one in models.items():
                 if isinstance(one, Adaptive):
@@ -144,7 +176,14 @@ def imagenet_table(model: nn.Module, folder: Path, seed: int, device: torch.devi
                     flops[name] = flops.get(name, 0.0) + spent
                 else:
                     logits = one(images)
-                    flops[name] = flops.get(name) or counted_flops(one, images[:1])  # the same for every image
+                    flops[name] = flops.get(name) or counted_flops(
+                        one, images[:1]
+                    )  # the same for every image
                 right[name] += int((logits.argmax(dim=1).cpu() == labels).sum())
-    own = [{"model": name, "accuracy": right[name] / len(data), "gflops": flops[name] / 1e9} for name in models]
-    return pd.DataFrame([*own, *IMAGENET]).assign(images=[len(data)] * len(own) + [None] * len(IMAGENET))
+    own = [
+        {"model": name, "accuracy": right[name] / len(data), "gflops": flops[name] / 1e9}
+        for name in models
+    ]
+    return pd.DataFrame([*own, *IMAGENET]).assign(
+        images=[len(data)] * len(own) + [None] * len(IMAGENET)
+    )

@@ -1,7 +1,9 @@
-"""What a result was computed from, as a short hash: the parsed code of the functions it uses, and of those they use.
+"""What a result was computed from, as a short hash: the parsed code of the functions it uses, and
+of those they use.
 
-Comments, docstrings, annotations, error messages and the names of modules don't count, a changed formula or constant
-does. Functions are followed by name; what is reached through an object (``model.blocks``) has to be named as well.
+Comments, docstrings, annotations, error messages and the names of modules don't count, a changed
+formula or constant does. Functions are followed by name; what is reached through an object
+(``model.blocks``) has to be named as well.
 """
 
 import ast
@@ -20,7 +22,9 @@ PACKAGE = "avit_lib"
 
 
 def fingerprint(*roots: Any) -> str:
-    """The hash of functions, classes and constants of the package, ``roots`` and all that they use."""
+    """The hash of functions, classes and constants of the package, ``roots`` and all that they
+    use.
+    """
     found, waiting = {}, list(roots)
     while waiting:
         thing = waiting.pop()
@@ -32,15 +36,21 @@ def fingerprint(*roots: Any) -> str:
 
 
 def source(thing: Any) -> str:
-    """The code of a function or class; raises UserError when its file was changed after it had been imported."""
+    """The code of a function or class; raises UserError when its file was changed after it had been
+    imported.
+    """
     try:
         return textwrap.dedent(inspect.getsource(thing))
     except OSError:
-        raise UserError(f"the file of {thing.__qualname__} was changed while it was in use; run this again") from None
+        raise UserError(
+            f"the file of {thing.__qualname__} was changed while it was in use; run this again"
+        ) from None
 
 
 def used_by(code: Iterable[str]) -> list[Any]:
-    """The functions and classes of the package that pieces of Python ``code`` use, by their imports."""
+    """The functions and classes of the package that pieces of Python ``code`` use, by their
+    imports.
+    """
     trees = [ast.parse(piece) for piece in code]
     namespace = {}
     for node in (node for tree in trees for node in ast.walk(tree)):
@@ -54,10 +64,14 @@ def used_by(code: Iterable[str]) -> list[Any]:
 
 
 def _normalised(code: str, namespace: dict[str, Any]) -> tuple[str, list[Any]]:
-    """``code`` as text that changes with its meaning alone, and the functions and classes of the package it uses."""
+    """``code`` as text that changes with its meaning alone, and the functions and classes of the
+    package it uses.
+    """
     reader = _Reader(namespace)
     tree = reader.visit(ast.parse(code))
-    as_before = {"show_empty": True} if sys.version_info >= (3, 13) else {}  # 3.12 and 3.13 show trees in other words
+    as_before = (
+        {"show_empty": True} if sys.version_info >= (3, 13) else {}
+    )  # 3.12 and 3.13 show trees in other words
     text = ast.dump(tree, **as_before).replace(", type_params=[]", "")
     return "\n".join([text, *sorted(reader.constants)]), reader.used
 
@@ -86,7 +100,9 @@ class _Reader(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         owner = self.namespace.get(node.value.id) if isinstance(node.value, ast.Name) else None
-        if isinstance(owner, ModuleType) and owner.__name__.split(".")[0] == PACKAGE:  # module.function, as a name
+        if (
+            isinstance(owner, ModuleType) and owner.__name__.split(".")[0] == PACKAGE
+        ):  # module.function, as a name
             self._take(node.attr, getattr(owner, node.attr))
             return ast.Name(node.attr, node.ctx)
         return self.generic_visit(node)
@@ -102,10 +118,16 @@ class _Reader(ast.NodeTransformer):
         elif isinstance(value, str | int | float | bool | None):
             return repr(value)
         elif isinstance(value, dict | list | tuple | set | frozenset):
-            words = [self._words(part) for part in (value.items() if isinstance(value, dict) else value)]
+            words = [
+                self._words(part) for part in (value.items() if isinstance(value, dict) else value)
+            ]
             return str(sorted(words) if isinstance(value, set | frozenset) else words)
         return ""
 
 
 def _is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )

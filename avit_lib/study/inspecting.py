@@ -1,4 +1,6 @@
-"""What ``test`` and ``visualize`` do with one trained model: load it, its test images, its figures, its picture."""
+"""What ``test`` and ``visualize`` do with one trained model: load it, its test images, its figures,
+its picture.
+"""
 
 import io
 import math
@@ -30,8 +32,12 @@ KEY = """Depth is the number of layers that compute a token. Blue covers tokens 
 the earlier, the bluer; in the last row, those that did not reach the last layer"""
 
 
-def load(profile: str, seed: int, device: str, name: str | None, path: Path | None) -> tuple[nn.Module, dict, Path]:
-    """The model in ``path``, else the run ``name``, trained here or committed; its description; where it lies."""
+def load(
+    profile: str, seed: int, device: str, name: str | None, path: Path | None
+) -> tuple[nn.Module, dict, Path]:
+    """The model in ``path``, else the run ``name``, trained here or committed; its description;
+    where it lies.
+    """
     study = Study(profile, seed, device=device)
     run = study.profile.run(name.lower() if name else study.profile.focus).name
     committed = released(study.profile.name, run)
@@ -42,19 +48,27 @@ def load(profile: str, seed: int, device: str, name: str | None, path: Path | No
     trained_as = description.get("run", {}).get("settings", {}).get("name", run)
     kind = "avit" if isinstance(model, AViT) else "deit"
     if name and name.lower() not in (kind, trained_as):
-        raise UserError(f"{path} was trained as {trained_as}, not {name}; correct --model or leave it out")
+        raise UserError(
+            f"{path} was trained as {trained_as}, not {name}; correct --model or leave it out"
+        )
     return model, {"classes": [], "seed": seed} | description.get("run", {}), path
 
 
-def test_images(profile: str, folder: Path | None, model: nn.Module, run: dict, decode: bool = True) -> data.Images:
-    """The test images of a folder, else of the profile; raises UserError when the model knows other classes."""
+def test_images(
+    profile: str, folder: Path | None, model: nn.Module, run: dict, decode: bool = True
+) -> data.Images:
+    """The test images of a folder, else of the profile; raises UserError when the model knows other
+    classes.
+    """
     if folder:
         size = model.patch_embed.img_size[0]
         return data.folder_test_data(folder, size, run["classes"], decode)
     found = data.test_data(get_profile(profile).data, run["seed"], decode)
     if list(found.classes) == run["classes"]:
         return found
-    raise UserError(f"the model knows other classes than those of the profile {profile}; add --data-dir DIR")
+    raise UserError(
+        f"the model knows other classes than those of the profile {profile}; add --data-dir DIR"
+    )
 
 
 def record_beside(path: Path) -> Path:
@@ -65,7 +79,9 @@ def record_beside(path: Path) -> Path:
     return target
 
 
-def figures_of(model: nn.Module, found: data.Images, seed: int, device: torch.device, batch: int) -> dict[str, Any]:
+def figures_of(
+    model: nn.Module, found: data.Images, seed: int, device: torch.device, batch: int
+) -> dict[str, Any]:
     """Accuracy, depth, GFLOPs and so on of a model on test images, and their intervals."""
     predictions = predict(model, found, device, batch)
     values = {"images": len(found), **metrics(model, predictions)}
@@ -73,7 +89,11 @@ def figures_of(model: nn.Module, found: data.Images, seed: int, device: torch.de
 
 
 def picture(
-    model: nn.Module, run: dict, images: list[str], test_images: Callable[[], data.Images], device: torch.device
+    model: nn.Module,
+    run: dict,
+    images: list[str],
+    test_images: Callable[[], data.Images],
+    device: torch.device,
 ) -> Figure:
     """Where a model stopped looking, in image files, or in ``test_images`` of these numbers.
 
@@ -81,7 +101,9 @@ def picture(
     Raises UserError when there is no such image, and for a model whose tokens all go through.
     """
     if not isinstance(model, AViT | Adaptive):
-        raise UserError("a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt")
+        raise UserError(
+            "a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt"
+        )
     classes, statistics, words = run["classes"], data.STATISTICS, []
     if not images and not classes:
         raise UserError("this model has no test images of its own; name image files by --images")
@@ -90,11 +112,15 @@ def picture(
     if len(images) > MOST:
         raise UserError(f"{len(images)} images are too many for one picture; name {MOST} at most")
     if numbers and (len(numbers) < len(images) or not classes):
-        raise UserError("--images takes paths, or else numbers of the test images of a model that fit trained")
+        raise UserError(
+            "--images takes paths, or else numbers of the test images of a model that fit trained"
+        )
     if numbers:
         found = test_images()
         if max(numbers) >= len(found):
-            raise UserError(f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}")
+            raise UserError(
+                f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}"
+            )
         pixels, labels = found[numbers]
         names = [f"true: {classes[label]}" for label in labels]
     else:
@@ -107,9 +133,13 @@ def picture(
         words = [what_it_sees(model, classes)]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(device))
-    depth = nn.functional.pad(trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0))  # as if of a class token
+    depth = nn.functional.pad(
+        trace.depth[:, model.num_prefix_tokens :].cpu(), (1, 0)
+    )  # as if of a class token
     titles = adapting.titles(names, logits, trace.depth, classes)
-    columns = math.ceil(len(images) / math.ceil(len(images) / 6))  # at most six, and as many in every row
+    columns = math.ceil(
+        len(images) / math.ceil(len(images) / 6)
+    )  # at most six, and as many in every row
     pixels, grid = data.to_pixels(pixels, statistics), model.patch_embed.grid_size
     figure = pictures.depth_maps(pixels, depth, len(model.blocks), titles, columns, grid)
     words += [f"{KEY}{', here all.' if trace.depth.max() < len(model.blocks) else '.'}"]
@@ -119,14 +149,18 @@ def picture(
 
 
 def one_of_each_class(labels: torch.Tensor) -> list[str]:
-    """The number of the first test image of each of ``FEW`` classes, evenly spaced among all; labels [n]."""
+    """The number of the first test image of each of ``FEW`` classes, evenly spaced among all;
+    labels [n].
+    """
     known = labels.unique()
     few = known[torch.linspace(0, len(known) - 1, min(FEW, len(known))).long()]
     return [str((labels == label).nonzero()[0].item()) for label in few]
 
 
 def write_picture(figure: Figure, output: Path) -> None:
-    """Write ``figure`` in the format of the suffix, PNG without one; UserError for an unknown one."""
+    """Write ``figure`` in the format of the suffix, PNG without one; UserError for an unknown
+    one.
+    """
     kind = output.suffix.lower()[1:] or "png"
     if kind not in FORMATS:
         raise UserError(f"--output must end in .{', .'.join(FORMATS)}, not {output.name!r}")

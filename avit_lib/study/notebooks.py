@@ -1,4 +1,6 @@
-"""The notebooks as files: run them, tell which are out of date, stamp the repository's address into them."""
+"""The notebooks as files: run them, tell which are out of date, stamp the repository's address into
+them.
+"""
 
 import ast
 import json
@@ -39,7 +41,9 @@ class NotebookFailed(Exception):
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs the notebooks in ``folder`` for a profile, by name or file; executed copies go to its results."""
+    """Runs the notebooks in ``folder`` for a profile, by name or file; executed copies go to its
+    results.
+    """
 
     source: str
     seed: int
@@ -64,14 +68,17 @@ class Runner:
 
     @property
     def records(self) -> dict[str, dict]:
-        """Of each notebook that ran: what its results depend on (state), how long it took, provenance."""
+        """Of each notebook that ran: what its results depend on (state), how long it took,
+        provenance.
+        """
         path = self.results / RECORDS
         return read_json(path) if path.is_file() else {}
 
     def run_fresh(self) -> None:
         """Run every notebook from scratch, or go on with such a run that was interrupted.
 
-        Results are replaced one by one; what earlier notebooks made and these no longer do is removed at the end.
+        Results are replaced one by one; what earlier notebooks made and these no longer do is
+        removed at the end.
         """
         marker = self.results / ".reproduce.json"
         code = {name: self._code(name) for name in self.names}
@@ -82,7 +89,10 @@ class Runner:
             for folder in (self.results / "checkpoints").glob("*"):
                 if not folder.name.startswith("seed"):  # these are not the notebooks'
                     shutil.rmtree(folder)
-            write_json(self.results / RECORDS, {name: known | {"state": {}} for name, known in self.records.items()})
+            write_json(
+                self.results / RECORDS,
+                {name: known | {"state": {}} for name, known in self.records.items()},
+            )
             begun = {"started": time.time(), "code": code}
             write_json(marker, begun)
         self.run_stale()
@@ -90,7 +100,9 @@ class Runner:
         marker.unlink()
 
     def run_stale(self) -> None:
-        """Run the notebooks whose results are out of date, by what they depend on and not by the age of files."""
+        """Run the notebooks whose results are out of date, by what they depend on and not by the
+        age of files.
+        """
         for name in self.names:
             self._renew_text(name)
         for number, name in enumerate(self.names, start=1):
@@ -109,7 +121,9 @@ class Runner:
             origin = provenance(self.profile.name, self.seed)
             record = {"state": self._state(name), "seconds": seconds, "provenance": origin}
             known = self.records | {name: record}
-            write_json(self.results / RECORDS, {one: known[one] for one in self.names if one in known})
+            write_json(
+                self.results / RECORDS, {one: known[one] for one in self.names if one in known}
+            )
             print(f"{label}: done in {_duration(seconds)}", flush=True)
 
     def why_stale(self, name: str) -> str:
@@ -125,38 +139,63 @@ class Runner:
         return [key for key, value in self._state(name).items() if known.get(key) != value]
 
     def _renew_text(self, name: str) -> None:
-        """Give the executed copy the text of the notebook, where nothing but text has changed since it ran."""
+        """Give the executed copy the text of the notebook, where nothing but text has changed since
+        it ran.
+        """
         executed, records = self._executed(name), self.records
         if self._changed(name) != ["text"] or not executed.is_file():
             return
-        copy, notebook = (nbformat.read(path, as_version=4) for path in (executed, self.folder / f"{name}.ipynb"))
+        copy, notebook = (
+            nbformat.read(path, as_version=4) for path in (executed, self.folder / f"{name}.ipynb")
+        )
         code = (cell for cell in copy.cells if cell.cell_type == "code")
         copy.cells = [next(code) if cell.cell_type == "code" else cell for cell in notebook.cells]
         write_atomically(executed, (nbformat.writes(copy) + "\n").encode())
-        write_json(self.results / RECORDS, records | {name: records[name] | {"state": self._state(name)}})
+        write_json(
+            self.results / RECORDS, records | {name: records[name] | {"state": self._state(name)}}
+        )
 
     def _execute(self, name: str) -> None:
-        """Run one notebook; the last good copy gives way only to a good one. Raises NotebookFailed."""
+        """Run one notebook; the last good copy gives way only to a good one. Raises
+        NotebookFailed.
+        """
         executed = self._executed(name)
-        running, failed = executed.with_suffix(".running.ipynb"), executed.with_suffix(".failed.ipynb")
+        running, failed = (
+            executed.with_suffix(".running.ipynb"),
+            executed.with_suffix(".failed.ipynb"),
+        )
         executed.parent.mkdir(parents=True, exist_ok=True)
-        os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # this environment's kernel, though the user may have others
+        os.environ["JUPYTER_PREFER_ENV_PATH"] = (
+            "1"  # this environment's kernel, though the user may have others
+        )
         os.environ[RUNNER] = "make"
         try:
             papermill.execute_notebook(
-                self._with_parameters(name), running, kernel_name="python3", language="python", cwd=self.folder,
-                stdout_file=_Echo(), progress_bar={"desc": name, "leave": False, "disable": None},
+                self._with_parameters(name),
+                running,
+                kernel_name="python3",
+                language="python",
+                cwd=self.folder,
+                stdout_file=_Echo(),
+                progress_bar={"desc": name, "leave": False, "disable": None},
                 start_timeout=300,  # seconds, for busy machines
-                extra_arguments=["--log-level=CRITICAL"],  # the kernel's own log; errors of cells come by another way
-            )  # fmt: skip
-        except (PapermillExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died or did not start
+                extra_arguments=[
+                    "--log-level=CRITICAL"
+                ],  # the kernel's own log; errors of cells come by another way
+            )
+        except (
+            PapermillExecutionError,
+            RuntimeError,
+        ) as error:  # RuntimeError: the kernel died or did not start
             if running.is_file():
                 running.replace(failed)
             words = f"could not be run:\n  {error}"
             if isinstance(error, PapermillExecutionError):  # of a UserError only its message
                 kind = "" if error.ename in ("UserError", "SystemExit") else f"{error.ename}: "
                 words = f"failed in cell [{error.exec_count}]:\n  {kind}{error.evalue}"
-            raise NotebookFailed(f"{name} {words}\n  the failed copy: {os.path.relpath(failed)}") from None
+            raise NotebookFailed(
+                f"{name} {words}\n  the failed copy: {os.path.relpath(failed)}"
+            ) from None
         except KeyboardInterrupt:
             running.unlink(missing_ok=True)
             raise
@@ -165,8 +204,14 @@ class Runner:
         failed.unlink(missing_ok=True)
 
     def _with_parameters(self, name: str) -> nbformat.NotebookNode:
-        """The notebook with this profile and seed in its parameters cell, so that the copy says what was run."""
-        profile = os.path.relpath(self.source, self.folder) if self.source.endswith(".toml") else self.source
+        """The notebook with this profile and seed in its parameters cell, so that the copy says
+        what was run.
+        """
+        profile = (
+            os.path.relpath(self.source, self.folder)
+            if self.source.endswith(".toml")
+            else self.source
+        )
         notebook = nbformat.read(self.folder / f"{name}.ipynb", as_version=4)
         for cell in notebook.cells:
             if "parameters" in cell.metadata.get("tags", []):
@@ -177,32 +222,50 @@ class Runner:
         return self.results / "notebooks" / f"{name}.ipynb"
 
     def _state(self, name: str) -> dict:
-        """All that the results of a notebook depend on: its code, the runs that it and those before it train, and the
-        tables of others that it reads."""
+        """All that the results of a notebook depend on: its code, the runs that it and those before
+        it train, and the tables of others that it reads."""
         runs = {run.name for run in self.profile.runs}
-        trained = set().union(*(_trained(self._read(one)[1], runs) for one in self.names if one <= name))
-        paths = {run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)}
-        known = {run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"] for run, path in paths.items()}
-        tables = {one: self.results / "tables" / f"{one}.csv" for one in _names_given(self._read(name)[1], "read")}
+        trained = set().union(
+            *(_trained(self._read(one)[1], runs) for one in self.names if one <= name)
+        )
+        paths = {
+            run: self.results / "checkpoints" / run / "last.safetensors" for run in sorted(trained)
+        }
+        known = {
+            run: path.is_file() and read_json(path.with_suffix(".json"))["sha256"]
+            for run, path in paths.items()
+        }
+        tables = {
+            one: self.results / "tables" / f"{one}.csv"
+            for one in _names_given(self._read(name)[1], "read")
+        }
         read = {one: path.is_file() and digest(path.read_text()) for one, path in tables.items()}
         text = digest(self._read(name)[0])
         return self._code(name) | {"text": text, "checkpoints": known, "tables": read}
 
     @cached_property
     def _library(self) -> Callable[..., str]:
-        """The fingerprint of what pieces of code use of the library, for each looked up once in a run."""
+        """The fingerprint of what pieces of code use of the library, for each looked up once in a
+        run.
+        """
         return cache(lambda *code: fingerprint(register, *used_by(code)))
 
     def _code(self, name: str) -> dict:
         """What decides on the results of a notebook before it runs."""
         cells, code = self._read(name)
-        settings = {key: value for key, value in msgspec.to_builtins(self.profile).items() if key not in ASIDE}
+        settings = {
+            key: value
+            for key, value in msgspec.to_builtins(self.profile).items()
+            if key not in ASIDE
+        }
         library = self._library(*code)
         ran = digest([source for kind, source in cells if kind == "code"])
         return {"cells": ran, "library": library, "settings": digest(settings), "seed": self.seed}
 
     def _read(self, name: str) -> tuple[list, list[str]]:
-        """The cells, and the code of those that are Python: one that is not will fail when it runs."""
+        """The cells, and the code of those that are Python: one that is not will fail when it
+        runs.
+        """
         notebook, code = nbformat.read(self.folder / f"{name}.ipynb", as_version=4), []
         stamp_notebook(notebook, "")  # the address does not count
         for cell in notebook.cells:
@@ -211,7 +274,9 @@ class Runner:
         return [(cell.cell_type, cell.source) for cell in notebook.cells], code
 
     def _remove_older(self, started: float) -> None:
-        """Remove what notebooks (as its provenance says) made before ``started``, and copies of notebooks not there."""
+        """Remove what notebooks (as its provenance says) made before ``started``, and copies of
+        notebooks not there.
+        """
         for path in self.results.glob("*/*.json"):
             source = str(read_json(path).get("provenance", {}).get("source", ""))
             if BY_NOTEBOOK.fullmatch(source) and path.stat().st_mtime < started:
@@ -233,19 +298,27 @@ class _Echo:
 
 
 def tidy(text: str, root: Path) -> str:
-    """An executed notebook without times of day, paths of this machine and progress bars that are over."""
+    """An executed notebook without times of day, paths of this machine and progress bars that are
+    over.
+    """
     notebook = nbformat.reads(text, as_version=4)
     for part in (notebook, *notebook.cells):
         for key in ("papermill", "widgets", "execution"):
             part.metadata.pop(key, None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            cell.outputs = [
+                output for output in cell.outputs if WIDGET not in output.get("data", {})
+            ]
         for output in cell.get("outputs", []):
             texts = output if "text" in output else output.get("data", {})
             for key, value in texts.items():
                 if isinstance(value, str) and key.startswith("text"):
-                    texts[key] = value.replace(f"{root}/", "").replace(str(root), ".").replace(str(Path.home()), "~")
+                    texts[key] = (
+                        value.replace(f"{root}/", "")
+                        .replace(str(root), ".")
+                        .replace(str(Path.home()), "~")
+                    )
     return nbformat.writes(notebook) + "\n"
 
 
@@ -256,7 +329,9 @@ def repository_address(root: Path) -> str:
 
 
 def stamp_notebook(notebook: nbformat.NotebookNode, address: str, name: str = "") -> None:
-    """Put the badge that opens the notebook in Colab into its title cell, and the address into its bootstrap cell."""
+    """Put the badge that opens the notebook in Colab into its title cell, and the address into its
+    bootstrap cell.
+    """
     title = notebook.cells[0]
     title.source = re.sub(r"\A\[!\[Open in Colab.*\n\n", "", title.source)
     if place := address.partition("https://github.com/")[2]:
@@ -267,7 +342,9 @@ def stamp_notebook(notebook: nbformat.NotebookNode, address: str, name: str = ""
 
 
 def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
-    """Stamp the notebooks in ``folder``; returns the names of those that were not up to date (``check``: only that)."""
+    """Stamp the notebooks in ``folder``; returns the names of those that were not up to date
+    (``check``: only that).
+    """
     outdated = []
     for path in sorted(folder.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
@@ -281,15 +358,28 @@ def stamp(folder: Path, address: str, check: bool = False) -> list[str]:
 
 
 def _trained(code: list[str], runs: set[str]) -> set[str]:
-    """Those of ``runs`` that a notebook trains: the names it gives to ``train``, all if one is not written out."""
+    """Those of ``runs`` that a notebook trains: the names it gives to ``train``, all if one is not
+    written out.
+    """
     named = _names_given(code, "train")
     return runs if None in named else runs & named
 
 
 def _names_given(code: list[str], method: str) -> set[str | None]:
-    """What a notebook gives first to the calls of a method: names, and None for what is not written out."""
-    nodes = [node for piece in code for node in ast.walk(ast.parse(piece)) if isinstance(node, ast.Call) and node.args]
-    given = [call.args[0] for call in nodes if isinstance(call.func, ast.Attribute) and call.func.attr == method]
+    """What a notebook gives first to the calls of a method: names, and None for what is not written
+    out.
+    """
+    nodes = [
+        node
+        for piece in code
+        for node in ast.walk(ast.parse(piece))
+        if isinstance(node, ast.Call) and node.args
+    ]
+    given = [
+        call.args[0]
+        for call in nodes
+        if isinstance(call.func, ast.Attribute) and call.func.attr == method
+    ]
     return {argument.value if isinstance(argument, ast.Constant) else None for argument in given}
 
 

@@ -1,6 +1,8 @@
-"""The only writer of results/: tables as CSV and Markdown, figures as PNG, metrics as JSON, each with provenance.
+"""The only writer of results/: tables as CSV and Markdown, figures as PNG, metrics as JSON, each
+with provenance.
 
-Also of the pages that show them: results/<name>/README.md, and the tables in the README of the project.
+Also of the pages that show them: results/<name>/README.md, and the tables in the README of the
+project.
 """
 
 import hashlib
@@ -27,26 +29,35 @@ from avit_lib.study.settings import Profile
 from avit_lib.training import read_json, write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
-BY_NOTEBOOK = re.compile(r"\d\d_\w+")  # what the provenance of a notebook's results calls its source
-RUNNER = "AVIT_RUNNER"  # set while `make` runs a notebook; results of one that is run by hand go aside, not over those
+BY_NOTEBOOK = re.compile(
+    r"\d\d_\w+"
+)  # what the provenance of a notebook's results calls its source
+# Set while `make` runs a notebook; results of one that is run by hand go aside, not over those
+RUNNER = "AVIT_RUNNER"
 FIGURE_DPI = 120
 FOLDED = 40  # rows; in pages longer tables are folded away until a reader opens them
 
 
 def results_dir(name: str) -> Path:
-    """Where the results of a profile lie: results/<profile>/ under $AVIT_RESULTS or in the checkout."""
+    """Where the results of a profile lie: results/<profile>/ under $AVIT_RESULTS or in the
+    checkout.
+    """
     return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / name
 
 
 def show_tables_rounded() -> None:
-    """In a notebook, let data frames look as in the pages of results: rounded, without an index that only counts."""
+    """In a notebook, let data frames look as in the pages of results: rounded, without an index
+    that only counts.
+    """
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell:
         shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, to_html)
 
 
 def to_html(frame: pd.DataFrame) -> str:
-    """A data frame as an HTML table: numbers with four significant digits, an index only if it is no number."""
+    """A data frame as an HTML table: numbers with four significant digits, an index only if it is
+    no number.
+    """
     index = not pd.api.types.is_integer_dtype(frame.index)
     with pd.option_context("display.max_colwidth", None):
         return frame.map(_cell).to_html(index=index, border=0, max_rows=60)
@@ -60,10 +71,14 @@ class Sentence(str):
 
 
 class Results:
-    """The results folder of one profile and seed: ``table``, ``figure`` and ``metrics`` write into it."""
+    """The results folder of one profile and seed: ``table``, ``figure`` and ``metrics`` write into
+    it.
+    """
 
     def __init__(self, name: str, seed: int, source: str):
-        """``source`` names what makes these results, a notebook say; the clock of their duration starts here."""
+        """``source`` names what makes these results, a notebook say; the clock of their duration
+        starts here.
+        """
         self.name, self.seed, self.source = name, seed, source
         by_hand = BY_NOTEBOOK.fullmatch(source) and RUNNER not in os.environ
         self.folder = results_dir(name) / ("by_hand" if by_hand else "")
@@ -71,19 +86,27 @@ class Results:
         _git_state()  # as the code is now that these results come from
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
-        """Write ``frame`` to tables/<name>.csv and .md; returns it, so that a cell can end in it."""
+        """Write ``frame`` to tables/<name>.csv and .md; returns it, so that a cell can end in
+        it.
+        """
         path = self.folder / "tables" / name
-        write_atomically(path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g").encode())
+        write_atomically(
+            path.with_suffix(".csv"), frame.to_csv(index=False, float_format="%.6g").encode()
+        )
         write_atomically(path.with_suffix(".md"), (to_markdown(frame) + "\n").encode())
         self._describe(path, caption)
         return frame
 
     def read(self, name: str) -> pd.DataFrame:
-        """The table that an earlier notebook wrote, by hand or by make; raises UserError when there is none."""
+        """The table that an earlier notebook wrote, by hand or by make; raises UserError when there
+        is none.
+        """
         for folder in (self.folder, results_dir(self.name)):
             if (path := folder / "tables" / f"{name}.csv").is_file():
                 return pd.read_csv(path)
-        raise UserError(f"{path} is missing; run the notebooks before this one: `make notebooks PROFILE={self.name}`")
+        raise UserError(
+            f"{path} is missing; run the notebooks before this one: `make notebooks PROFILE={self.name}`"
+        )
 
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png; returns it, so that a cell can end in it."""
@@ -94,7 +117,9 @@ class Results:
         return figure
 
     def finding(self, words: str, name: str) -> "Sentence":
-        """Write a sentence on what was found, computed from the numbers, to findings/<name>.md; returns it, shown."""
+        """Write a sentence on what was found, computed from the numbers, to findings/<name>.md;
+        returns it, shown.
+        """
         path, words = self.folder / "findings" / f"{name}.md", " ".join(words.split())
         write_atomically(path, (words + "\n").encode())
         self._describe(path, words)
@@ -102,19 +127,32 @@ class Results:
 
     def metrics(self, values: dict[str, Any], name: str) -> None:
         """Write ``values`` to metrics/<name>.json with the provenance inside."""
-        write_json(self.folder / "metrics" / f"{name}.json", {**values, "provenance": self._provenance()})
+        write_json(
+            self.folder / "metrics" / f"{name}.json", {**values, "provenance": self._provenance()}
+        )
 
     def _describe(self, path: Path, caption: str) -> None:
-        write_json(path.with_suffix(".json"), {"caption": caption, "provenance": self._provenance()})
+        write_json(
+            path.with_suffix(".json"), {"caption": caption, "provenance": self._provenance()}
+        )
 
     def _provenance(self) -> dict[str, Any]:
         seconds = round(time.perf_counter() - self._started, 1)
-        return {"source": self.source, **provenance(self.name, self.seed), "seconds_since_start": seconds}
+        return {
+            "source": self.source,
+            **provenance(self.name, self.seed),
+            "seconds_since_start": seconds,
+        }
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:
-    """Where a number comes from: commit and whether the code differed from it, seed, versions, hardware, date."""
-    date, packages = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), {name: version(name) for name in PACKAGES}
+    """Where a number comes from: commit and whether the code differed from it, seed, versions,
+    hardware, date.
+    """
+    date, packages = (
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        {name: version(name) for name in PACKAGES},
+    )
     code = dict(zip(("commit", "dirty"), _git_state(), strict=True))
     computer = {"python": platform.python_version(), "packages": packages, "hardware": hardware()}
     return {"profile": profile, "seed": seed, **code, "date": date, **computer}
@@ -150,21 +188,29 @@ def _cell(value: Any) -> str:
 
 @cache
 def _git_state() -> tuple[str, bool | None]:
-    """The commit at the first call, and whether anything but results differed; ("unknown", None) outside git."""
+    """The commit at the first call, and whether anything but results differed; ("unknown", None)
+    outside git.
+    """
     git = ["git", "-C", str(project_root())]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         changed = [*git, "status", "--porcelain", "--", ":/", ":!/results", ":!/README.md"]
-        return commit, bool(subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip())
+        return commit, bool(
+            subprocess.run(changed, capture_output=True, text=True, check=True).stdout.strip()
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- pages ----------------------------------------------------------------------------------------
 
 
 class Collection(NamedTuple):
-    """Results that belong to no profile: the name of their folder, what they are, the command that makes them."""
+    """Results that belong to no profile: the name of their folder, what they are, the command that
+    makes them.
+    """
 
     name: str
     purpose: str
@@ -173,8 +219,13 @@ class Collection(NamedTuple):
 
 
 def write_page(about: Profile | Collection) -> Path:
-    """Write results/<name>/README.md: every table inline, every figure shown, provenance at the end."""
-    folder, command = results_dir(about.name), getattr(about, "command", f"make reproduce PROFILE={about.name}")
+    """Write results/<name>/README.md: every table inline, every figure shown, provenance at the
+    end.
+    """
+    folder, command = (
+        results_dir(about.name),
+        getattr(about, "command", f"make reproduce PROFILE={about.name}"),
+    )
     lines = [f"# Results: {about.name}", "", f"{about.purpose[0].upper()}{about.purpose[1:]}.", ""]
     lines += [f"Made by `{command}`; this page is generated, do not edit it.", ""]
     found = [path.read_text() for path in sorted((folder / "findings").glob("*.md"))]
@@ -191,13 +242,38 @@ def write_page(about: Profile | Collection) -> Path:
                 continue
             table = path.read_text().splitlines()
             if len(table) - 2 > FOLDED:
-                table = ["<details>", f"<summary>{len(table) - 2} rows</summary>", "", *table, "", "</details>"]
+                table = [
+                    "<details>",
+                    f"<summary>{len(table) - 2} rows</summary>",
+                    "",
+                    *table,
+                    "",
+                    "</details>",
+                ]
             lines += [*table, "", f"[CSV]({kind}/{path.stem}.csv)", ""]
-    columns = ["file", "source", "seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"]
+    columns = [
+        "file",
+        "source",
+        "seed",
+        "commit",
+        "dirty",
+        "date",
+        "python",
+        "hardware",
+        "seconds_since_start",
+    ]
     origins = pd.DataFrame(made, columns=columns)
-    lines += ["## Provenance", "", to_markdown(origins.assign(commit=origins["commit"].str[:10])), ""]
+    lines += [
+        "## Provenance",
+        "",
+        to_markdown(origins.assign(commit=origins["commit"].str[:10])),
+        "",
+    ]
     packages = made[0]["packages"] if made else {}
-    lines += ["Packages: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + ".", ""]
+    lines += [
+        "Packages: " + ", ".join(f"{name} {number}" for name, number in packages.items()) + ".",
+        "",
+    ]
     lines += [f"- {note}" for note in about.notes]
     target = folder / "README.md"
     write_atomically(target, ("\n".join(lines).rstrip() + "\n").encode())
@@ -211,9 +287,11 @@ def stamp_pages() -> None:
 
 
 def stamp_page(page: Path) -> None:
-    """Put tables and findings into a page, each between its markers, such as ``<!-- begin caltech24/04_summary -->``.
+    """Put tables and findings into a page, each between its markers, such as ``<!-- begin
+    caltech24/04_summary -->``.
 
-    Below each table stands the command that made it, and below those of the benchmark what it was measured on.
+    Below each table stands the command that made it, and below those of the benchmark what it was
+    measured on.
     """
     before = text = page.read_text() if page.is_file() else ""
     for begin, name, table in re.findall(r"(<!-- begin (\w+)/(\w+) -->)", before):
@@ -226,7 +304,11 @@ def stamp_page(page: Path) -> None:
         described = read_json(path.with_suffix(".json"))
         facts = described["provenance"]
         command = "sweep" if table.startswith("sweep") else "reproduce"
-        made = facts["source"] if name == "benchmark" else f"make {command} PROFILE={name} SEED={facts['seed']}"
+        made = (
+            facts["source"]
+            if name == "benchmark"
+            else f"make {command} PROFILE={name} SEED={facts['seed']}"
+        )
         note = f"\n\n{described['caption']}" if name == "benchmark" else ""
         line = f"Made by `{made}`, commit {facts['commit'][:10]}, {facts['date']}, on {facts['hardware']}."
         content = f"{begin}\n{path.read_text().strip()}{note}\n\n{line}\n{end}"

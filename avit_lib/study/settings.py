@@ -1,7 +1,9 @@
-"""Profiles: the settings of a study, read from one TOML file each (``profiles/``, or a file of one's own) and checked.
+"""Profiles: the settings of a study, read from one TOML file each (``profiles/``, or a file of
+one's own) and checked.
 
-A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a run that ``extends``
-another run. The sections ``training`` and ``halting`` of a file are for all of its runs, whose own come first.
+A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a
+run that ``extends`` another run. The sections ``training`` and ``halting`` of a file are for all of
+its runs, whose own come first.
 """
 
 from graphlib import CycleError, TopologicalSorter
@@ -31,20 +33,31 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     beta: float = -10.0
     eps: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     alpha_ponder: NotNegative = 5e-4  # alpha_p
-    ponder_ramp: Fraction = 0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    ponder_ramp: Fraction = (
+        0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    )
     alpha_distr: NotNegative = 0.1  # alpha_d
     target_depth: Layers = 8.0  # mu, in layers
     target_std: Positive = 1.0
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
-    class_token_halts: bool = True  # false (not in the paper): the class token runs to the last layer
-    projection: bool = False  # true (not in the paper): the score is a learned projection, not channel 0
-    # "beta": channel 0 as the backbone has it; "class_attention" (not in the paper): fitted to that, see ``starts.py``.
+    class_token_halts: bool = (
+        True  # false (not in the paper): the class token runs to the last layer
+    )
+    projection: bool = (
+        False  # true (not in the paper): the score is a learned projection, not channel 0
+    )
+    # "beta": channel 0 as the backbone has it; "class_attention" (not in the paper): fitted to
+    # that, see ``starts.py``.
     start: Literal["beta", "class_attention"] = "beta"
-    channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
+    channel_rate: Fraction = (
+        1.0  # of a fitted channel 0: its learning rate, as a part of that of all else; 0: held
+    )
 
     def __post_init__(self):
         if self.channel_rate != 1 and not self.fitted:
-            raise ValueError("channel_rate is of a fitted channel 0; leave it out, or set start to class_attention")
+            raise ValueError(
+                "channel_rate is of a fitted channel 0; leave it out, or set start to class_attention"
+            )
 
     @property
     def fitted(self) -> bool:
@@ -60,7 +73,14 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def objective(self) -> dict[str, Any]:
         """What ``losses.AdaptiveLoss`` needs."""
-        names = ("alpha_ponder", "ponder_ramp", "alpha_distr", "target_depth", "target_std", "kl_direction")
+        names = (
+            "alpha_ponder",
+            "ponder_ramp",
+            "alpha_distr",
+            "target_depth",
+            "target_std",
+            "kl_direction",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -87,18 +107,26 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def __post_init__(self):
         if "$" in self.label:
-            raise ValueError(f"label {self.label!r}: figures take it for a formula; leave out the $")
+            raise ValueError(
+                f"label {self.label!r}: figures take it for a formula; leave out the $"
+            )
         if self.halting and self.saved:
             raise ValueError("it both halts and merges; leave out halting or saved")
         if bool(self.halting) != self.model.startswith("avit_"):
-            raise ValueError(f"model {self.model!r} and halting: a model avit_* has that section, and no other has")
+            raise ValueError(
+                f"model {self.model!r} and halting: a model avit_* has that section, and no other has"
+            )
         if self.init == "pretrained" and not self.pretrained:
             raise ValueError("init is pretrained; name the weights of timm's, as pretrained")
         if self.init == "pretrained" and self.halting and self.halting.projection:
-            raise ValueError("timm's weights have no projection; fine-tune a plain model first and name it as init")
+            raise ValueError(
+                "timm's weights have no projection; fine-tune a plain model first and name it as init"
+            )
         warmup, epochs = self.training.warmup_epochs, self.training.epochs
         if warmup >= epochs:
-            raise ValueError(f"warmup_epochs must be fewer than epochs, not {warmup:g} of {epochs}; change either")
+            raise ValueError(
+                f"warmup_epochs must be fewer than epochs, not {warmup:g} of {epochs}; change either"
+            )
 
     @property
     def method(self) -> str:
@@ -119,7 +147,9 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     def task_loss(self, teacher: Any = None) -> TaskLoss:
         """L_task of this run, with the trained model that teaches, if one does."""
-        taught_by = teacher and Teacher(teacher, self.distillation.alpha, self.distillation.temperature)
+        taught_by = teacher and Teacher(
+            teacher, self.distillation.alpha, self.distillation.temperature
+        )
         return TaskLoss(self.training.label_smoothing, taught_by)
 
 
@@ -132,9 +162,15 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     runs: tuple[Run, ...]
     focus: str = "avit_finetuned"  # the run whose halting the notebooks look into
     smoke: bool = False  # only a check that everything runs
-    recalibrated: dict[Name, tuple[Layers, ...]] = {}  # mean depths to which beta of a run is set after training
-    budgets: dict[Name, tuple[Saved, ...]] = {}  # shares of FLOPs to which a run that merges is set after training
-    merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
+    recalibrated: dict[
+        Name, tuple[Layers, ...]
+    ] = {}  # mean depths to which beta of a run is set after training
+    budgets: dict[
+        Name, tuple[Saved, ...]
+    ] = {}  # shares of FLOPs to which a run that merges is set after training
+    merging: tuple[
+        Annotated[int, Meta(ge=0)], ...
+    ] = ()  # tokens that merge in each layer of a peer (``peers.tome``)
     sweep: tuple[str, ...] = ()  # runs that `make sweep` trains once for each of these seeds
     sweep_seeds: tuple[int, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that `make release` writes
@@ -143,8 +179,13 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     def __post_init__(self):
         names, labels = [run.name for run in self.runs], [run.label for run in self.runs]
         if wrong := [label for label in labels if ", " in label or labels.count(label) > 1]:
-            raise ValueError(f"label {wrong[0]!r}: tables need one without a comma, that no other run has")
-        kinds = {"recalibrated": "halting", "budgets": "saved"}  # what the runs named there must have
+            raise ValueError(
+                f"label {wrong[0]!r}: tables need one without a comma, that no other run has"
+            )
+        kinds = {
+            "recalibrated": "halting",
+            "budgets": "saved",
+        }  # what the runs named there must have
         meant = {"focus": (self.focus,), "sweep": self.sweep}
         meant |= {key: tuple(getattr(self, key)) for key in kinds}
         meant |= {f"{run.name}.init or teacher": run.needs for run in self.runs}
@@ -157,7 +198,9 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         try:
             TopologicalSorter({run.name: run.needs for run in self.runs}).prepare()
         except CycleError as error:
-            raise ValueError(f"runs need each other in a circle: {', '.join(error.args[1])}") from None
+            raise ValueError(
+                f"runs need each other in a circle: {', '.join(error.args[1])}"
+            ) from None
         if not any(run.method == "plain" for run in self.runs):
             raise ValueError("runs: a plain one is missing, which the others are compared with")
 
@@ -165,11 +208,15 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The run called ``name``; raises UserError when there is none."""
         known = {run.name: run for run in self.runs}
         if name not in known:
-            raise UserError(f"profile {self.name!r} has no run {name!r}; choose from {', '.join(known)}")
+            raise UserError(
+                f"profile {self.name!r} has no run {name!r}; choose from {', '.join(known)}"
+            )
         return known[name]
 
     def chain(self, name: str) -> tuple[Run, ...]:
-        """The run called ``name`` after all those that it starts or learns from, directly or not."""
+        """The run called ``name`` after all those that it starts or learns from, directly or
+        not.
+        """
         needed = [run for need in self.run(name).needs for run in self.chain(need)]
         return tuple(dict.fromkeys([*needed, self.run(name)]))
 
@@ -185,13 +232,17 @@ def profile_names() -> list[str]:
 
 
 def get_profile(name: str) -> Profile:
-    """The profile called ``name``, or in the file ``name`` that ends in .toml, whose stem is then what it is called.
+    """The profile called ``name``, or in the file ``name`` that ends in .toml, whose stem is then
+    what it is called.
 
-    Raises UserError, one line that names file and key, when it is missing or something in it is wrong.
+    Raises UserError, one line that names file and key, when it is missing or something in it is
+    wrong.
     """
     path = _path(name, Path())
     if path.parent != PROFILES and path.stem in profile_names():
-        raise UserError(f"{path} would share the results of the profile {path.stem}: give the file another name")
+        raise UserError(
+            f"{path} would share the results of the profile {path.stem}: give the file another name"
+        )
     if "name" in (tables := _extended(path)):
         raise UserError(f"{path}: name: a profile is called like its file; leave it out")
     tables["name"] = path.stem
@@ -203,7 +254,9 @@ def get_profile(name: str) -> Profile:
 
 
 def changed(settings: Struct, key: str, **changes: Any) -> Any:
-    """``settings`` with ``changes``, checked like a file; raises UserError naming ``key`` and what is wrong."""
+    """``settings`` with ``changes``, checked like a file; raises UserError naming ``key`` and what
+    is wrong.
+    """
     return checked("these settings", key, msgspec.to_builtins(settings) | changes, type(settings))
 
 
@@ -211,7 +264,9 @@ def _path(name: str, folder: Path, where: str = "") -> Path:
     path = folder / name if str(name).endswith(".toml") else PROFILES / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(profile_names())
-        raise UserError(f"{where}unknown profile {str(name)!r}; choose from {known}, or name a file that ends in .toml")
+        raise UserError(
+            f"{where}unknown profile {str(name)!r}; choose from {known}, or name a file that ends in .toml"
+        )
     return path.resolve()
 
 
@@ -231,12 +286,23 @@ def _extended(path: Path, *seen: Path) -> dict[str, Any]:
 
 def laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
     """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
-    inner = {name for name, value in tables.items() if isinstance(value, dict) and isinstance(base.get(name), dict)}
-    return base | {name: laid_over(base[name], value) if name in inner else value for name, value in tables.items()}
+    inner = {
+        name
+        for name, value in tables.items()
+        if isinstance(value, dict) and isinstance(base.get(name), dict)
+    }
+    return base | {
+        name: laid_over(base[name], value) if name in inner else value
+        for name, value in tables.items()
+    }
 
 
-def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[str, dict]) -> dict[str, Any]:
-    """A run as a complete table: over the run it extends, else over the sections that all share; checked."""
+def _run(
+    path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[str, dict]
+) -> dict[str, Any]:
+    """A run as a complete table: over the run it extends, else over the sections that all share;
+    checked.
+    """
     extends = table.pop("extends", None)
     if extends not in (None, *runs):
         raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
@@ -247,7 +313,9 @@ def _run(path: Path, key: str, table: dict, runs: dict[str, dict], shared: dict[
 
 
 def checked(path: Path | str, key: str, tables: dict[str, Any], kind: type) -> Any:
-    """``tables`` as settings of a ``kind``; raises UserError that names ``path``, ``key`` and what is wrong."""
+    """``tables`` as settings of a ``kind``; raises UserError that names ``path``, ``key`` and what
+    is wrong.
+    """
     try:
         return msgspec.convert(tables, kind)
     except msgspec.ValidationError as error:

@@ -1,4 +1,6 @@
-"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model; fractions 0 to 1."""
+"""The tables that compare the models of a study: predictions in, DataFrame out, one row a model;
+fractions 0 to 1.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -25,12 +27,14 @@ MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ROUNDS, FEWER_ROUNDS = 5, 3  # of timing, interleaved
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
-IMAGENET = PUBLISHED.pop("imagenet")  # what others published of DeiT-T on ImageNet's validation images
+IMAGENET = PUBLISHED.pop(
+    "imagenet"
+)  # what others published of DeiT-T on ImageNet's validation images
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
-    """What needs no training: the plain model with ToMe, the bar for a model that learns to halt, and as much saved by
-    ``adaptive.adapt``, with thresholds set on 256 validation images."""
+    """What needs no training: the plain model with ToMe, the bar for a model that learns to halt,
+    and as much saved by ``adaptive.adapt``, with thresholds set on 256 validation images."""
     plain = study.load(study.profile.plain.name)
     peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
     if not peers:
@@ -38,15 +42,21 @@ def merged_models(study: Study) -> dict[str, nn.Module]:
     return peers | adapted_like(plain, peers.values(), validation_images(study, 256))
 
 
-def adapted_like(plain: nn.Module, peers: Iterable[nn.Module], images: Tensor) -> dict[str, Adaptive]:
-    """``plain`` adapted so that it saves as many FLOPs as each of its ``peers``; thresholds are set on ``images``."""
+def adapted_like(
+    plain: nn.Module, peers: Iterable[nn.Module], images: Tensor
+) -> dict[str, Adaptive]:
+    """``plain`` adapted so that it saves as many FLOPs as each of its ``peers``; thresholds are set
+    on ``images``.
+    """
     full = counted_flops(plain, images[:1])
     shares = [1 - counted_flops(peer, images[:1]) / full for peer in peers]
     return {f"{ADAPTED}, {share:.0%} saved": adapt(plain, images, share) for share in shares}
 
 
 def test_images(study: Study, most: int) -> Tensor:
-    """Test images [B, C, H, W], at ``most`` so many, drawn by the seed so that all classes take part."""
+    """Test images [B, C, H, W], at ``most`` so many, drawn by the seed so that all classes take
+    part.
+    """
     return _drawn(study, study.test, most)
 
 
@@ -63,7 +73,8 @@ def _drawn(study: Study, data: Images, most: int) -> Tensor:
 def evaluation_table(
     study: Study, predictions: dict[str, Predictions], others: Mapping[str, nn.Module] | None = None
 ) -> pd.DataFrame:
-    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
+    """One row a model: accuracy, macro accuracy and F1 with 95 % intervals, depth in layers,
+    GFLOPs, share saved.
 
     First the trained ones; ``others`` are those of ``merged_models``.
     """
@@ -72,7 +83,11 @@ def evaluation_table(
         facts = {"model": run.label, "method": run.method, "init": run.init}
         rows.append(facts | with_intervals(study, study.load(run.name), predictions[run.name]))
     for name, model in (others or {}).items():
-        facts = {"model": name, "method": untrained_method(model), "init": f"{plain.name}, not trained"}
+        facts = {
+            "model": name,
+            "method": untrained_method(model),
+            "init": f"{plain.name}, not trained",
+        }
         rows.append(facts | with_intervals(study, model, predictions[name]))
     return pd.DataFrame(rows)
 
@@ -83,18 +98,27 @@ def untrained_method(model: nn.Module) -> str:
 
 
 def figures(study: Study, model: nn.Module, predictions: Predictions) -> dict[str, float]:
-    """The metrics of a model and the share of FLOPs that it saves against itself without halting or merging."""
+    """The metrics of a model and the share of FLOPs that it saves against itself without halting or
+    merging.
+    """
     plain = model.model if isinstance(model, TokenMerging) else model
     values = metrics(plain, predictions)
     if plain is not model:
-        values |= {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # its tokens have no depth
-        values["gflops_per_image"] = counted_flops(model, test_images(study, 8)) / 1e9  # the same for every image
+        values |= {
+            "mean_depth": math.nan,
+            "mean_executed_depth": math.nan,
+        }  # its tokens have no depth
+        values["gflops_per_image"] = (
+            counted_flops(model, test_images(study, 8)) / 1e9
+        )  # the same for every image
     full = plain_flops(plain, predictions.depth.shape[1]) / 1e9
     return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
 
 
 def with_intervals(study: Study, model: nn.Module, predictions: Predictions) -> dict[str, float]:
-    """The ``figures`` of a model; after those that have a 95 % interval its ends, _low and _high."""
+    """The ``figures`` of a model; after those that have a 95 % interval its ends, _low and
+    _high.
+    """
     values, row = figures(study, model, predictions), {}
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
@@ -106,7 +130,8 @@ def speed_table(
     others: Mapping[str, nn.Module] | None = None,
     recalibrated: Mapping[str, nn.Module] | None = None,
 ) -> pd.DataFrame:
-    """``throughput`` on test images, one row a model and batch size: the only measurement of a study.
+    """``throughput`` on test images, one row a model and batch size: the only measurement of a
+    study.
 
     Trained models run packed, at batch sizes up to that of training; the focus also masked, as the
     paper executes it. Plain ones of one architecture compute the same: one is timed for all. The
@@ -142,11 +167,15 @@ def _timed_for(study: Study, run: Run) -> Run:
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 % intervals."""
+    """The evaluation (with speed) and difference tables in words, for people: percentages with 95 %
+    intervals.
+    """
     table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
 
     def with_interval(name: str) -> pd.Series:
-        return percentages(evaluation[[name, f"{name}_low", f"{name}_high"]], "{:.1f} ({:.1f} to {:.1f})")
+        return percentages(
+            evaluation[[name, f"{name}_low", f"{name}_high"]], "{:.1f} ({:.1f} to {:.1f})"
+        )
 
     table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
     for plain, part in differences.set_index("model").groupby("minus", sort=False):

@@ -1,7 +1,8 @@
-"""Training: one loop for every model (``loop``), files that survive interruptions (``files``, ``checkpoints``), several
-processes (``processes``).
+"""Training: one loop for every model (``loop``), files that survive interruptions (``files``,
+``checkpoints``), several processes (``processes``).
 
-May import the method and ``data``; neither ``evaluation`` nor ``study``: the loop is given what validates a model.
+May import the method and ``data``; neither ``evaluation`` nor ``study``: the loop is given what
+validates a model.
 """
 
 from avit_lib.training.checkpoints import (
@@ -16,7 +17,18 @@ from avit_lib.training.files import read_json, write_atomically, write_json
 from avit_lib.training.loop import Training, finished_history, fit, pick_device, seed_everything
 
 __all__ = [
-    "Training", "count_classes", "create_model", "finished_history", "fit", "load_checkpoint",
-    "load_pretrained", "load_weights", "pick_device", "read_json", "save_checkpoint", "seed_everything",
-    "write_atomically", "write_json",
-]  # fmt: skip
+    "Training",
+    "count_classes",
+    "create_model",
+    "finished_history",
+    "fit",
+    "load_checkpoint",
+    "load_pretrained",
+    "load_weights",
+    "pick_device",
+    "read_json",
+    "save_checkpoint",
+    "seed_everything",
+    "write_atomically",
+    "write_json",
+]

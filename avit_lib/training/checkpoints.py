@@ -21,29 +21,48 @@ from avit_lib.training.files import read_json, write_atomically, write_json
 
 # What safetensors and torch raise for files that are damaged or hold something else, such as code.
 BAD_WEIGHTS = (
-    SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError,
-    AttributeError, ValueError,
-)  # fmt: skip
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ValueError,
+)
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model called ``name``, untrained; raises UserError when timm knows none of that name."""
+    """The timm model called ``name``, untrained; raises UserError when timm knows none of that
+    name.
+    """
     if not timm.is_model(name):
         raise UserError(f"there is no model {name!r}; timm.list_models() names them all")
     return timm.create_model(name, **arguments)
 
 
-def save_checkpoint(path: Path, model: nn.Module, name: str, arguments: dict[str, Any], **facts: Any) -> None:
-    """Write ``path`` (.safetensors) and the JSON beside it: the model's timm name and arguments, checksum, facts."""
+def save_checkpoint(
+    path: Path, model: nn.Module, name: str, arguments: dict[str, Any], **facts: Any
+) -> None:
+    """Write ``path`` (.safetensors) and the JSON beside it: the model's timm name and arguments,
+    checksum, facts.
+    """
     weights = save({key: value.contiguous() for key, value in model.state_dict().items()})
     write_atomically(path, weights)
-    description = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest(), **facts}
+    description = {
+        "model": name,
+        "arguments": arguments,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        **facts,
+    }
     if isinstance(model, Adaptive):
         description["merging"] = {"importance_weight": model.importance_weight.item()}
     write_json(path.with_suffix(".json"), description)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+def load_checkpoint(
+    path: Path, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint, in evaluation mode; returns it and its description.
 
     Raises UserError when a file is missing, damaged, or holds another model than its JSON says.
@@ -51,14 +70,23 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[nn.
     path = Path(path)
     description, weights = read_json(path.with_suffix(".json")), _read_weights(path)
     try:
-        model, checksum = create_model(description["model"], description["arguments"]), description["sha256"]
+        model, checksum = (
+            create_model(description["model"], description["arguments"]),
+            description["sha256"],
+        )
         if "merging" in description:
             model = without_thresholds(model, **description["merging"])
-            weights.setdefault("importance_weight", model.importance_weight)  # once it stood in the JSON alone
+            weights.setdefault(
+                "importance_weight", model.importance_weight
+            )  # once it stood in the JSON alone
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path.with_suffix('.json')} does not describe a model ({error}); train it again") from None
+        raise UserError(
+            f"{path.with_suffix('.json')} does not describe a model ({error}); train it again"
+        ) from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
-        raise UserError(f"{path} does not match the checksum beside it: it is damaged or foreign; train it again")
+        raise UserError(
+            f"{path} does not match the checksum beside it: it is damaged or foreign; train it again"
+        )
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
 
@@ -70,19 +98,23 @@ def count_classes(path: Path) -> int | None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError if it differs.
+    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError
+    if it differs.
 
     The weights alone: by what tokens leave, gamma and beta say, stays as the model was made.
     """
     weights, settings = _read_weights(Path(path)), getattr(model, "added", ())
-    _load_strictly(model, {key: value for key, value in weights.items() if key not in settings}, path)
+    _load_strictly(
+        model, {key: value for key, value in weights.items() if key not in settings}, path
+    )
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """Load ImageNet weights from ``weights_dir()``/<timm name>.safetensors, else from timm's hub.
 
-    A classification head of another size is left at its initialisation; positions are resampled to the model's grid.
-    Raises UserError without weights, or when the checksum of a download is not the one published.
+    A classification head of another size is left at its initialisation; positions are resampled to
+    the model's grid. Raises UserError without weights, or when the checksum of a download is not
+    the one published.
     """
     path = weights_file(timm_name)
     if not path.is_file():
@@ -102,16 +134,25 @@ def _download(timm_name: str) -> Path:
         path = Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(no_weights(timm_name)) from error
-    published = path.resolve().name  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
-    if re.fullmatch("[0-9a-f]{64}", published) and hashlib.sha256(path.read_bytes()).hexdigest() != published:
-        raise UserError(f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it")
+    published = (
+        path.resolve().name
+    )  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
+    if (
+        re.fullmatch("[0-9a-f]{64}", published)
+        and hashlib.sha256(path.read_bytes()).hexdigest() != published
+    ):
+        raise UserError(
+            f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it"
+        )
     return path
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
     if not path.is_file():
-        raise UserError(f"checkpoint {path} is missing or a folder; train it first, or name another")
+        raise UserError(
+            f"checkpoint {path} is missing or a folder; train it first, or name another"
+        )
     path.open("rb").close()  # of a file that may not be read safetensors says that it is missing
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
@@ -125,11 +166,18 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
     own = model.state_dict()
-    added = {"direction", *getattr(model, "added", ())}  # which the model itself sets where a plain one's lack them
+    added = {
+        "direction",
+        *getattr(model, "added", ()),
+    }  # which the model itself sets where a plain one's lack them
     if missing := sorted(own.keys() - weights.keys() - added):
-        raise UserError(f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more")
+        raise UserError(
+            f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more"
+        )
     if surplus := sorted(weights.keys() - own.keys()):
-        raise UserError(f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare")
+        raise UserError(
+            f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare"
+        )
     for key, value in own.items():
         found, wanted = list(weights.get(key, value).shape), list(value.shape)
         if found != wanted:
@@ -138,4 +186,6 @@ def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Pat
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"{path} is of a model that halts otherwise: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"{path} is of a model that halts otherwise: {str(error).splitlines()[1].strip()}"
+        ) from None

@@ -17,10 +17,11 @@ from avit_lib.errors import UserError
 
 
 def write_atomically(path: Path, content: bytes, previous: Path | None = None) -> None:
-    """Write a file under a temporary name, then move it: a reader sees the old content or the new, never half.
+    """Write a file under a temporary name, then move it: a reader sees the old content or the new,
+    never half.
 
-    The old content is kept as ``previous``, if given. Raises UserError when the disk is full or may not be written
-    to; the old content is then untouched.
+    The old content is kept as ``previous``, if given. Raises UserError when the disk is full or may
+    not be written to; the old content is then untouched.
     """
     temporary = path.parent / f"{path.name}.tmp"
     try:
@@ -28,7 +29,9 @@ def write_atomically(path: Path, content: bytes, previous: Path | None = None) -
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before it takes the name, or a power cut could leave it empty
+            os.fsync(
+                file.fileno()
+            )  # on the disk before it takes the name, or a power cut could leave it empty
         if previous and path.is_file():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -49,12 +52,20 @@ def make_writable(folder: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    remedy = "free some space" if error.errno == errno.ENOSPC else "name another folder, or allow writing there"
-    return UserError(f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again")
+    remedy = (
+        "free some space"
+        if error.errno == errno.ENOSPC
+        else "name another folder, or allow writing there"
+    )
+    return UserError(
+        f"{path} cannot be written ({error.strerror}); {remedy}, then run the same command again"
+    )
 
 
 def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
-    """Write the state of a training, and after it its SHA-256, atomically; the old file is kept as ``previous``."""
+    """Write the state of a training, and after it its SHA-256, atomically; the old file is kept as
+    ``previous``.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -62,7 +73,9 @@ def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """Read what ``write_state`` wrote; raises UserError when the checksum does not fit or more than data is in it."""
+    """Read what ``write_state`` wrote; raises UserError when the checksum does not fit or more than
+    data is in it.
+    """
     content = path.read_bytes()
     content, checksum = content[:-32], content[-32:]
     if hashlib.sha256(content).digest() != checksum:
@@ -70,7 +83,9 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
     try:
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{path} is not the state of a training ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path} is not the state of a training ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,8 @@
-"""One training on several processes, started by ``torchrun`` or ``accelerate launch``; on a single one nothing happens.
+"""One training on several processes, started by ``torchrun`` or ``accelerate launch``; on a single
+one nothing happens.
 
-Each holds the whole model and computes its share of each batch; all average gradients and means, the first one writes.
+Each holds the whole model and computes its share of each batch; all average gradients and means,
+the first one writes.
 """
 
 import math
@@ -28,9 +30,11 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the other processes of this launch, if there are any; only the first one prints while it lasts.
+    """Join the other processes of this launch, if there are any; only the first one prints while it
+    lasts.
 
-    nccl between GPUs, one to a process; gloo between CPUs. Raises UserError when there are fewer GPUs than processes.
+    nccl between GPUs, one to a process; gloo between CPUs. Raises UserError when there are fewer
+    GPUs than processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -38,14 +42,20 @@ def processes() -> Iterator[None]:
     gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
     if gpus:
         if local_rank >= gpus:
-            raise UserError(f"process {local_rank} has no GPU: there are {gpus}; start as many processes as GPUs")
+            raise UserError(
+                f"process {local_rank} has no GPU: there are {gpus}; start as many processes as GPUs"
+            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as nowhere:
         silent = rank() > 0
-        with redirect_stdout(nowhere if silent else sys.stdout), redirect_stderr(nowhere if silent else sys.stderr):
+        with (
+            redirect_stdout(nowhere if silent else sys.stdout),
+            redirect_stderr(nowhere if silent else sys.stderr),
+        ):
             yield
-    dist.destroy_process_group()  # after a fault it would wait for the others; then the launcher ends them
+    # After a fault it would wait for the others; then the launcher ends them
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -58,14 +68,17 @@ def barrier() -> None:
 def part(images: int) -> Tensor:
     """The indices of those of n ``images`` that this process evaluates.
 
-    Every process gets ceil(n / count), so that results can be gathered: the last ones may begin again at the first.
+    Every process gets ceil(n / count), so that results can be gathered: the last ones may begin
+    again at the first.
     """
     each = math.ceil(images / count())
     return torch.arange(rank(), each * count(), count()) % images
 
 
 def gather(values: Tensor, images: int) -> Tensor:
-    """Put the ``values`` [k, ...] that the processes computed on their ``part`` into the order of the n ``images``."""
+    """Put the ``values`` [k, ...] that the processes computed on their ``part`` into the order of
+    the n ``images``.
+    """
     parts = [torch.empty_like(values) for _ in range(count())]
     with _others_alive():
         dist.all_gather(parts, values.contiguous())
@@ -75,7 +88,8 @@ def gather(values: Tensor, images: int) -> Tensor:
 def mean(value: Tensor) -> Tensor:
     """The mean of ``value`` over the processes.
 
-    Its gradient goes to the own value in full: ``average_gradients`` afterwards makes that the gradient of the mean.
+    Its gradient goes to the own value in full: ``average_gradients`` afterwards makes that the
+    gradient of the mean.
     """
     if count() == 1:
         return value
@@ -86,14 +100,18 @@ def mean(value: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace the gradient of each parameter by its mean over the processes; every parameter must have one."""
+    """Replace the gradient of each parameter by its mean over the processes; every parameter must
+    have one.
+    """
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.requires_grad]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     with _others_alive():
         dist.all_reduce(flat)
-    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+    for gradient, total in zip(
+        gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+    ):
         gradient.copy_(total.view_as(gradient) / count())
 
 

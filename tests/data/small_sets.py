@@ -5,9 +5,14 @@ from PIL import Image
 from avit_lib.data import Data
 
 COLOUR = Data(
-    dataset="Caltech101", image_size=16, train_per_class=6, validation_per_class=3, test_per_class=5,
-    augmentation="standard", classes=("Faces", "ant", "bass", "emu"),
-)  # fmt: skip
+    dataset="Caltech101",
+    image_size=16,
+    train_per_class=6,
+    validation_per_class=3,
+    test_per_class=5,
+    augmentation="standard",
+    classes=("Faces", "ant", "bass", "emu"),
+)
 
 
 def write_images(folder, counts, size=(20, 30)):
@@ -24,7 +29,9 @@ def write_pool(folder, counts):
         (folder / name).mkdir(parents=True)
         for index in range(count):
             path = folder / name / f"image_{index:04d}.jpg"
-            Image.new("RGB", (20, 30), (label, index, 0)).save(path, "PNG")  # Pillow goes by content
+            Image.new("RGB", (20, 30), (label, index, 0)).save(
+                path, "PNG"
+            )  # Pillow goes by content
 
 
 def carried(data):

@@ -1,4 +1,6 @@
-"""Where images come from: what lies on disk is what a data set holds, and what is missing or damaged is named."""
+"""Where images come from: what lies on disk is what a data set holds, and what is missing or
+damaged is named.
+"""
 
 import hashlib
 import shutil
@@ -23,7 +25,9 @@ def test_images_of_a_folder_become_squares(tmp_path):
     assert data.classes == ("ants", "bees") and data.labels.tolist() == [0, 0, 1, 1, 1]
     assert data.images[1, :, 8, 8].tolist() == [10, 200, 100]
     image, _ = data[1]
-    torch.testing.assert_close(to_pixels(image), data.images[1, :, :16, :16] / 255, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        to_pixels(image), data.images[1, :, :16, :16] / 255, rtol=0, atol=1e-6
+    )
 
 
 def test_faults_of_a_folder_are_named(tmp_path):
@@ -42,7 +46,9 @@ def test_caltech256(tmp_path, monkeypatch, no_network):
     folder = tmp_path / "caltech256" / "256_ObjectCategories"
     write_pool(folder, {"001.ak47": 12, "056.dog": 12, "257.clutter": 12})
     (folder / "056.dog" / "greg").mkdir()  # as in the archive: files that are none of its images
-    shutil.copy(folder / "056.dog" / "image_0000.jpg", folder / "056.dog" / "greg" / "image_0099.jpg")
+    shutil.copy(
+        folder / "056.dog" / "image_0000.jpg", folder / "056.dog" / "greg" / "image_0099.jpg"
+    )
     (folder / "001.ak47" / "RENAME2").write_text("a script")
     monkeypatch.setenv("AVIT_DATA", str(tmp_path))
     settings = replace(COLOUR, dataset="Caltech256", classes=("001.ak47", "056.dog"))
@@ -54,9 +60,14 @@ def test_caltech256(tmp_path, monkeypatch, no_network):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("Caltech101", "101_ObjectCategories/<class>"), ("Caltech256", "256_ObjectCategories/<class>")],
+    [
+        ("Caltech101", "101_ObjectCategories/<class>"),
+        ("Caltech256", "256_ObjectCategories/<class>"),
+    ],
 )
-def test_what_cannot_be_downloaded_is_said_to_be_missing(name, place, tmp_path, monkeypatch, no_network, capsys):
+def test_what_cannot_be_downloaded_is_said_to_be_missing(
+    name, place, tmp_path, monkeypatch, no_network, capsys
+):
     settings = replace(COLOUR, dataset=name)
     monkeypatch.setenv("AVIT_DATA", str(tmp_path))
     for call in (lambda: training_data(settings, 0), lambda: test_data(settings)):
@@ -69,7 +80,10 @@ def test_what_cannot_be_downloaded_is_said_to_be_missing(name, place, tmp_path, 
 def imagenet(tmp_path, monkeypatch):
     """ImageNet with three classes."""
     for split, count in (("train", 8), ("val", 2)):
-        write_pool(tmp_path / "imagenet" / split, dict.fromkeys(("n01440764", "n01443537", "n01484850"), count))
+        write_pool(
+            tmp_path / "imagenet" / split,
+            dict.fromkeys(("n01440764", "n01443537", "n01484850"), count),
+        )
     monkeypatch.setenv("AVIT_DATA", str(tmp_path))
     return Data(dataset="ImageNet", image_size=16, validation_per_class=2)
 
@@ -79,7 +93,11 @@ def test_imagenet(imagenet):
     assert data.train.classes == ("n01440764", "n01443537", "n01484850")
     assert (len(data.train), len(data.validation)) == (18, 6)
     assert not set(carried(data.train)) & set(carried(data.validation))
-    assert test_data(imagenet, 0).labels.tolist() == test_data(imagenet, 1).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (
+        test_data(imagenet, 0).labels.tolist()
+        == test_data(imagenet, 1).labels.tolist()
+        == [0, 0, 1, 1, 2, 2]
+    )
     assert data.split["files"].keys() == {"validation"}  # a million training images are not listed
     with pytest.raises(ValueError, match="of ImageNet all classes and images take part"):
         replace(imagenet, train_per_class=3)
@@ -96,12 +114,14 @@ def test_a_missing_imagenet_is_not_looked_for_elsewhere(imagenet, tmp_path):
 def test_classes_that_a_pool_lacks_are_named(classes, tmp_path, monkeypatch):
     write_pool(tmp_path / "caltech101" / "101_ObjectCategories", {"ant": 9, "bee": 9})
     monkeypatch.setenv("AVIT_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="it lacks wasp;" if classes else "it lacks 99 of its classes;") as error:
+    with pytest.raises(
+        UserError, match="it lacks wasp;" if classes else "it lacks 99 of its classes;"
+    ) as error:
         training_data(replace(COLOUR, classes=classes), 0)
     assert_named(error, tmp_path)
 
 
-# --- what is embedded -------------------------------------------------------------------------------------------------
+# --- what is embedded -----------------------------------------------------------------------------
 
 
 def test_what_is_embedded_is_as_published():
@@ -120,7 +140,10 @@ def checkout(tmp_path, monkeypatch):
     (data / "weights").mkdir()
     (data / "weights" / "deit.safetensors").write_bytes(b"weights")
     files = sorted(path for path in data.rglob("*") if path.is_file())
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(data)}" for path in files]
+    sums = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(data)}"
+        for path in files
+    ]
     (data / "SHA256SUMS").write_text("\n".join(sums) + "\n")
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "avit_lib").mkdir()
@@ -145,7 +168,9 @@ def point(path):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
 
-@pytest.mark.parametrize("name", ["caltech101/101_ObjectCategories/ant/image_0001.jpg", "weights/deit.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["caltech101/101_ObjectCategories/ant/image_0001.jpg", "weights/deit.safetensors"]
+)
 @pytest.mark.parametrize(
     ("harm", "words"),
     [(lose, "missing"), (truncate, "damaged"), (change, "damaged"), (point, "a Git LFS pointer")],

@@ -1,4 +1,6 @@
-"""Images of every kind become the same bytes; what cannot be read is named; on disk or in memory, batches are equal."""
+"""Images of every kind become the same bytes; what cannot be read is named; on disk or in memory,
+batches are equal.
+"""
 
 import struct
 
@@ -43,7 +45,9 @@ def loaded(root, image_size):
 def test_evaluation_sees_what_timm_shows(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(noise((300, 200))).save(path)
-    standard = create_transform((3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9)
+    standard = create_transform(
+        (3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9
+    )
     expected = standard(Image.open(path))
     torch.testing.assert_close(read_image(path, 224), expected)
 
@@ -68,7 +72,11 @@ def palette(transparent):
         ("palette.png", palette(transparent=False), (10, 200, 30)),
         ("transparent.gif.png", palette(transparent=True), (255, 255, 255)),
         ("cmyk.tif.png", None, (255, 0, 0)),
-        ("bits16.png", Image.fromarray(np.full((20, 20), 128 * 257, dtype=np.uint16)), (128, 128, 128)),
+        (
+            "bits16.png",
+            Image.fromarray(np.full((20, 20), 128 * 257, dtype=np.uint16)),
+            (128, 128, 128),
+        ),
         ("bits1.png", Image.new("1", (20, 20), 1), (255, 255, 255)),
         ("alpha.png", Image.new("RGBA", (20, 20), (0, 0, 255, 0)), (255, 255, 255)),
         ("half.png", Image.new("RGBA", (20, 20), (0, 0, 255, 51)), (204, 204, 255)),
@@ -99,9 +107,15 @@ def test_an_image_that_is_stored_turned_is_upright(tmp_path, orientation, ending
     upright[:20, :30], upright[:20, 30:], upright[20:, :30] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     turn = Image.Transpose  # what undoes what the tag asks for, by the definition of the tag
     stored = [
-        None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE,
-        turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270,
-    ][orientation - 1]  # fmt: skip
+        None,
+        turn.FLIP_LEFT_RIGHT,
+        turn.ROTATE_180,
+        turn.FLIP_TOP_BOTTOM,
+        turn.TRANSPOSE,
+        turn.ROTATE_90,
+        turn.TRANSVERSE,
+        turn.ROTATE_270,
+    ][orientation - 1]
     image = Image.fromarray(upright)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -153,9 +167,16 @@ def test_how_many_of_16_bits_are_used(tmp_path, ending, brightest, expected):
 def tiff(bits, colours, data, size=20):
     """An uncompressed TIFF of size x size pixels of so many bits."""
     tags = {
-        256: size, 257: size, 258: bits, 259: 1, 262: 2 if colours == 3 else 1, 273: 200,
-        277: colours, 278: size, 279: len(data),
-    }  # fmt: skip
+        256: size,
+        257: size,
+        258: bits,
+        259: 1,
+        262: 2 if colours == 3 else 1,
+        273: 200,
+        277: colours,
+        278: size,
+        279: len(data),
+    }
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     if colours == 3:
         one, three = struct.pack("<HHII", 258, 4, 1, bits), struct.pack("<HHII", 258, 3, 3, 180)
@@ -228,7 +249,11 @@ def test_all_damaged_files_are_found_before_training(tmp_path, monkeypatch, limi
     with pytest.raises(UserError) as error:
         loaded(tmp_path, 16)
     message = str(error.value)
-    assert message.startswith("7 files cannot be read as images") and "and 2 more" in message and "\n" not in message
+    assert (
+        message.startswith("7 files cannot be read as images")
+        and "and 2 more" in message
+        and "\n" not in message
+    )
     assert [str(path) in message for path in broken] == [True] * 5 + [False] * 2
     for path in broken[1:]:
         path.unlink()

@@ -38,8 +38,10 @@ def test_a_folder_without_validation_images_gives_some_up(tmp_path):
     data = folder_training_data(tmp_path, COLOUR, seed=0)
     assert data.validation.labels.bincount().tolist() == [2, 2]
     assert data.train.labels.bincount().tolist() == [18, 23]
-    held, kept = (set(zip(part.labels.tolist(), part.images[:, 0, 0, 0].tolist(), strict=True))
-                  for part in (data.validation, data.train))  # fmt: skip
+    held, kept = (
+        set(zip(part.labels.tolist(), part.images[:, 0, 0, 0].tolist(), strict=True))
+        for part in (data.validation, data.train)
+    )
     assert len(held) == 4 and not held & kept
 
 
@@ -54,7 +56,9 @@ def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
     write_images(tmp_path / "val", {"bees": 2})
     data = folder_training_data(tmp_path, COLOUR, seed=0)
-    assert data.validation.labels.tolist() == [1, 1] and data.validation.classes == data.train.classes
+    assert (
+        data.validation.labels.tolist() == [1, 1] and data.validation.classes == data.train.classes
+    )
     assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
     write_images(tmp_path / "val", {"wasps": 2})
     with pytest.raises(UserError, match=r"other classes than .*: ants, wasps; rename"):
@@ -76,7 +80,9 @@ def test_test_images_of_a_folder_are_of_the_classes_of_the_model(tmp_path, decod
 
 @pytest.fixture
 def caltech(tmp_path, monkeypatch, no_network):
-    """Caltech-101 with a large class, one that is just large enough, and two small ones; class names out of order."""
+    """Caltech-101 with a large class, one that is just large enough, and two small ones; class
+    names out of order.
+    """
     folder = tmp_path / "caltech101" / "101_ObjectCategories"
     write_pool(folder, {"ant": 40, "Faces": 12, "bass": 9, "emu": 3})
     write_images(folder, {"BACKGROUND_Google": 4})
@@ -87,7 +93,9 @@ def caltech(tmp_path, monkeypatch, no_network):
 
 def test_a_pool_gives_training_validation_and_test_images(caltech):
     data, held_out = training_data(COLOUR, seed=0), test_data(COLOUR, seed=0)
-    assert data.train.classes == held_out.classes == ("Faces", "ant", "bass", "emu")  # sorted as torchvision sorts
+    assert (
+        data.train.classes == held_out.classes == ("Faces", "ant", "bass", "emu")
+    )  # sorted as torchvision sorts
     assert data.train.labels.bincount().tolist() == [6, 6, 6, 1]
     assert data.validation.labels.bincount().tolist() == [3, 3, 1, 1]
     assert held_out.labels.bincount().tolist() == [3, 5, 2, 1]
@@ -101,7 +109,9 @@ def test_a_pool_gives_training_validation_and_test_images(caltech):
 def test_test_images_can_be_left_on_disk(caltech):
     decoded, on_disk = test_data(COLOUR, 0), test_data(COLOUR, 0, decode=False)
     assert isinstance(decoded.images, torch.Tensor) and isinstance(on_disk.images, ImageFiles)
-    assert torch.equal(torch.stack([image for image, _ in on_disk]), torch.stack([image for image, _ in decoded]))
+    assert torch.equal(
+        torch.stack([image for image, _ in on_disk]), torch.stack([image for image, _ in decoded])
+    )
     assert torch.equal(on_disk.labels, decoded.labels)
 
 
@@ -153,14 +163,26 @@ def test_classes_that_changed_their_folders_are_noticed(tmp_path):
     for name, target in (("ants", "x"), ("bees", "ants"), ("x", "bees")):
         (tmp_path / "train" / name).rename(tmp_path / "train" / target)
     after = folder_training_data(tmp_path, COLOUR, seed=0).split
-    assert before["sha256"] == after["sha256"] and before["content"]["train"] != after["content"]["train"]
+    assert (
+        before["sha256"] == after["sha256"]
+        and before["content"]["train"] != after["content"]["train"]
+    )
 
 
 @pytest.mark.parametrize(
     ("images", "expected"),
-    [(500, (30, 5, 50)), (86, (30, 5, 50)), (40, (30, 5, 5)), (39, (30, 4, 5)), (35, (30, 2, 3)), (32, (30, 1, 1)),
-     (31, (29, 1, 1)), (5, (3, 1, 1)), (3, (1, 1, 1))],
-)  # fmt: skip
+    [
+        (500, (30, 5, 50)),
+        (86, (30, 5, 50)),
+        (40, (30, 5, 5)),
+        (39, (30, 4, 5)),
+        (35, (30, 2, 3)),
+        (32, (30, 1, 1)),
+        (31, (29, 1, 1)),
+        (5, (3, 1, 1)),
+        (3, (1, 1, 1)),
+    ],
+)
 def test_small_classes_are_in_every_part(images, expected):
     pool = images_of_classes(torch.zeros(images, dtype=torch.long), ("thing",))
     parts = split_pool(pool, CALTECH, seed=0)
@@ -180,7 +202,9 @@ def test_a_class_of_two_images_is_named():
 
 
 def test_only_training_images_are_augmented(caltech):
-    plain, augmented = (training_data(replace(COLOUR, augmentation=word), 0) for word in ("none", "standard"))
+    plain, augmented = (
+        training_data(replace(COLOUR, augmentation=word), 0) for word in ("none", "standard")
+    )
     assert plain.split == augmented.split and augmented.augmentation == "standard"
     noise = torch.randint(0, 256, (2, 3, 17, 17), dtype=torch.uint8)
     assert torch.equal(plain.train.transform(noise), plain.validation.transform(noise))

@@ -1,4 +1,6 @@
-"""Every image in a folder is found, once; what is none is told; all that can't be read is an error."""
+"""Every image in a folder is found, once; what is none is told; all that can't be read is an
+error.
+"""
 
 import json
 import os
@@ -54,12 +56,17 @@ def test_links_are_followed_and_every_file_is_taken_once(tmp_path, capsys):
     write_images(tmp_path / "train", {"ants": 2, "bees": 3})
     write_images(tmp_path / "elsewhere", {"more": 2, "wasps": 4})
     links = {
-        "train/around": "..", "train/ants/loop": "..", "train/ants/bees": "../bees",
-        "train/ants/again.png": "00.png", "train/formicidae": "ants",
+        "train/around": "..",
+        "train/ants/loop": "..",
+        "train/ants/bees": "../bees",
+        "train/ants/again.png": "00.png",
+        "train/formicidae": "ants",
         "train/ants/more": "../../elsewhere/more",
-        "train/wasps": "../elsewhere/wasps", "train/bees/more.png": "../../elsewhere/more/00.png",
-        "elsewhere/wasps/back": "../../train", "elsewhere/wasps/itself": ".",
-    }  # fmt: skip
+        "train/wasps": "../elsewhere/wasps",
+        "train/bees/more.png": "../../elsewhere/more/00.png",
+        "elsewhere/wasps/back": "../../train",
+        "elsewhere/wasps/itself": ".",
+    }
     for link, target in links.items():
         (tmp_path / link).symlink_to(target)
     data = folder_images(tmp_path / "train", 16)

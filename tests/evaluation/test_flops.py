@@ -53,4 +53,6 @@ def test_counted_flops_are_those_that_the_depth_predicts():
         _, trace = workload.adaptive.forward_with_trace(workload.images)
     predicted = flops_per_image(workload.adaptive, trace.depth).mean().item()
     assert counted_flops(workload.adaptive, workload.images) == pytest.approx(predicted, rel=1e-6)
-    assert counted_flops(workload.adaptive, workload.images) < counted_flops(workload.plain, workload.images)
+    assert counted_flops(workload.adaptive, workload.images) < counted_flops(
+        workload.plain, workload.images
+    )

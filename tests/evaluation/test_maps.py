@@ -25,7 +25,10 @@ def test_a_border_of_one_colour_is_told_from_others_and_the_object_is_what_diffe
 def test_of_a_data_set_those_with_a_border_of_one_colour_are_found():
     framed = square_on_white()
     framed[:, 0, :4] = 0.5
-    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406])[:, None, None],
+        torch.tensor([0.229, 0.224, 0.225])[:, None, None],
+    )
     images = torch.stack([framed, square_on_white(), framed, square_on_white()])
     data = Images(images, torch.zeros(4).long(), ("square",), lambda pixels: (pixels - mean) / std)
     chosen, share = plain_backgrounds(data, 4)

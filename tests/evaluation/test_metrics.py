@@ -40,7 +40,9 @@ def test_classification_metrics_by_hand():
 def test_a_class_without_images_does_not_count():
     found = predictions([0, 0, 2, 1], [0, 0, 1, 1])  # class 2 is predicted once, but has no image
     assert classification_metrics(found.predicted, found.labels, 3)["accuracy_macro"] == 0.75
-    alone = predictions([0, 0, 0, 1], [0, 0, 0, 1])  # class 1 is absent from a third of all resamples
+    alone = predictions(
+        [0, 0, 0, 1], [0, 0, 0, 1]
+    )  # class 1 is absent from a third of all resamples
     assert bootstrap_intervals(alone)["accuracy_macro"] == (1.0, 1.0)
     confused = predictions([0] * 30 + [1, 1], [0] * 31 + [1])
     low, high = bootstrap_intervals(confused)["accuracy_macro"]
@@ -61,7 +63,9 @@ def test_predict_and_metrics_of_a_model_that_halts():
     assert torch.equal(found.correct, logits.argmax(1) == data.labels)
     values = metrics(model, found)
     assert values["mean_depth"] == pytest.approx(trace.depth.double().mean().item())
-    assert values["mean_executed_depth"] == pytest.approx(executed_depth(trace.depth).double().mean().item())
+    assert values["mean_executed_depth"] == pytest.approx(
+        executed_depth(trace.depth).double().mean().item()
+    )
     assert values["mean_executed_depth"] < values["mean_depth"]
     expected = flops_per_image(model, trace.depth).mean().item()
     assert values["gflops_per_image"] == pytest.approx(expected / 1e9)
@@ -110,7 +114,9 @@ def test_paired_difference():
     first, second = random_predictions(0, accuracy=0.9), random_predictions(1, accuracy=0.6)
     assert paired_difference(first, first) == (0.0, 0.0, 0.0)
     difference, low, high = paired_difference(first, second)
-    assert difference == pytest.approx(first.correct.float().mean().item() - second.correct.float().mean().item())
+    assert difference == pytest.approx(
+        first.correct.float().mean().item() - second.correct.float().mean().item()
+    )
     assert 0 < low < difference < high
     mirrored = paired_difference(second, first)
     assert mirrored == pytest.approx((-difference, -high, -low))

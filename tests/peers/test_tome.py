@@ -1,4 +1,6 @@
-"""Token merging: what merges, what a merged token is, and that it stands for those it is made of."""
+"""Token merging: what merges, what a merged token is, and that it stands for those it is made
+of.
+"""
 
 import pytest
 import timm
@@ -12,7 +14,9 @@ from avit_lib.peers import tome
 
 
 def trained_looking(**kwargs):
-    """A float64 model in evaluation mode whose tokens differ more than those of a freshly initialised one."""
+    """A float64 model in evaluation mode whose tokens differ more than those of a freshly
+    initialised one.
+    """
     torch.manual_seed(0)
     model = small_model("deit", **kwargs).double().eval()
     with torch.no_grad():
@@ -27,12 +31,16 @@ def images(count=3, seed=0):
 
 
 def random_keys(tokens, count=3, width=8):
-    return torch.randn(count, tokens, width, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64)
+    return torch.randn(
+        count, tokens, width, generator=torch.Generator().manual_seed(tokens), dtype=torch.float64
+    )
 
 
 def test_merging_nothing_is_the_plain_model():
     model = trained_looking()
-    torch.testing.assert_close(tome.TokenMerging(model, 0)(images()), model(images()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        tome.TokenMerging(model, 0)(images()), model(images()), rtol=0, atol=1e-6
+    )
 
 
 def test_merging_changes_the_output_but_no_weight():
@@ -74,10 +82,15 @@ def test_sizes_sum_to_the_number_of_tokens(r):
 
 def test_the_most_similar_pairs_merge():
     directions = torch.eye(6, dtype=torch.float64)
-    # class token, then patches: 2 and 3 agree but for their length, 1 and 4 nearly, 5 agrees with nobody
+    # class token, then patches: 2 and 3 agree but for their length, 1 and 4 nearly, 5 agrees with
+    # nobody
     near = directions[1] + 0.1 * directions[5]
-    keys = torch.stack([directions[0], directions[1], directions[2], 3 * directions[2], near, directions[4]])
-    assert tome.match(keys[None], 1).tolist() == [[0, 2, 3, 3, 1, 4]]  # kept 0 and 4 of A, then 1, 3, 5 of B
+    keys = torch.stack(
+        [directions[0], directions[1], directions[2], 3 * directions[2], near, directions[4]]
+    )
+    assert tome.match(keys[None], 1).tolist() == [
+        [0, 2, 3, 3, 1, 4]
+    ]  # kept 0 and 4 of A, then 1, 3, 5 of B
     assert tome.match(keys[None], 2).tolist() == [[0, 1, 2, 2, 1, 3]]
 
 
@@ -90,7 +103,9 @@ def test_groups_are_numbered_without_gaps_and_the_class_token_is_alone(tokens):
         for row in groups:
             assert row.unique().tolist() == list(range(tokens - r))
             assert row[0] == 0 and (row == 0).sum() == 1
-        assert (groups[:, 1::2].diff(dim=1) == 1).all()  # of two tokens in B none merges with the other
+        assert (
+            groups[:, 1::2].diff(dim=1) == 1
+        ).all()  # of two tokens in B none merges with the other
 
 
 def test_a_merged_token_is_the_mean_weighted_by_size():
@@ -112,7 +127,10 @@ def test_a_merged_token_counts_as_its_duplicates():
     module = trained_looking().blocks[0].attn
     tokens = random_keys(5, width=16)
     doubled = torch.cat([tokens, tokens[:, 3:4], tokens[:, 3:4]], dim=1)  # three times token 3
-    ones, size = torch.ones(3, 7, dtype=torch.float64), torch.tensor([[1.0, 1, 1, 3, 1]] * 3, dtype=torch.float64)
+    ones, size = (
+        torch.ones(3, 7, dtype=torch.float64),
+        torch.tensor([[1.0, 1, 1, 3, 1]] * 3, dtype=torch.float64),
+    )
     expected, _ = tome.attend(module, doubled, ones)
     found, _ = tome.attend(module, tokens, size)
     torch.testing.assert_close(found, expected[:, :5], rtol=0, atol=1e-10)
@@ -121,17 +139,23 @@ def test_a_merged_token_counts_as_its_duplicates():
 
 
 def test_merging_equal_tokens_loses_nothing():
-    """Patches that are equal in pairs: with half of them merged away the logits are those of the plain model."""
+    """Patches that are equal in pairs: with half of them merged away the logits are those of the
+    plain model.
+    """
     model = trained_looking()
     with torch.no_grad():
-        model.pos_embed[:, 2::2] = model.pos_embed[:, 1::2]  # token 1 and 2 share a position, 3 and 4, ...
+        model.pos_embed[:, 2::2] = model.pos_embed[
+            :, 1::2
+        ]  # token 1 and 2 share a position, 3 and 4, ...
     pixels = images(2)
     pixels = pixels.unflatten(3, (2, 2, 7))
     pixels[:, :, :, :, 1] = pixels[:, :, :, :, 0]
     pixels = pixels.flatten(3)
     expected = model(pixels)
     embedded = model._pos_embed(model.patch_embed(pixels))
-    tokens, size = tome.merging_block(model.blocks[0], embedded, torch.ones_like(embedded[..., 0]), 8)
+    tokens, size = tome.merging_block(
+        model.blocks[0], embedded, torch.ones_like(embedded[..., 0]), 8
+    )
     assert sorted(size[0].tolist()) == [1] + [2] * 8
     for block in model.blocks[1:]:
         tokens, size = tome.merging_block(block, tokens, size, 0)

@@ -1,4 +1,6 @@
-"""Trained models made adaptive from the command line: files in, a file out, figures beside peers; and the faults."""
+"""Trained models made adaptive from the command line: files in, a file out, figures beside peers;
+and the faults.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ def folder(tmp_path_factory):
     for label, contrast in (("busy", 200), ("smooth", 20)):
         (root / "val" / label).mkdir(parents=True)
         for number in range(8):
-            slope = np.linspace(0, 1, 40)[:, None, None] * generator.integers(0, contrast, (40, 50, 3))
+            slope = np.linspace(0, 1, 40)[:, None, None] * generator.integers(
+                0, contrast, (40, 50, 3)
+            )
             Image.fromarray(slope.astype(np.uint8)).save(root / "val" / label / f"{number}.jpg")
     return root
 
@@ -38,13 +42,27 @@ def weights(tmp_path_factory):
 
 def test_a_model_of_timm_s_is_adapted_and_drawn(folder, weights, tmp_path, capsys):
     output = tmp_path / "adaptive.safetensors"
-    command = ["adapt", "--model", "vit_tiny_patch16_224", "--weights", str(weights), "--images", str(folder)]
+    command = [
+        "adapt",
+        "--model",
+        "vit_tiny_patch16_224",
+        "--weights",
+        str(weights),
+        "--images",
+        str(folder),
+    ]
     assert main([*command, "--saved", "0.3", "--output", str(output)]) == 0
     assert "of the FLOPs" in capsys.readouterr().out
     model, described = load_checkpoint(output)
-    assert isinstance(model, Adaptive) and model.thresholds.isfinite().any() and described["adapted"]["images"] == 16
+    assert (
+        isinstance(model, Adaptive)
+        and model.thresholds.isfinite().any()
+        and described["adapted"]["images"] == 16
+    )
     image, drawn = str(folder / "val" / "busy" / "0.jpg"), tmp_path / "drawn.png"
-    assert main(["visualize", "--ckpt", str(output), "--images", image, "--output", str(drawn)]) == 0
+    assert (
+        main(["visualize", "--ckpt", str(output), "--images", image, "--output", str(drawn)]) == 0
+    )
     assert drawn.stat().st_size > 5_000
     assert main(["visualize", "--ckpt", str(output), "--images", "3"]) == 2
     assert main(["test", "--ckpt", str(output)]) == 2
@@ -61,9 +79,24 @@ def test_a_model_of_the_study_is_adapted_and_tested(folder, tmp_path, capsys):
     for part in ("train", "test"):
         (images / part).parent.mkdir(exist_ok=True)
         (images / part).symlink_to(folder / "val")
-    run = ["fit", "--profile", "smoke", "--model", "DeiT", "--data-dir", str(images), "--epochs", "1", "--seed", "3"]
+    run = [
+        "fit",
+        "--profile",
+        "smoke",
+        "--model",
+        "DeiT",
+        "--data-dir",
+        str(images),
+        "--epochs",
+        "1",
+        "--seed",
+        "3",
+    ]
     assert main([*run, "--output", str(tmp_path / "deit")]) == 0
-    made, output = str(tmp_path / "deit" / "last.safetensors"), str(tmp_path / "adaptive.safetensors")
+    made, output = (
+        str(tmp_path / "deit" / "last.safetensors"),
+        str(tmp_path / "adaptive.safetensors"),
+    )
     command = ["adapt", "--weights", made, "--images", str(folder), "--output", output]
     assert main([*command, "--saved", "0.1"]) == 0
     assert load_checkpoint(output)[1]["run"]["seed"] == 3  # of the split on which it was trained
@@ -76,17 +109,32 @@ def test_weights_of_other_classes_in_a_wrapped_checkpoint_of_torch_are_read(fold
     weights = timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()
     path, output = tmp_path / "deit.pth", tmp_path / "adaptive.safetensors"
     torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, path)
-    command = ["adapt", "--model", "vit_tiny_patch16_224", "--weights", str(path), "--images", str(folder)]
+    command = [
+        "adapt",
+        "--model",
+        "vit_tiny_patch16_224",
+        "--weights",
+        str(path),
+        "--images",
+        str(folder),
+    ]
     assert main([*command, "--saved", "0.3", "--output", str(output)]) == 0
     model = load_checkpoint(output)[0]
     assert model.num_classes == 10 and torch.equal(model.head.weight, weights["head.weight"])
 
 
-@pytest.mark.parametrize("content", [timm.create_model("vit_tiny_patch16_224", **TINY), [1, 2], "text", b""])
+@pytest.mark.parametrize(
+    "content", [timm.create_model("vit_tiny_patch16_224", **TINY), [1, 2], "text", b""]
+)
 def test_a_pth_that_holds_no_state_dict_is_one_line(content, folder, tmp_path, capsys):
     path = tmp_path / "deit.pth"
     path.write_bytes(content) if content == b"" else torch.save(content, path)
-    assert main(["adapt", "--weights", str(path), "--images", str(folder), "--output", "a.safetensors"]) == 2
+    assert (
+        main(
+            ["adapt", "--weights", str(path), "--images", str(folder), "--output", "a.safetensors"]
+        )
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert "deit.pth is not a whole safetensors file, nor a state dict" in line
 
@@ -94,7 +142,10 @@ def test_a_pth_that_holds_no_state_dict_is_one_line(content, folder, tmp_path, c
 def test_titles_say_name_prediction_and_mean_depth():
     depth = torch.tensor([[12, 6], [4, 4]])
     found = adapting.titles(["a.jpg", "b.jpg"], torch.eye(3)[[2, 0]], depth, ["ant", "bee", "cat"])
-    assert found == ["a.jpg\npredicted: cat\nmean depth 9.0", "b.jpg\npredicted: ant\nmean depth 4.0"]
+    assert found == [
+        "a.jpg\npredicted: cat\nmean depth 9.0",
+        "b.jpg\npredicted: ant\nmean depth 4.0",
+    ]
     (found,) = adapting.titles(["c.jpg"], torch.eye(1000)[[281]], depth[:1], [])
     assert "predicted: tabby" in found
     (found,) = adapting.titles(["d.jpg"], torch.eye(40)[[7]], depth[:1], [])
@@ -114,7 +165,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("message", FAULTS)
-def test_faults_are_one_line_and_write_nothing(message, folder, weights, tmp_path, monkeypatch, capsys):
+def test_faults_are_one_line_and_write_nothing(
+    message, folder, weights, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     usual = {
         "--model": "vit_tiny_patch16_224",
@@ -129,15 +182,21 @@ def test_faults_are_one_line_and_write_nothing(message, folder, weights, tmp_pat
     assert not any(tmp_path.iterdir())
 
 
-def test_on_imagenet_it_stands_beside_tome_at_equal_flops_and_what_is_published(folder, monkeypatch):
+def test_on_imagenet_it_stands_beside_tome_at_equal_flops_and_what_is_published(
+    folder, monkeypatch
+):
     monkeypatch.setattr(adapting, "CLASSES", 2)
     monkeypatch.setattr(adapting, "PEERS", (2, 5))
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **TINY).eval()
-    table = adapting.imagenet_table(model, folder, seed=0, device=torch.device("cpu"), batch_size=5).set_index("model")
+    table = adapting.imagenet_table(
+        model, folder, seed=0, device=torch.device("cpu"), batch_size=5
+    ).set_index("model")
     plain, *merging = list(table.index[:5])
     assert plain == "plain" and table["images"].tolist()[:5] == [16] * 5
-    assert table.loc[merging[:2], "gflops"].to_numpy() == pytest.approx(table.loc[merging[2:], "gflops"], rel=0.05)
+    assert table.loc[merging[:2], "gflops"].to_numpy() == pytest.approx(
+        table.loc[merging[2:], "gflops"], rel=0.05
+    )
     assert (table.loc[merging, "gflops"] < table.loc["plain", "gflops"]).all()
     with torch.inference_mode():
         source = adapting.folder_images(folder / "val", 32)

@@ -21,7 +21,9 @@ from avit_lib.study.benchmark import cost_table
         (["--task", "sleeping"], 'Invalid value "sleeping" for --task'),
     ],
 )
-def test_the_command_names_what_it_cannot_measure(arguments, message, tmp_path, monkeypatch, capsys):
+def test_the_command_names_what_it_cannot_measure(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     assert cli.main(["benchmark", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -30,16 +32,55 @@ def test_the_command_names_what_it_cannot_measure(arguments, message, tmp_path, 
 
 def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 1.0)  # in processes that know no small model
+    monkeypatch.setattr(
+        benchmark, "peak_memory", lambda *_: 1.0
+    )  # in processes that know no small model
     seeds, workload = set(), speed.synthetic_workload
-    monkeypatch.setattr(speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed))
-    small = ["--model", "avit_nano", "--batch", "1", "4", "--repeats", "1", "--depth", "2", "--seed", "3"]
-    assert cli.main(["benchmark", *small, "--precision", "float32", "--task", "inference", "--device", "cpu"]) == 0
+    monkeypatch.setattr(
+        speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed)
+    )
+    small = [
+        "--model",
+        "avit_nano",
+        "--batch",
+        "1",
+        "4",
+        "--repeats",
+        "1",
+        "--depth",
+        "2",
+        "--seed",
+        "3",
+    ]
+    assert (
+        cli.main(
+            [
+                "benchmark",
+                *small,
+                "--precision",
+                "float32",
+                "--task",
+                "inference",
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
     folder = tmp_path / "benchmark"
     page = (folder / "README.md").read_text()
-    tables = {"speed_cpu", "overhead_cpu", "depth_sweep_cpu", "layers_cpu", "memory_cpu", "summary_cpu"}
+    tables = {
+        "speed_cpu",
+        "overhead_cpu",
+        "depth_sweep_cpu",
+        "layers_cpu",
+        "memory_cpu",
+        "summary_cpu",
+    }
     pictures = {"throughput_cpu", "speedup_cpu", "layers_cpu"}
-    assert {path.stem for path in (folder / "tables").glob("*.csv")} == tables  # without training none of its cost
+    assert {
+        path.stem for path in (folder / "tables").glob("*.csv")
+    } == tables  # without training none of its cost
     assert {path.stem for path in (folder / "figures").glob("*.png")} == pictures
     assert all(f"### {name.replace('_', ' ')}\n" in page for name in tables | pictures)
     table = pd.read_csv(folder / "tables" / "speed_cpu.csv")
@@ -52,10 +93,15 @@ def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, cap
 
 
 def test_the_cost_of_imagenet_follows_from_the_fastest_batch():
-    speeds = pd.DataFrame({
-        "task": ["training", "training", "training", "inference"], "precision": "float32", "batch": [8, 64, 64, 256],
-        "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"], "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
-    })  # fmt: skip
+    speeds = pd.DataFrame(
+        {
+            "task": ["training", "training", "training", "inference"],
+            "precision": "float32",
+            "batch": [8, 64, 64, 256],
+            "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"],
+            "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
+        }
+    )
     table = cost_table(speeds).set_index("model")
     hours = 1_271_167 * 100 / 1271.167 / 3600
     assert table.loc["DeiT", "hours on 1"] == pytest.approx(hours, abs=0.05)

@@ -27,7 +27,11 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 def hashes() -> dict[tuple[str, str], str]:
     """The fingerprint of every run."""
     of_code = functools.cache(hash_of)  # runs share it
-    return {(profile, run.name): of_code(*ingredients(run)) for profile in PROFILES for run in RUNS[profile]}
+    return {
+        (profile, run.name): of_code(*ingredients(run))
+        for profile in PROFILES
+        for run in RUNS[profile]
+    }
 
 
 def runs(chosen) -> set[tuple[str, str]]:
@@ -93,21 +97,38 @@ def fitted(run) -> bool:
 
 
 def test_there_are_runs_of_every_kind():
-    kinds = (halts, halts_packed, halts_masked, fitted, lambda run: not halts(run), lambda run: run.teacher)
+    kinds = (
+        halts,
+        halts_packed,
+        halts_masked,
+        fitted,
+        lambda run: not halts(run),
+        lambda run: run.teacher,
+    )
     assert all(runs(kind) for kind in kinds)
 
 
-# --- what trains a model again ----------------------------------------------------------------------------------------
+# --- what trains a model again --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("thing", "before", "after", "concerned"),
     [
         (halting.halting_score, "channel + rule.beta", "channel - rule.beta", halts),
-        (halting.halting_step, ">= 1 - eps", "> 1 - eps", lambda run: halts_masked(run) or fitted(run)),
+        (
+            halting.halting_step,
+            ">= 1 - eps",
+            "> 1 - eps",
+            lambda run: halts_masked(run) or fitted(run),
+        ),
         (halting.trace_of, "1 - before", "2 - before", halts_packed),
         (losses.ponder_loss, "ponder.mean()", "ponder.sum()", halts),
-        (losses.distillation_loss, "temperature**2", "temperature", everyone),  # all that use TaskLoss, taught or not
+        (
+            losses.distillation_loss,
+            "temperature**2",
+            "temperature",
+            everyone,
+        ),  # all that use TaskLoss, taught or not
         (losses.TaskLoss, "task + self", "task - self", everyone),
         (losses.AdaptiveLoss, "alpha_distr: float = 0.1", "alpha_distr: float = 0.2", halts),
         (packed.packed_attention, "layout, dropout, bias)", "layout, 0.0, bias)", packs),
@@ -116,7 +137,12 @@ def test_there_are_runs_of_every_kind():
         (model.AViT.rule, "self.gamma", "-self.gamma", halts),
         (model.AViT.__init__, '("beta", beta)', '("beta", eps)', halts),
         (model.run_masked, "tokens * active[..., None]", "tokens", halts_masked),
-        (model.masked_block, "keys = (active", "keys = (~active", lambda run: halts_masked(run) or fitted(run)),
+        (
+            model.masked_block,
+            "keys = (active",
+            "keys = (~active",
+            lambda run: halts_masked(run) or fitted(run),
+        ),
         (starts.class_attention, "~active[:, 1:, None]", "active[:, 1:, None]", fitted),
         (starts.scale_channel_rate, "torch.lerp(old,", "torch.lerp(-old,", fitted),
         (model.register, '"out_indices", 3', '"out_indices", 4', everyone),
@@ -130,8 +156,10 @@ def test_there_are_runs_of_every_kind():
         (seed_everything, "torch.manual_seed(seed)", "torch.manual_seed(0)", everyone),
         (processes.average_gradients, "/ count()", "", everyone),
     ],
-    ids=lambda value: getattr(value, "__name__", None) if isinstance(value, (FunctionType, type)) else None,
-)  # fmt: skip
+    ids=lambda value: (
+        getattr(value, "__name__", None) if isinstance(value, (FunctionType, type)) else None
+    ),
+)
 def test_a_changed_formula_trains_those_again_that_use_it(rewrite, thing, before, after, concerned):
     rewrite(thing, before, after)
     assert retrained() == runs(concerned)
@@ -146,15 +174,22 @@ def test_a_changed_formula_trains_those_again_that_use_it(rewrite, thing, before
         (images, "CROP_AREA", (0.4, 1.0), everyone),
         (images, "CROP_AREA", (1.0, 0.5), everyone),
         (images, "STATISTICS", images.STATISTICS[::-1], everyone),
-        (model, "SHAPES", {name: shape | {"depth": 13} for name, shape in model.SHAPES.items()}, everyone),
+        (
+            model,
+            "SHAPES",
+            {name: shape | {"depth": 13} for name, shape in model.SHAPES.items()},
+            everyone,
+        ),
     ],
 )
-def test_a_changed_constant_trains_those_again_that_use_it(monkeypatch, module, name, value, concerned):
+def test_a_changed_constant_trains_those_again_that_use_it(
+    monkeypatch, module, name, value, concerned
+):
     monkeypatch.setattr(module, name, value)
     assert retrained() == runs(concerned)
 
 
-# --- what does not ----------------------------------------------------------------------------------------------------
+# --- what does not --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -200,7 +235,9 @@ def test_another_condition_or_kind_of_an_error_does(rewrite):
     assert retrained() == runs(halts)
 
 
-def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(rewrite, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(
+    rewrite, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     (tmp_path / "short.toml").write_text("extends = 'smoke'\nruns.deit.training.epochs = 1\n")
     whole = study.Study(str(tmp_path / "short.toml"), device="cpu")
@@ -209,13 +246,19 @@ def test_a_checkpoint_tells_whether_the_code_is_that_which_trained_it(rewrite, t
             whole.train(name)
         told = [line for line in capsys.readouterr().out.splitlines() if "training again" in line]
         assert told == (
-            ["A-ViT from ImageNet: settings or code changed since it was trained; training again"] if again else []
+            ["A-ViT from ImageNet: settings or code changed since it was trained; training again"]
+            if again
+            else []
         )
         if not again:
-            rewrite(halting.halting_score, "rule.gamma * channel + rule.beta", "rule.beta + rule.gamma * channel")
+            rewrite(
+                halting.halting_score,
+                "rule.gamma * channel + rule.beta",
+                "rule.beta + rule.gamma * channel",
+            )
 
 
-# --- modules: their names don't count, what is in them does -----------------------------------------------------------
+# --- modules: their names don't count, what is in them does ---------------------------------------
 
 FORMULA = "FACTOR = 3\n\ndef formula(x):\n    return x * FACTOR\n"
 USE = "def use(x):\n    return {call}(x) + 1\n"
@@ -225,7 +268,9 @@ USE = "def use(x):\n    return {call}(x) + 1\n"
 def toy(tmp_path, monkeypatch):
     """Imports a package of so many files, which is then the one that fingerprints are of."""
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be taken for that of a later file of the same size
+    monkeypatch.setattr(
+        sys, "dont_write_bytecode", True
+    )  # it would be taken for that of a later file of the same size
     monkeypatch.setattr(fingerprint, "PACKAGE", "toy")
 
     def imported(**files: str) -> dict[str, ModuleType]:
@@ -260,7 +305,8 @@ def test_the_name_of_a_module_and_the_way_to_import_it_do_not_count(toy):
         itself="from toy import a\n" + USE.format(call="a.formula").replace("+ 1", "+ 2"),
     )
     same = {
-        name: hash_of(found[name].use) for name in ("by_name_a", "by_name_b", "by_module_a", "by_module_b", "renamed")
+        name: hash_of(found[name].use)
+        for name in ("by_name_a", "by_name_b", "by_module_a", "by_module_b", "renamed")
     }
     assert len(set(same.values())) == 1
     others = ["by_name_changed", "by_module_changed", "by_module_constant", "itself"]
@@ -311,27 +357,36 @@ def unused():
 
 
 def test_the_same_code_has_the_same_fingerprint_in_every_python(toy):
-    """Python 3.12 added fields to the trees of functions, and 3.13 leaves out those that are empty."""
-    holder = (
-        "class Holder:\n    x: int = 0\n\n    def f(self, *y, z=a.FACTOR):\n        return f'{a.formula(z)!r} {y}'\n"
-    )
-    found = toy(a=FORMULA, m=f"from toy import a\n\n{holder}\n\n{USE.format(call='a.formula')}")["m"]
+    """Python 3.12 added fields to the trees of functions, and 3.13 leaves out those that are
+    empty.
+    """
+    holder = "class Holder:\n    x: int = 0\n\n    def f(self, *y, z=a.FACTOR):\n        return f'{a.formula(z)!r} {y}'\n"
+    found = toy(a=FORMULA, m=f"from toy import a\n\n{holder}\n\n{USE.format(call='a.formula')}")[
+        "m"
+    ]
     assert hash_of(found.Holder, found.use) == "9d69f004435d4af0"  # of 3.10 to 3.13
 
 
-# --- what a notebook uses ---------------------------------------------------------------------------------------------
+# --- what a notebook uses -------------------------------------------------------------------------
 
 
 def test_a_notebook_uses_what_its_cells_name_not_what_they_import():
-    cells = ["from avit_lib.study import figures, tables\nfrom avit_lib.study.sweep import figures as unused",
-             "def later():\n    return tables.summary_table", "x = figures.percent(1)"]  # fmt: skip
+    cells = [
+        "from avit_lib.study import figures, tables\nfrom avit_lib.study.sweep import figures as unused",
+        "def later():\n    return tables.summary_table",
+        "x = figures.percent(1)",
+    ]
     assert set(used_by(cells)) == {tables.summary_table, figures.percent}
     assert used_by(["from avit_lib.study import pictures"]) == []
-    assert used_by(["from avit_lib import losses as terms\nterms.ponder_loss"]) == [losses.ponder_loss]
+    assert used_by(["from avit_lib import losses as terms\nterms.ponder_loss"]) == [
+        losses.ponder_loss
+    ]
 
 
 def code_of(path: Path) -> list[str]:
-    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [
+        cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"
+    ]
 
 
 def test_a_change_in_a_chart_concerns_the_notebooks_that_draw_it(rewrite):
@@ -342,7 +397,9 @@ def test_a_change_in_a_chart_concerns_the_notebooks_that_draw_it(rewrite):
 
 
 def test_nothing_is_reached_in_a_way_that_is_not_followed(monkeypatch):
-    """Followed are names and module.name: neither package.module.name nor imports inside a function."""
+    """Followed are names and module.name: neither package.module.name nor imports inside a
+    function.
+    """
     visited, source = {}, fingerprint.source
 
     def seen(thing):
@@ -357,11 +414,15 @@ def test_nothing_is_reached_in_a_way_that_is_not_followed(monkeypatch):
     for thing, code in visited.items():
         namespace = vars(sys.modules[thing.__module__])
         for node in ast.walk(ast.parse(code)):
-            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("avit_lib"), thing
+            assert not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "avit_lib"
+            ), thing
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = namespace.get(node.value.id)
                 reached = getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
-                assert not isinstance(reached, ModuleType) or not reached.__name__.startswith("avit_lib"), thing
+                assert not isinstance(reached, ModuleType) or not reached.__name__.startswith(
+                    "avit_lib"
+                ), thing
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -369,4 +430,8 @@ def test_notebooks_import_the_library_in_the_way_that_is_followed(path):
     nodes = [node for code in code_of(path) for node in ast.walk(ast.parse(code))]
     plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     assert not [name for name in plain if name.split(".")[0] == "avit_lib"]
-    assert [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module.startswith("avit_lib")]
+    assert [
+        node
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("avit_lib")
+    ]

@@ -1,4 +1,6 @@
-"""The ImageNet profile, dry: its recipe on generated images, with a tiny backbone in place of its own."""
+"""The ImageNet profile, dry: its recipe on generated images, with a tiny backbone in place of its
+own.
+"""
 
 import numpy as np
 import pandas as pd
@@ -38,9 +40,19 @@ def generated(tmp_path, monkeypatch):
 def test_the_recipe_is_that_of_the_paper():
     run = get_profile("imagenet").run("avit_finetuned")
     training, halting = run.training, run.halting
-    assert (training.epochs, training.batch_size, training.learning_rate, training.warmup_epochs) == (100, 512, 5e-4, 5)
+    assert (
+        training.epochs,
+        training.batch_size,
+        training.learning_rate,
+        training.warmup_epochs,
+    ) == (100, 512, 5e-4, 5)
     assert training.ema_decay and training.mixup
-    assert (halting.gamma, halting.beta, halting.alpha_ponder, halting.alpha_distr) == (5, -10, 5e-4, 0.1)
+    assert (halting.gamma, halting.beta, halting.alpha_ponder, halting.alpha_distr) == (
+        5,
+        -10,
+        5e-4,
+        0.1,
+    )
     assert (halting.target_depth, run.init) == (8, "pretrained")
 
 
@@ -61,13 +73,25 @@ def test_dry_run(tmp_path, monkeypatch, capsys):
     source = timm.create_model(run.model, num_classes=1000)
     save_checkpoint(tmp_path / f"{run.pretrained}.safetensors", source, run.model, {})
     output = tmp_path / "output"
-    command = ["fit", "--profile", profile, "--model", "avit_finetuned", "--epochs", "2", "--output", str(output)]
+    command = [
+        "fit",
+        "--profile",
+        profile,
+        "--model",
+        "avit_finetuned",
+        "--epochs",
+        "2",
+        "--output",
+        str(output),
+    ]
     assert cli.main([*command, "--device", "cpu"]) == 0
     history = pd.read_csv(output / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and np.isfinite(history["train_loss"]).all()
     model, description = load_checkpoint(output / "last.safetensors")
     assert len(description["run"]["classes"]) == 3
-    torch.testing.assert_close(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight, atol=1e-3, rtol=0
+    )
     test = ["test", "--profile", profile, "--ckpt", str(output / "last.safetensors")]
     assert cli.main([*test, "--device", "cpu"]) == 0
     assert '"images": 9' in capsys.readouterr().out

@@ -47,7 +47,9 @@ def test_the_picture_says_when_no_token_reached_the_last_layer(photographs, beta
 
 def test_of_many_classes_the_number_is_said():
     model = timm.create_model("avit_nano", num_classes=1000)
-    assert inspecting.what_it_sees(model, [str(number) for number in range(1000)]).endswith("It knows 1,000 classes.")
+    assert inspecting.what_it_sees(model, [str(number) for number in range(1000)]).endswith(
+        "It knows 1,000 classes."
+    )
     assert inspecting.what_it_sees(model, []).endswith("It knows 1,000 classes.")
 
 

@@ -1,4 +1,6 @@
-"""The notebook runner, on small notebooks in a project of their own; the bootstrap cell, where nothing is installed."""
+"""The notebook runner, on small notebooks in a project of their own; the bootstrap cell, where
+nothing is installed.
+"""
 
 import difflib
 import json
@@ -37,7 +39,9 @@ def project(tmp_path, monkeypatch):
     """A project without notebooks, as the current folder."""
     (tmp_path / "avit_lib").mkdir()
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / "pyproject.toml").write_text(f'[project]\n[project.urls]\nRepository = "{ADDRESS}"\n')
+    (tmp_path / "pyproject.toml").write_text(
+        f'[project]\n[project.urls]\nRepository = "{ADDRESS}"\n'
+    )
     monkeypatch.delenv("AVIT_RESULTS", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
@@ -89,12 +93,23 @@ FAKE_TRAINING = """
 """
 
 
-def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environment(project, monkeypatch, capsys):
-    kernels = project / "user" / "kernels" / "python3"  # of a user who has another kernel of that name
+def test_a_notebook_runs_with_the_parameters_in_its_folder_and_in_this_environment(
+    project, monkeypatch, capsys
+):
+    kernels = (
+        project / "user" / "kernels" / "python3"
+    )  # of a user who has another kernel of that name
     kernels.mkdir(parents=True)
-    kernels.joinpath("kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "x"}))
+    kernels.joinpath("kernel.json").write_text(
+        json.dumps({"argv": ["false"], "display_name": "x", "language": "x"})
+    )
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(project / "user"))
-    write(project, "01_one", "import os, sys\nprint(sys.executable, PROFILE, SEED)", "print('in', os.getcwd())")
+    write(
+        project,
+        "01_one",
+        "import os, sys\nprint(sys.executable, PROFILE, SEED)",
+        "print('in', os.getcwd())",
+    )
     assert run("--seed", "3") == 0
     output = capsys.readouterr().out
     assert f"{sys.executable} smoke 3" in output
@@ -119,9 +134,15 @@ def test_only_the_runner_writes_to_the_results_of_the_profile(project, monkeypat
     by_make = (results / "findings" / "01_words.md").read_text()
     monkeypatch.delenv("AVIT_RUNNER")
     exec(textwrap.dedent(use), {"PROFILE": "smoke", "SEED": 1})
-    assert json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
+    assert (
+        json.loads((results / "findings" / "01_words.json").read_text())["provenance"]["seed"] == 0
+    )
     by_hand = (results / "by_hand" / "findings" / "01_words.md").read_text()
-    assert by_hand.split() == by_make.split() == ["checkpoints", "in", str(results / "checkpoints" / "deit")]
+    assert (
+        by_hand.split()
+        == by_make.split()
+        == ["checkpoints", "in", str(results / "checkpoints" / "deit")]
+    )
 
 
 def test_results_name_the_commit_at_which_they_were_begun(monkeypatch, tmp_path):
@@ -132,7 +153,9 @@ def test_results_name_the_commit_at_which_they_were_begun(monkeypatch, tmp_path)
     begun = Results("smoke", 0, "a test")
     git.stdout = "after"
     begun.metrics({}, "found")
-    assert read_json(tmp_path / "smoke" / "metrics" / "found.json")["provenance"]["commit"] == "before"
+    assert (
+        read_json(tmp_path / "smoke" / "metrics" / "found.json")["provenance"]["commit"] == "before"
+    )
 
 
 def test_training_by_hand_leaves_what_make_trained(monkeypatch, tmp_path):
@@ -142,7 +165,11 @@ def test_training_by_hand_leaves_what_make_trained(monkeypatch, tmp_path):
     usual = tmp_path / "smoke" / "checkpoints" / "deit"
     before = (usual / "last.safetensors").read_bytes()
     monkeypatch.delenv("AVIT_RUNNER")
-    for seed, folder in ((0, usual), (1, tmp_path / "smoke" / "by_hand" / "checkpoints" / "deit"), (0, usual)):
+    for seed, folder in (
+        (0, usual),
+        (1, tmp_path / "smoke" / "by_hand" / "checkpoints" / "deit"),
+        (0, usual),
+    ):
         study = Study("smoke", seed, "02_deit")
         study.train("deit")
         assert study.folder("deit") == folder and study.checkpoint("deit").is_file()
@@ -160,8 +187,13 @@ def test_new_text_needs_no_run(project, capsys):
     write(project, "01_one", "print('ran')")
     assert run() == 0
     copy = executed(project, "01_one").read_bytes()
-    assert run() == 0 and executed(project, "01_one").read_bytes() == copy  # nothing changed, nothing is written
-    path, before = project / "notebooks" / "01_one.ipynb", nbformat.read(executed(project, "01_one"), as_version=4)
+    assert (
+        run() == 0 and executed(project, "01_one").read_bytes() == copy
+    )  # nothing changed, nothing is written
+    path, before = (
+        project / "notebooks" / "01_one.ipynb",
+        nbformat.read(executed(project, "01_one"), as_version=4),
+    )
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(1, new_markdown_cell("in other words"))
     nbformat.write(notebook, path)
@@ -301,7 +333,11 @@ def test_a_table_that_no_notebook_has_written_is_named(project):
 
 def test_what_a_notebook_uses_of_the_library_counts_and_nothing_else(project, monkeypatch, capsys):
     for name, function in (("01_axis", "batch_axis"), ("02_other", "percent")):  # read, not run
-        write(project, name, f"def never():\n    from avit_lib.study import figures\n    figures.{function}")
+        write(
+            project,
+            name,
+            f"def never():\n    from avit_lib.study import figures\n    figures.{function}",
+        )
     write(project, "03_unused", "def never():\n    from avit_lib.study.figures import batch_axis")
     assert run() == 0
     ran(capsys)
@@ -324,17 +360,24 @@ def test_settings_that_no_notebook_sees_do_not_put_them_out_of_date(project, cap
     profile = project / "mine.toml"
     profile.write_text('extends = "smoke"')
     for content, again in (
-        ("", ["01_one"]), ('notes = ["another"]', []), ("sweep_seeds = [5]", []),
+        ("", ["01_one"]),
+        ('notes = ["another"]', []),
+        ("sweep_seeds = [5]", []),
         ("runs.avit.halting.beta = -1.5", ["01_one"]),
-        ("data.train_per_class = 3", ["01_one"]), ("recalibrated = {}", ["01_one"]),
-    ):  # fmt: skip
+        ("data.train_per_class = 3", ["01_one"]),
+        ("recalibrated = {}", ["01_one"]),
+    ):
         profile.write_text(f'extends = "smoke"\n{content}\n')
         assert cli.main(["notebooks", "--profile", "mine.toml"]) == 0
         assert ran(capsys) == again, content
 
 
 def test_a_profile_of_ones_own_is_taken_by_the_notebooks(project, tmp_path_factory, capsys):
-    write(project, "01_one", "import msgspec\nprint(msgspec.toml.decode(open(PROFILE, 'rb').read())['purpose'])")
+    write(
+        project,
+        "01_one",
+        "import msgspec\nprint(msgspec.toml.decode(open(PROFILE, 'rb').read())['purpose'])",
+    )
     files = project / "mine.toml", tmp_path_factory.mktemp("elsewhere") / "other.toml"
     for file in files:
         file.write_text(f'extends = "smoke"\npurpose = "purpose of {file.stem}"')
@@ -387,13 +430,19 @@ def test_a_complete_fresh_run_leaves_no_results_of_earlier_notebooks(project):
         path = results / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        facts = dict.fromkeys(("seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"), "x")
+        facts = dict.fromkeys(
+            ("seed", "commit", "dirty", "date", "python", "hardware", "seconds_since_start"), "x"
+        )
         facts |= {"source": source, "packages": {}}
         path.with_suffix(".json").write_text(json.dumps({"caption": "", "provenance": facts}))
         os.utime(path.with_suffix(".json"), (1, 1))
         return path
 
-    kept, old, renamed = figure("kept", "01_one"), figure("old", "01_one"), figure("renamed", "01_before")
+    kept, old, renamed = (
+        figure("kept", "01_one"),
+        figure("old", "01_one"),
+        figure("renamed", "01_before"),
+    )
     foreign = figure("foreign", "benchmark")
     gone = executed(project, "00_gone")
     gone.parent.mkdir()
@@ -414,13 +463,19 @@ def is_alive(process: int) -> bool:
 
 
 def test_an_interruption_is_one_line_and_leaves_no_kernel(project):
-    write(project, "01_one", "import os\nprint('kernel', os.getpid(), flush=True)", "import time\ntime.sleep(600)")
+    write(
+        project,
+        "01_one",
+        "import os\nprint('kernel', os.getpid(), flush=True)",
+        "import time\ntime.sleep(600)",
+    )
     command = [sys.executable, "-m", "avit_lib", "notebooks", *SMOKE]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("kernel"):
             break
-    process.terminate()  # taken like Ctrl-C, which a process started in the background would not get
+    # Taken like Ctrl-C, which a process started in the background would not get
+    process.terminate()
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert error.strip().splitlines()[-1] == "stopped; run the same command again to resume"
@@ -455,7 +510,9 @@ def test_stamping_is_idempotent_and_can_be_undone(project, capsys):
     assert title.source == "# 01_one" and code.source == BOOTSTRAP
 
 
-def test_stamping_the_notebooks_of_the_study_changes_a_line_and_the_badge_and_can_be_undone(project):
+def test_stamping_the_notebooks_of_the_study_changes_a_line_and_the_badge_and_can_be_undone(
+    project,
+):
     originals = sorted((ROOT / "notebooks").glob("*.ipynb"))
     for path in originals:
         shutil.copy(path, project / "notebooks")
@@ -469,7 +526,11 @@ def test_stamping_the_notebooks_of_the_study_changes_a_line_and_the_badge_and_ca
         removed, added = ([line[2:].strip() for line in lines if line[0] == sign] for sign in "-+")
         assert len(removed) == 1 and 'address = \\"\\"' in removed[0]
         badge, gap, address = sorted(added)
-        assert gap == '"\\n",' and badge.startswith('"[![Open in Colab]') and f"/{path.stem}.ipynb)" in badge
+        assert (
+            gap == '"\\n",'
+            and badge.startswith('"[![Open in Colab]')
+            and f"/{path.stem}.ipynb)" in badge
+        )
         assert address == removed[0].replace('\\"\\"', f'\\"{ADDRESS}\\"')
     assert notebooks.stamp(project / "notebooks", ADDRESS) == []
     assert notebooks.stamp(project / "notebooks", "") == [path.stem for path in originals]
@@ -490,7 +551,9 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monke
     readme = project / "README.md"
     stamp_page(readme)
     assert not readme.exists()
-    readme.write_text("before\n<!-- begin caltech24/04_summary -->\nold\n<!-- end caltech24/04_summary -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- begin caltech24/04_summary -->\nold\n<!-- end caltech24/04_summary -->\nafter\n"
+    )
     stamp_page(readme)
     assert "old" in readme.read_text()
     table = project / "results" / "caltech24" / "tables" / "04_summary.md"
@@ -502,15 +565,20 @@ def test_the_readme_is_stamped_only_where_markers_and_results_are(project, monke
     text = readme.read_text()
     assert "old" not in text
     assert (
-        "| 1 |\n\nMade by `make reproduce PROFILE=caltech24 SEED=0`, commit 0123456789, today, on a computer." in text
+        "| 1 |\n\nMade by `make reproduce PROFILE=caltech24 SEED=0`, commit 0123456789, today, on a computer."
+        in text
     )
-    readme.write_text("In short: <!-- begin caltech24/04_models -->\nold\n<!-- end caltech24/04_models --> and so on\n")
+    readme.write_text(
+        "In short: <!-- begin caltech24/04_models -->\nold\n<!-- end caltech24/04_models --> and so on\n"
+    )
     monkeypatch.setenv("AVIT_RUNNER", "make")
     found = Results("caltech24", 0, "04_evaluation").finding("One model  saves\nhalf.", "04_models")
     assert found == found._repr_markdown_() == "One model saves half."
     stamp_page(readme)
     assert "-->\nOne model saves half.\n<!-- end" in readme.read_text()
-    readme.write_text("<!-- begin caltech24/sweep_summary -->\nold\n<!-- end caltech24/sweep_summary -->\n")
+    readme.write_text(
+        "<!-- begin caltech24/sweep_summary -->\nold\n<!-- end caltech24/sweep_summary -->\n"
+    )
     for suffix in (".md", ".json"):
         table.with_suffix(suffix).rename(table.with_name(f"sweep_summary{suffix}"))
     stamp_page(readme)
@@ -530,7 +598,9 @@ def test_the_readme_gets_the_table_of_the_benchmark(project):
         "date": "today",
         "hardware": "a computer",
     }
-    table.with_suffix(".json").write_text(json.dumps({"caption": "What it is.", "provenance": facts}))
+    table.with_suffix(".json").write_text(
+        json.dumps({"caption": "What it is.", "provenance": facts})
+    )
     stamp_page(readme)
     assert (
         "| 1 |\n\nWhat it is.\n\nMade by `make benchmark`, commit 0123456789, today, on a computer."
@@ -550,17 +620,23 @@ print("".join(output.get("text", "") for cell in notebook.cells for output in ce
 
 @pytest.fixture
 def fresh_python(tmp_path, monkeypatch):
-    """An environment with all packages of this one but the study's own library, and a stand-in for Colab's."""
+    """An environment with all packages of this one but the study's own library, and a stand-in for
+    Colab's.
+    """
     folder = tmp_path / "environment"
     venv.create(folder, symlinks=True)
     site = next(folder.glob("lib/python*/site-packages"))
-    (site / "colab.pth").write_text(next(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    (site / "colab.pth").write_text(
+        next(path for path in sys.path if path.endswith("site-packages")) + "\n"
+    )
     (site / "google" / "colab").mkdir(parents=True)
     (site / "google" / "colab" / "__init__.py").touch()
     monkeypatch.delenv("PYTHONPATH", raising=False)
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "no-user-kernels"))
     python = folder / "bin" / "python"
-    missing = subprocess.run([python, "-c", "import avit_lib"], cwd=tmp_path, capture_output=True, text=True)
+    missing = subprocess.run(
+        [python, "-c", "import avit_lib"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert "No module named 'avit_lib'" in missing.stderr
     return python
 
@@ -585,9 +661,13 @@ def execute(python: Path, notebook: Path) -> subprocess.CompletedProcess:
 
 
 def committed(checkout: Path) -> str:
-    """A copy of what the first cell and a later notebook need of the repository, committed; returns its address."""
+    """A copy of what the first cell and a later notebook need of the repository, committed; returns
+    its address.
+    """
     for folder in ("avit_lib", "notebooks"):
-        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, checkout)
     git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x"]
@@ -596,14 +676,20 @@ def committed(checkout: Path) -> str:
     return checkout.as_uri()
 
 
-@pytest.mark.parametrize("arrival", ["a bare notebook", "beside a clone", "in the notebooks folder"])
-def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(tmp_path, fresh_python, arrival):
+@pytest.mark.parametrize(
+    "arrival", ["a bare notebook", "beside a clone", "in the notebooks folder"]
+)
+def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(
+    tmp_path, fresh_python, arrival
+):
     content = tmp_path / "content"  # where notebooks run on Colab
     if arrival == "a bare notebook":
         notebook = first_cells(content, committed(tmp_path / "published"))
     else:
         committed(content / "study")
-        notebook = first_cells(content / ("study/notebooks" if arrival == "in the notebooks folder" else ""))
+        notebook = first_cells(
+            content / ("study/notebooks" if arrival == "in the notebooks folder" else "")
+        )
     done = execute(fresh_python, notebook)
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("pip cannot reach a package index")
@@ -617,7 +703,9 @@ def test_on_colab_the_first_cell_brings_the_study_and_leaves_torch_alone(tmp_pat
     assert Path(root) == clone
 
 
-def test_on_colab_without_a_checkout_or_address_the_first_cell_says_how_to_bring_one(tmp_path, fresh_python):
+def test_on_colab_without_a_checkout_or_address_the_first_cell_says_how_to_bring_one(
+    tmp_path, fresh_python
+):
     done = execute(fresh_python, first_cells(tmp_path / "elsewhere"))
     assert done.returncode != 0
     assert "Error" in done.stderr and ": not installed: run `make setup`" in done.stderr

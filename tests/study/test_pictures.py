@@ -23,8 +23,13 @@ def drawn(count: int, side: int, pixels: int, layers: int) -> dict[str, Figure]:
     images = generator.random((count, 3, pixels, pixels))
     depth = generator.integers(1, layers + 1, (count, 1 + side**2))
     names = tuple(f"some_class_{number} 7.5" for number in range(count))
-    groups = {name: (images[part], depth[part], list(names[part])) for name, part in
-              {"shallowest": slice(0, 8), "widest spread": slice(count // 2, count)}.items()}  # fmt: skip
+    groups = {
+        name: (images[part], depth[part], list(names[part]))
+        for name, part in {
+            "shallowest": slice(0, 8),
+            "widest spread": slice(count // 2, count),
+        }.items()
+    }
     beside = {
         "one\nstart": (depth, [f"AUC 0.{number}" for number in range(count)]),
         "another\nstart": (depth[::-1], []),
@@ -48,7 +53,9 @@ def test_the_module_has_no_picture_that_is_not_tested_above():
 
 
 def rows(figure: Figure) -> dict[str, list[Axes]]:
-    """The pictures of a figure by the name of their row; a row without one is called by the number of its first."""
+    """The pictures of a figure by the name of their row; a row without one is called by the number
+    of its first.
+    """
     found = {}
     for number, axis in enumerate(axis for axis in figure.axes if axis.images):
         if axis.get_subplotspec().colspan.start == 0:
@@ -64,8 +71,12 @@ def shown(axis: Axes) -> np.ndarray:
 def test_maps_show_patches_in_reading_order_without_the_class_token():
     depth = np.concatenate([[[99]], np.arange(1, 17)[None]], axis=1)
     (axis,) = rows(pictures.depth_maps(np.zeros((1, 3, 28, 28)), depth, layers=16))["depth"]
-    np.testing.assert_array_equal(shown(axis), pictures.coloured(np.arange(1, 17).reshape(4, 4), 16))
-    assert shown(axis).sum(axis=-1).argmax() == 15 and shown(axis).sum(axis=-1).argmin() == 0  # bright: went deep
+    np.testing.assert_array_equal(
+        shown(axis), pictures.coloured(np.arange(1, 17).reshape(4, 4), 16)
+    )
+    assert (
+        shown(axis).sum(axis=-1).argmax() == 15 and shown(axis).sum(axis=-1).argmin() == 0
+    )  # bright: went deep
 
 
 @pytest.mark.parametrize("figure", ["depth_maps", "depths_beside", "depth_extremes"])
@@ -78,16 +89,22 @@ def test_depth_has_the_same_colour_in_every_map_of_a_figure_and_in_its_key(figur
         beside = {name: (depth[[number]], []) for number, name in enumerate(("one", "other"))}
         drawing = pictures.depths_beside(images[:1], ["title"], beside, layers=12)
     else:
-        groups = {name: (images[part], depth[part], ["title"]) for name, part in
-                  {"one": slice(0, 1), "other": slice(1, 2)}.items()}  # fmt: skip
+        groups = {
+            name: (images[part], depth[part], ["title"])
+            for name, part in {"one": slice(0, 1), "other": slice(1, 2)}.items()
+        }
         drawing = pictures.depth_extremes(groups, layers=12)
-    first, second = (shown(axis) for axis in drawing.axes if axis.images and shown(axis).shape == (7, 7, 3))
+    first, second = (
+        shown(axis) for axis in drawing.axes if axis.images and shown(axis).shape == (7, 7, 3)
+    )
     np.testing.assert_array_equal(first[1:], second[1:])
     np.testing.assert_array_equal(first[0, :3], pictures.coloured(np.array([4, 5, 5]), 12))
     np.testing.assert_array_equal(second[0, :3], pictures.coloured(np.array([5, 9, 5]), 12))
     FigureCanvasAgg(drawing).draw()
     (key,) = (axis for axis in drawing.axes if axis.get_xlabel() == "depth [layers of 12]")
-    assert [label.get_text() for label in key.get_xticklabels()] == [str(layer) for layer in range(1, 13)]
+    assert [label.get_text() for label in key.get_xticklabels()] == [
+        str(layer) for layer in range(1, 13)
+    ]
     colours = key.collections[-1].cmap(key.collections[-1].norm([4, 5, 9]))
     np.testing.assert_allclose(colours[:, :3], [first[0, 0], first[0, 1], second[0, 1]], atol=0.01)
 
@@ -139,14 +156,18 @@ def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
 
 
 def test_a_name_too_long_for_its_place_is_broken():
-    figure = pictures.depth_maps(np.zeros((2, 3, 28, 28)), np.ones((2, 17)), 4, ["x" * 240, "stegosaurus"])
+    figure = pictures.depth_maps(
+        np.zeros((2, 3, 28, 28)), np.ones((2, 17)), 4, ["x" * 240, "stegosaurus"]
+    )
     longest = max(figure.axes[0].get_title().split("\n"), key=len)
     assert len(longest) <= 50 and figure.axes[1].get_title() == "stegosaurus"
 
 
 def test_more_images_go_on_in_further_rows_with_their_titles():
     titles = [f"folder/image_{number}\npredicted: cat" for number in range(5)]
-    figure = pictures.depth_maps(np.zeros((5, 3, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2)
+    figure = pictures.depth_maps(
+        np.zeros((5, 3, 28, 28)), np.full((5, 17), 3), 4, titles, columns=2
+    )
     axes = np.array(figure.axes[:-1]).reshape(12, 2)  # the last is the key
     found = [axis.get_title() for row in axes[::4] for axis in row]
     assert found == [title.replace("_", " ") for title in titles] + [""]
@@ -154,14 +175,28 @@ def test_more_images_go_on_in_further_rows_with_their_titles():
 
 
 def test_depths_of_several_models_stand_below_each_image_with_their_words():
-    depths = {name: np.arange(15).reshape(3, 5) % modulus for name, modulus in (("one", 4), ("other", 3))}
-    maps = {"one": (depths["one"], ["AUC 0.1", "AUC 0.2", "AUC 0.3"]), "other": (depths["other"], [])}
+    depths = {
+        name: np.arange(15).reshape(3, 5) % modulus for name, modulus in (("one", 4), ("other", 3))
+    }
+    maps = {
+        "one": (depths["one"], ["AUC 0.1", "AUC 0.2", "AUC 0.3"]),
+        "other": (depths["other"], []),
+    }
     images = np.linspace(0, 1, 3)[:, None, None, None] * np.ones((3, 3, 28, 28))
     figure = pictures.depths_beside(images, ["an_ant", "bee", "cat"], maps, 4, columns=2)
-    axes = np.array(figure.axes[:-1]).reshape(6, 2)  # the last is the key; two images, then the third
+    axes = np.array(figure.axes[:-1]).reshape(
+        6, 2
+    )  # the last is the key; two images, then the third
     assert [axis.get_ylabel() for axis in axes[:, 0]] == ["image", "one", "other"] * 2
     titles = [[axis.get_title() for axis in row] for row in axes]
-    assert titles == [["an ant", "bee"], ["AUC 0.1", "AUC 0.2"], ["", ""], ["cat", ""], ["AUC 0.3", ""], ["", ""]]
+    assert titles == [
+        ["an ant", "bee"],
+        ["AUC 0.1", "AUC 0.2"],
+        ["", ""],
+        ["cat", ""],
+        ["AUC 0.3", ""],
+        ["", ""],
+    ]
     for number, value in enumerate((0, 0.5, 1)):
         row, column = 3 * (number // 2), number % 2
         assert (shown(axes[row, column]) == value).all()
@@ -183,7 +218,11 @@ def test_the_veil_is_the_thicker_the_earlier_a_token_halted():
     images, depth = np.ones((1, 3, 28, 28)), np.array([[4, 1, 2, 3, 4]])
     (axis,) = rows(pictures.depth_maps(images, depth, layers=4))["veiled\nby depth"]
     red = shown(axis)[[0, 0, -1, -1], [0, -1, 0, -1], 0]
-    assert (np.diff(red) > 0).all() and red[-1] == 1 and red[0] == pytest.approx(0.12 + 0.88 * pictures.VEIL[0])
+    assert (
+        (np.diff(red) > 0).all()
+        and red[-1] == 1
+        and red[0] == pytest.approx(0.12 + 0.88 * pictures.VEIL[0])
+    )
 
 
 def test_a_veil_needs_no_spread_of_depth():
@@ -199,13 +238,22 @@ def test_progress_veils_exactly_the_tokens_that_have_halted():
     found = rows(pictures.halting_progress(images, depth))
     assert list(found) == ["layer 1", "layer 2", "layer 3", "layer 4"]
     untouched = [shown(axis)[[0, 0, -1, -1], [0, -1, 0, -1], 0] == 1 for (axis,) in found.values()]
-    np.testing.assert_array_equal(untouched, [[True] * 4, [False, True, True, True], [False, False, True, True],
-                                              [False, False, False, True]])  # fmt: skip
+    np.testing.assert_array_equal(
+        untouched,
+        [
+            [True] * 4,
+            [False, True, True, True],
+            [False, False, True, True],
+            [False, False, False, True],
+        ],
+    )
     assert [axis.get_title() for (axis,) in found.values()] == ["100%", "75%", "50%", "25%"]
 
 
 def test_progress_is_shown_in_at_most_seven_layers_that_differ():
-    depth = np.concatenate([np.full((2, 1), 12), np.random.default_rng(0).integers(3, 13, (2, 49))], axis=1)
+    depth = np.concatenate(
+        [np.full((2, 1), 12), np.random.default_rng(0).integers(3, 13, (2, 49))], axis=1
+    )
     names = list(rows(pictures.halting_progress(np.ones((2, 3, 28, 28)), depth)))
     assert len(names) == 7 and names[0] == "layer 3" and names[-1] == "layer 12"
 
@@ -215,5 +263,6 @@ def test_samples_stand_in_the_row_of_their_class():
     found = rows(pictures.samples(images, [2, 0, 2, 0], ("an_ant", "bee", "cat")))
     assert list(found) == ["an ant", "cat"]  # a bee is not among them
     assert [[shown(axis).max() for axis in row] for row in found.values()] == [
-        pytest.approx([1 / 3, 1]), pytest.approx([0, 2 / 3])
-    ]  # fmt: skip
+        pytest.approx([1 / 3, 1]),
+        pytest.approx([0, 2 / 3]),
+    ]

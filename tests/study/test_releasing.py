@@ -1,4 +1,6 @@
-"""The committed models: half the size, the same model but for rounding, taken where none was trained."""
+"""The committed models: half the size, the same model but for rounding, taken where none was
+trained.
+"""
 
 import shutil
 

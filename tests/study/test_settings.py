@@ -1,4 +1,6 @@
-"""Profiles: what a file says is what counts, and whatever is wrong in it is named in one line, with file and key."""
+"""Profiles: what a file says is what counts, and whatever is wrong in it is named in one line, with
+file and key.
+"""
 
 import os
 import subprocess
@@ -17,9 +19,7 @@ from avit_lib.training import Training
 
 SMOKE = get_profile("smoke")
 DATA = "[data]\ndataset = 'Caltech101'\nimage_size = 64\nvalidation_per_class = 2\n"
-RUN = (
-    "label = 'x'\nmodel = 'deit_tiny_patch16_224'\ninit = 'pretrained'\npretrained = 'deit_tiny_patch16_224.fb_in1k'\n"
-)
+RUN = "label = 'x'\nmodel = 'deit_tiny_patch16_224'\ninit = 'pretrained'\npretrained = 'deit_tiny_patch16_224.fb_in1k'\n"
 
 
 @pytest.fixture
@@ -51,29 +51,41 @@ def test_there_is_a_profile_for_every_study():
 
 def test_defaults_are_those_of_the_method():
     arguments = signature(AViT).parameters
-    assert {name: arguments[name].default for name in Halting().model_arguments} == Halting().model_arguments
+    assert {
+        name: arguments[name].default for name in Halting().model_arguments
+    } == Halting().model_arguments
     assert AdaptiveLoss(**Halting().objective) == AdaptiveLoss()
     taught = Teacher(timm.create_model("avit_nano"))
     assert (taught.alpha, taught.temperature) == (Distillation().alpha, Distillation().temperature)
 
 
-# --- a file over another ----------------------------------------------------------------------------------------------
+# --- a file over another --------------------------------------------------------------------------
 
 
 def test_a_profile_that_extends_another_has_its_settings_but_for_its_own(profile):
     own = profile("data.image_size = 32\nruns.avit.halting.beta = -1.0\nruns.avit.label = 'mine'\n")
     run, base = own.run("avit"), SMOKE.run("avit")
     assert own.name == "own" and own.data == changed(SMOKE.data, "data", image_size=32)
-    assert run == changed(base, "avit", label="mine", halting=changed(base.halting, "halting", beta=-1.0))
+    assert run == changed(
+        base, "avit", label="mine", halting=changed(base.halting, "halting", beta=-1.0)
+    )
     assert own.run("deit") == SMOKE.run("deit") and own.recalibrated == SMOKE.recalibrated
 
 
-def test_a_profile_extends_a_file_beside_it_whatever_the_working_folder(profile, tmp_path, monkeypatch):
+def test_a_profile_extends_a_file_beside_it_whatever_the_working_folder(
+    profile, tmp_path, monkeypatch
+):
     (tmp_path / "bases").mkdir()
-    (tmp_path / "bases" / "mine.toml").write_text("extends = 'smoke'\npurpose = 'mine'\nrecalibrated.avit = [2.5]\n")
+    (tmp_path / "bases" / "mine.toml").write_text(
+        "extends = 'smoke'\npurpose = 'mine'\nrecalibrated.avit = [2.5]\n"
+    )
     monkeypatch.chdir("/")
     own = profile("recalibrated.avit = [1.5]\n", base="bases/mine.toml")
-    assert (own.name, own.purpose, own.recalibrated) == ("own", "mine", SMOKE.recalibrated | {"avit": (1.5,)})
+    assert (own.name, own.purpose, own.recalibrated) == (
+        "own",
+        "mine",
+        SMOKE.recalibrated | {"avit": (1.5,)},
+    )
     assert own.runs == SMOKE.runs
 
 
@@ -119,12 +131,16 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
     assert [run.name for run in own.runs] == ["deit", "avit_finetuned", "child", "pupil"]
     deit, avit, child, _ = own.runs
     assert deit.training == Training(epochs=7, learning_rate=0.5) and deit.halting is None
-    assert avit.training == Training(epochs=7, learning_rate=0.25) and avit.halting == Halting(beta=-1.0, gamma=2.0)
-    assert child.training == Training(epochs=3, learning_rate=0.25) and child.halting == avit.halting
+    assert avit.training == Training(epochs=7, learning_rate=0.25) and avit.halting == Halting(
+        beta=-1.0, gamma=2.0
+    )
+    assert (
+        child.training == Training(epochs=3, learning_rate=0.25) and child.halting == avit.halting
+    )
     assert [run.name for run in own.chain("pupil")] == ["child", "pupil"]
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
+# --- faults ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,8 +170,14 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("merging = [-1]", r"merging\[.*\]: .*>= 0"),
         ("runs.Two.label = 'x'", "runs.Two"),
         ("name = 'mine'", "name: a profile is called like its file"),
-        ("data.dataset = 'CIFAR10'", "data: there is no data set 'CIFAR10'; choose from Caltech101, "),
-        ("data = {dataset = 'ImageNet', classes = ['ant']}", "data: of ImageNet all classes .* take part"),
+        (
+            "data.dataset = 'CIFAR10'",
+            "data: there is no data set 'CIFAR10'; choose from Caltech101, ",
+        ),
+        (
+            "data = {dataset = 'ImageNet', classes = ['ant']}",
+            "data: of ImageNet all classes .* take part",
+        ),
         ("search.x.label = 'x'", "unknown field `search`"),
         ("data.augmentation = 'strong'", "data.augmentation: .*'strong'"),
         ("data.train_per_class = 'some'", "data.train_per_class: .*'some'"),
@@ -176,8 +198,14 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
         ("runs.deit.saved = 0.3\nruns.deit_longer.saved = 0.3", "runs: a plain one is missing"),
         ("runs.avit.saved = 0.3", r"runs\.avit: it both halts and merges"),
         ("runs.deit.halting = {}", r"runs\.deit: model 'deit_tiny_.*' and halting"),
-        ("[runs.x]\nextends = 'deit'\nmodel = 'avit_tiny_patch16_224'", r"runs\.x: model 'avit_.*' and halting"),
-        ("runs.deit_longer.init = 'pretrained'", r"runs\.deit_longer: init is pretrained; name the weights"),
+        (
+            "[runs.x]\nextends = 'deit'\nmodel = 'avit_tiny_patch16_224'",
+            r"runs\.x: model 'avit_.*' and halting",
+        ),
+        (
+            "runs.deit_longer.init = 'pretrained'",
+            r"runs\.deit_longer: init is pretrained; name the weights",
+        ),
         (
             "runs.avit = {init = 'pretrained', pretrained = 'x', halting.projection = true}",
             r"runs\.avit: timm's weights have no projection; fine-tune a plain model first",
@@ -186,8 +214,14 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(profile):
             "runs.avit_published.halting.channel_rate = 0.5",
             r"runs\.avit_published\.halting: channel_rate is of a fitted",
         ),
-        ("runs.deit.training.warmup_epochs = 2", r"runs\.deit: warmup_epochs must be fewer than epochs, not 2 of 2"),
-        ("runs.deit.label = 'A-ViT halting held'", "label 'A-ViT halting held': .* that no other run has"),
+        (
+            "runs.deit.training.warmup_epochs = 2",
+            r"runs\.deit: warmup_epochs must be fewer than epochs, not 2 of 2",
+        ),
+        (
+            "runs.deit.label = 'A-ViT halting held'",
+            "label 'A-ViT halting held': .* that no other run has",
+        ),
         ("runs.deit.label = 'cost $5 and $6'", r"runs\.deit: label 'cost \$5 .* leave out the \$"),
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables need one without a comma"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: expected `float` <= 0.8"),
@@ -207,8 +241,14 @@ def test_a_fault_is_named_with_its_file_and_key(text, words, tmp_path):
     [
         ("", "required field `purpose`"),
         ("purpose = 'x'\n", "required field `data`"),
-        (f"purpose = 'x'\n{DATA}[runs.avit_finetuned]\n{RUN}", r"runs\.avit_finetuned\.training: .*field `epochs`"),
-        (f"purpose = 'x'\n{DATA}[training]\nepochs = 1\nlearning_rate = 1.0\n[runs.deit]\n{RUN}", "focus.*are deit"),
+        (
+            f"purpose = 'x'\n{DATA}[runs.avit_finetuned]\n{RUN}",
+            r"runs\.avit_finetuned\.training: .*field `epochs`",
+        ),
+        (
+            f"purpose = 'x'\n{DATA}[training]\nepochs = 1\nlearning_rate = 1.0\n[runs.deit]\n{RUN}",
+            "focus.*are deit",
+        ),
     ],
 )
 def test_what_a_profile_of_its_own_lacks_is_named(text, words, profile):
@@ -227,7 +267,9 @@ def test_a_profile_that_extends_itself_is_refused(cycle, tmp_path):
 
 @pytest.mark.parametrize("base", ["nobody", "nobody.toml"])
 def test_a_profile_that_extends_nobody_is_refused(profile, base):
-    with pytest.raises(UserError, match=rf"own\.toml: extends: unknown profile '{base}'; choose from") as error:
+    with pytest.raises(
+        UserError, match=rf"own\.toml: extends: unknown profile '{base}'; choose from"
+    ) as error:
         profile("", base=base)
     assert "\n" not in str(error.value)
 
@@ -236,18 +278,24 @@ def test_profiles_are_found_in_a_checkout_that_is_reached_by_a_link(tmp_path):
     (tmp_path / "link").symlink_to(Path(__file__).parents[2])
     code = "from avit_lib.study.settings import get_profile; print(get_profile('smoke').name)"
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "link")}
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert found.stdout == "smoke\n", found.stderr
 
 
 def test_a_file_named_like_a_profile_of_the_library_is_refused(profile):
-    with pytest.raises(UserError, match=r"caltech24\.toml would share the results of the profile caltech24"):
+    with pytest.raises(
+        UserError, match=r"caltech24\.toml would share the results of the profile caltech24"
+    ):
         profile("", name="caltech24")
 
 
 @pytest.mark.parametrize("name", ["nobody", "nobody.toml", "/nowhere/smoke.toml", ""])
 def test_an_unknown_profile_is_named_with_those_there_are(name):
-    with pytest.raises(UserError, match=f"unknown profile '{name}'; choose from .*, caltech24, ") as error:
+    with pytest.raises(
+        UserError, match=f"unknown profile '{name}'; choose from .*, caltech24, "
+    ) as error:
         get_profile(name)
     assert "\n" not in str(error.value)
 

@@ -24,11 +24,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.setattr(training, "load_pretrained", lambda *_: None)  # there are none of a small model
+    monkeypatch.setattr(
+        training, "load_pretrained", lambda *_: None
+    )  # there are none of a small model
     halting = Halting(
-        beta=-2.5, alpha_ponder=1e-3, target_depth=2.5, target_std=10.0, start="class_attention", channel_rate=0.0,
-    )  # fmt: skip
-    settings = Training(epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed")
+        beta=-2.5,
+        alpha_ponder=1e-3,
+        target_depth=2.5,
+        target_std=10.0,
+        start="class_attention",
+        channel_rate=0.0,
+    )
+    settings = Training(
+        epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed"
+    )
     return Run(
         name="fitted",
         label="fitted",
@@ -42,7 +51,9 @@ def run(monkeypatch):
 
 @pytest.fixture
 def data():
-    return TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
+    return TrainingData(
+        random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28
+    )
 
 
 def channels(model):
@@ -51,7 +62,9 @@ def channels(model):
 
 
 def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
-    unfitted_run = structs.replace(run, halting=structs.replace(run.halting, start="beta", channel_rate=1.0))
+    unfitted_run = structs.replace(
+        run, halting=structs.replace(run.halting, start="beta", channel_rate=1.0)
+    )
     start = initial_model(run, data, None, 0, CPU)
     plain = initial_model(unfitted_run, data, None, 0, CPU)
     history = train_run(run, data, tmp_path, None, None, 0, CPU)
@@ -64,15 +77,23 @@ def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
 
 def test_a_run_that_merges_is_adapted_before_it_is_trained(run, data, tmp_path):
     merging = structs.replace(run, model="deit_nano", halting=None, saved=0.2)
-    assert merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
+    assert (
+        merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
+    )
     start = initial_model(merging, data, None, 0, CPU)
     train_run(merging, data, tmp_path, None, None, 0, CPU)
     trained, described = load_checkpoint(tmp_path / "last.safetensors", CPU)
-    assert isinstance(trained, Adaptive) and trained.importance_weight == described["merging"]["importance_weight"]
+    assert (
+        isinstance(trained, Adaptive)
+        and trained.importance_weight == described["merging"]["importance_weight"]
+    )
     assert torch.equal(trained.thresholds, start.thresholds) and trained.thresholds.isfinite().any()
     assert not torch.equal(trained.head.weight, start.head.weight)
     found = predict(trained, data.validation)
-    assert metrics(trained, found)["gflops_per_image"] < plain_flops(trained, found.depth.shape[1]) / 1e9
+    assert (
+        metrics(trained, found)["gflops_per_image"]
+        < plain_flops(trained, found.depth.shape[1]) / 1e9
+    )
 
 
 def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
@@ -81,7 +102,15 @@ def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
     for rate in (0.5, 1.0):
         halting = structs.replace(run.halting, channel_rate=rate)
         brief = structs.replace(run.training, epochs=1)
-        train_run(structs.replace(run, halting=halting, training=brief), data, tmp_path / str(rate), None, None, 0, CPU)
+        train_run(
+            structs.replace(run, halting=halting, training=brief),
+            data,
+            tmp_path / str(rate),
+            None,
+            None,
+            0,
+            CPU,
+        )
         after = channels(load_checkpoint(tmp_path / str(rate) / "last.safetensors", CPU)[0])
         steps.append(sum((new - old).abs().sum() for new, old in zip(after, start, strict=True)))
     assert 0.3 < steps[0] / steps[1] < 0.7
@@ -90,21 +119,38 @@ def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
 def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
     plain = structs.replace(run, name="plain", model="deit_nano", halting=None)
     train_run(plain, data, tmp_path / "plain", None, None, 0, CPU)
-    weights, others = tmp_path / "plain" / "last.safetensors", replace(data, train=random_images(64, classes=3))
+    weights, others = (
+        tmp_path / "plain" / "last.safetensors",
+        replace(data, train=random_images(64, classes=3)),
+    )
     for changes, teacher, images, message in (
-        ({"init": "plain"}, None, data, "run 'fitted' starts or learns from run 'plain': name its weights by --ckpt"),
-        ({"teacher": "plain"}, None, data, "learns from run 'plain': name its weights by --teacher"),
+        (
+            {"init": "plain"},
+            None,
+            data,
+            "run 'fitted' starts or learns from run 'plain': name its weights by --ckpt",
+        ),
+        (
+            {"teacher": "plain"},
+            None,
+            data,
+            "learns from run 'plain': name its weights by --teacher",
+        ),
         ({}, weights, data, "run 'fitted' has no teacher; leave out --teacher"),
         ({"teacher": "plain"}, weights, others, f"{weights} was trained for other classes"),
     ):
         with pytest.raises(UserError, match=re.escape(message)) as error:
-            train_run(structs.replace(run, **changes), images, tmp_path / "run", None, teacher, 0, CPU)
+            train_run(
+                structs.replace(run, **changes), images, tmp_path / "run", None, teacher, 0, CPU
+            )
         assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
     taught = structs.replace(run, teacher="plain")
     assert "train_distillation" in train_run(taught, data, tmp_path / "run", None, weights, 0, CPU)
 
 
-def test_a_model_trained_on_other_pictures_of_these_names_is_not_taken_for_this_one(run, data, tmp_path):
+def test_a_model_trained_on_other_pictures_of_these_names_is_not_taken_for_this_one(
+    run, data, tmp_path
+):
     train_run(run, data, tmp_path, None, None, 0, CPU)
     other = replace(data, split=data.split | {"content": {"train": "another checksum"}})
     with pytest.raises(UserError, match="holds another run"):

@@ -10,7 +10,12 @@ from safetensors.torch import save_file
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError
-from avit_lib.training.checkpoints import load_checkpoint, load_pretrained, load_weights, save_checkpoint
+from avit_lib.training.checkpoints import (
+    load_checkpoint,
+    load_pretrained,
+    load_weights,
+    save_checkpoint,
+)
 
 NAME, ARGUMENTS = "avit_nano", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
 
@@ -61,7 +66,9 @@ def test_of_a_file_without_halting_settings_the_arguments_set_them(model, tmp_pa
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_an_adapted_model_is_found_again_also_when_the_json_alone_weighs_importance(older, tmp_path):
+def test_an_adapted_model_is_found_again_also_when_the_json_alone_weighs_importance(
+    older, tmp_path
+):
     plain = timm.create_model("deit_nano")
     model = without_thresholds(plain, importance_weight=0.5)
     model.thresholds.fill_(0.75)
@@ -72,7 +79,9 @@ def test_an_adapted_model_is_found_again_also_when_the_json_alone_weighs_importa
         del weights["importance_weight"]
         save_file(weights, path)
         facts = json.loads(path.with_suffix(".json").read_text())
-        path.with_suffix(".json").write_text(json.dumps(facts | {"sha256": sha256(path.read_bytes()).hexdigest()}))
+        path.with_suffix(".json").write_text(
+            json.dumps(facts | {"sha256": sha256(path.read_bytes()).hexdigest()})
+        )
     found, _ = load_checkpoint(path)
     assert found.importance_weight == 0.5 and (found.thresholds == 0.75).all()
 
@@ -94,7 +103,9 @@ def test_a_plain_model_starts_an_adaptive_one(tmp_path, projection):
     load_weights(model, path)
     if projection:
         assert model.direction.tolist() == [1.0] + [0.0] * (model.embed_dim - 1)  # channel 0
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1000, -1])
@@ -139,7 +150,8 @@ def test_a_damaged_description(saved, content):
 
 
 @pytest.mark.parametrize(
-    "other, message", [({"num_classes": 6}, "number of classes"), ({"class_token_halts": False}, "halts otherwise")]
+    "other, message",
+    [({"num_classes": 6}, "number of classes"), ({"class_token_halts": False}, "halts otherwise")],
 )
 def test_a_description_of_another_model(saved, other, message):
     path = saved.with_suffix(".json")
@@ -164,7 +176,9 @@ def test_foreign_weights(saved, other, message):
     with pytest.raises(UserError, match=message) as error:
         load_weights(model, saved)
     assert_one_line(error, saved)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # untouched
+    assert all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    )  # untouched
 
 
 def test_pretrained_weights_from_a_folder_keep_a_head_of_another_size(model, tmp_path, monkeypatch):

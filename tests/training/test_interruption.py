@@ -1,4 +1,6 @@
-"""Nothing is lost: a training that stops at any moment, or whose state is damaged, ends as if it had not been."""
+"""Nothing is lost: a training that stops at any moment, or whose state is damaged, ends as if it
+had not been.
+"""
 
 import hashlib
 import os

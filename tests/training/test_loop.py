@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 from avit_lib.errors import UserError
 from avit_lib.evaluation import metrics, predict
 from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
-from avit_lib.training import Training, fit, load_checkpoint, pick_device, read_json, seed_everything
+from avit_lib.training import (
+    Training,
+    fit,
+    load_checkpoint,
+    pick_device,
+    read_json,
+    seed_everything,
+)
 
 CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)
 PLAIN, ADAPTIVE = "deit_nano", "avit_nano"
@@ -50,16 +57,29 @@ def validate(model):
     return metrics(model, predict(model, VALIDATION))
 
 
-def train(folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validate, data=TRAIN, **changes):
+def train(
+    folder, name=PLAIN, loss=None, config=CONFIG, seed=0, validate=validate, data=TRAIN, **changes
+):
     """Train a fresh small model in ``folder``."""
     seed_everything(seed)
     model = timm.create_model(name, drop_rate=0.1, **({"beta": -3.0} if name == ADAPTIVE else {}))
     model.execution = config.execution
     description = {"model": name, "arguments": {}} | changes
-    return fit(model, data, loss or LOSSES[name], config, folder, validate, description=description, seed=seed)
+    return fit(
+        model,
+        data,
+        loss or LOSSES[name],
+        config,
+        folder,
+        validate,
+        description=description,
+        seed=seed,
+    )
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema_decay": 0.9, "mixup": 0.8, "cutmix": 1.0}], ids=["plain", "mixed"]
+)
 @pytest.mark.parametrize("name", [PLAIN, ADAPTIVE])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name, changes):
     whole, pieces, config = tmp_path / "whole", tmp_path / "pieces", replace(CONFIG, **changes)
@@ -72,7 +92,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, name, changes):
     found = train(pieces, name, config=config)
     for file in ("last.safetensors", "best.safetensors"):
         assert (pieces / file).read_bytes() == (whole / file).read_bytes()
-    pd.testing.assert_frame_equal(found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True)
+    pd.testing.assert_frame_equal(
+        found.drop(columns="seconds"), expected.drop(columns="seconds"), check_exact=True
+    )
     assert found["epoch"].tolist() == [1, 2, 3]
     assert sorted(p.name for p in pieces.iterdir()) == sorted(p.name for p in whole.iterdir())
 
@@ -87,7 +109,14 @@ def test_the_same_seed_gives_the_same_weights_another_seed_others(tmp_path):
 
 def test_history_and_checkpoints(tmp_path):
     history = train(tmp_path, ADAPTIVE)
-    assert {"train_loss", "train_task", "train_ponder", "train_distr", "val_accuracy", "val_mean_depth"} <= set(history)
+    assert {
+        "train_loss",
+        "train_task",
+        "train_ponder",
+        "train_distr",
+        "val_accuracy",
+        "val_mean_depth",
+    } <= set(history)
     assert history["learning_rate"].iloc[-1] < history["learning_rate"].iloc[0]
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
     model, facts = load_checkpoint(tmp_path / "last.safetensors")
@@ -126,7 +155,9 @@ def test_the_loss_is_told_the_progress_also_after_an_interruption(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    history = train(tmp_path, config=Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0))
+    history = train(
+        tmp_path, config=Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0)
+    )
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0] - 0.1
     assert history["val_accuracy"].iloc[-1] > 0.2  # chance is 0.1
 
@@ -139,7 +170,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_finished_epoch(tmp_path):
     with pytest.raises(UserError, match="nan in epoch 2, batch 2") as error:
         train(folder, loss=stopping(LOSSES[PLAIN], 5, not_a_number))
     assert "\n" not in str(error.value)
-    assert (folder / "last.safetensors").read_bytes() == (reference / "last.safetensors").read_bytes()
+    assert (folder / "last.safetensors").read_bytes() == (
+        reference / "last.safetensors"
+    ).read_bytes()
     assert load_checkpoint(folder / "last.safetensors")[1]["epoch"] == 1
 
 
@@ -224,16 +257,28 @@ def test_mixup_gives_the_loss_probabilities(tmp_path, name):
     assert history["train_loss"].notna().all()
 
 
-@pytest.mark.parametrize(("batch_size", "images", "fitting"), [(15, 16, 14), (64, 13, 12), (1, 16, 2)])
-def test_mixup_of_an_odd_batch_is_refused_with_a_size_that_works(batch_size, images, fitting, tmp_path):
-    config, data = replace(CONFIG, batch_size=batch_size, mixup=0.8), TRAIN.select(torch.arange(images))
-    with pytest.raises(UserError, match=rf"Mixup takes pairs\): set batch_size \(--batch-size\) to {fitting}$"):
+@pytest.mark.parametrize(
+    ("batch_size", "images", "fitting"), [(15, 16, 14), (64, 13, 12), (1, 16, 2)]
+)
+def test_mixup_of_an_odd_batch_is_refused_with_a_size_that_works(
+    batch_size, images, fitting, tmp_path
+):
+    config, data = (
+        replace(CONFIG, batch_size=batch_size, mixup=0.8),
+        TRAIN.select(torch.arange(images)),
+    )
+    with pytest.raises(
+        UserError, match=rf"Mixup takes pairs\): set batch_size \(--batch-size\) to {fitting}$"
+    ):
         train(tmp_path, config=config, data=data)
-    assert len(train(tmp_path, config=replace(config, batch_size=fitting, epochs=1), data=data)) == 1
+    assert (
+        len(train(tmp_path, config=replace(config, batch_size=fitting, epochs=1), data=data)) == 1
+    )
 
 
 def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path, monkeypatch):
-    # All tokens halt in the second layer: the others get no gradient when packed, and zeros when masked.
+    # All tokens halt in the second layer: the others get no gradient when packed, and zeros when
+    # masked.
     loss = AdaptiveLoss(alpha_distr=0.0, task=TaskLoss(0.1))
     halting = small_model("avit", gamma=0.0, beta=0.5)
     monkeypatch.setattr(timm, "create_model", lambda name, **kwargs: deepcopy(halting))

@@ -1,4 +1,6 @@
-"""Two processes do what one does: the same losses and gradients, every image evaluated once, one that writes."""
+"""Two processes do what one does: the same losses and gradients, every image evaluated once, one
+that writes.
+"""
 
 import multiprocessing
 import os
@@ -20,7 +22,10 @@ PROCESSES = 2
 NAME = "avit_nano"
 TRAIN = random_images(64)
 EVALUATED = (37, 1)  # images: not a multiple of the processes, fewer than them
-EXECUTIONS = {"masked": -3.0, "packed": -1.0}  # beta: with -1 some layers get no token, and no gradient
+EXECUTIONS = {
+    "masked": -3.0,
+    "packed": -1.0,
+}  # beta: with -1 some layers get no token, and no gradient
 
 
 def small_model(beta: float) -> torch.nn.Module:
@@ -29,7 +34,9 @@ def small_model(beta: float) -> torch.nn.Module:
 
 
 def train(folder: Path, execution: str, images=TRAIN, batch_size: int = 16) -> dict:
-    """The losses of each step of a training, means over the processes, the images of each, the weights it ends with."""
+    """The losses of each step of a training, means over the processes, the images of each, the
+    weights it ends with.
+    """
     model = small_model(EXECUTIONS[execution])
     model.execution = execution
     weights = {"alpha_ponder": 0.01, "alpha_distr": 1.0, "target_depth": 2.0}
@@ -44,10 +51,18 @@ def train(folder: Path, execution: str, images=TRAIN, batch_size: int = 16) -> d
 
     config = Training(epochs=2, learning_rate=2e-3, batch_size=batch_size, warmup_epochs=0)
     fit(
-        model, images, recorded, config, folder, lambda trained: {"accuracy": 0.0},
+        model,
+        images,
+        recorded,
+        config,
+        folder,
+        lambda trained: {"accuracy": 0.0},
         description={"model": NAME, "arguments": {}},
-    )  # fmt: skip
-    steps = [{name: processes.mean(value.detach()).item() for name, value in step.items()} for step in steps]
+    )
+    steps = [
+        {name: processes.mean(value.detach()).item() for name, value in step.items()}
+        for step in steps
+    ]
     return {"steps": steps, "weights": model.state_dict(), "shares": shares}
 
 
@@ -55,7 +70,9 @@ def results(folder: Path) -> dict:
     """What the tests compare, computed by one process or by several together."""
     found = {execution: train(folder / execution, execution) for execution in EXECUTIONS}
     for count in EVALUATED:
-        predictions = predict(small_model(-3.0), random_images(count, seed=1), torch.device("cpu"), batch_size=10)
+        predictions = predict(
+            small_model(-3.0), random_images(count, seed=1), torch.device("cpu"), batch_size=10
+        )
         found[count] = vars(predictions)
     try:
         train(folder / "odd", "masked", batch_size=15)
@@ -88,7 +105,10 @@ def several(tmp_path_factory):
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["avit_lib.study.study"])
-    started = [context.Process(target=one_of_several, args=(rank, port, folder)) for rank in range(PROCESSES)]
+    started = [
+        context.Process(target=one_of_several, args=(rank, port, folder))
+        for rank in range(PROCESSES)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -109,8 +129,12 @@ def test_the_losses_are_those_of_a_single_process(single, several, execution):
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_all_processes_end_with_the_weights_of_a_single_one(single, several, execution):
     for name, expected in single[execution]["weights"].items():
-        assert torch.equal(several[0][execution]["weights"][name], several[1][execution]["weights"][name])
-        torch.testing.assert_close(several[0][execution]["weights"][name], expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(
+            several[0][execution]["weights"][name], several[1][execution]["weights"][name]
+        )
+        torch.testing.assert_close(
+            several[0][execution]["weights"][name], expected, rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("count", EVALUATED)

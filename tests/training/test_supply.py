@@ -26,8 +26,14 @@ NAME = "deit_tiny_patch16_224.fb_in1k"
 def calls(name: str) -> list[tuple[str, ast.Call]]:
     """The calls of a function such as "torch.load" in the library, its tests and its notebooks."""
     sources = [path for folder in ("avit_lib", "tests") for path in (ROOT / folder).rglob("*.py")]
-    found = [(str(path), node) for path in sources for node in ast.walk(ast.parse(path.read_text()))]
-    return [(path, node) for path, node in found if isinstance(node, ast.Call) and ast.unparse(node.func) == name]
+    found = [
+        (str(path), node) for path in sources for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    return [
+        (path, node)
+        for path, node in found
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == name
+    ]
 
 
 def test_torch_loads_nothing_but_weights():
@@ -44,12 +50,17 @@ def test_no_pickle_is_read_in_the_library():
     sources = list((ROOT / "avit_lib").rglob("*.py"))
     assert ROOT / "avit_lib" / "training" / "files.py" in sources
     for path in sources:
-        assert not re.search(r"pickle\.loads?\(|allow_pickle|joblib|read_pickle", path.read_text()), path
+        assert not re.search(
+            r"pickle\.loads?\(|allow_pickle|joblib|read_pickle", path.read_text()
+        ), path
 
 
 def test_installing_runs_no_code_of_ours():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["build-system"] == {"requires": ["setuptools>=77"], "build-backend": "setuptools.build_meta"}
+    assert project["build-system"] == {
+        "requires": ["setuptools>=77"],
+        "build-backend": "setuptools.build_meta",
+    }
     assert "dynamic" not in project["project"] and "cmdclass" not in project["tool"]["setuptools"]
     assert not (ROOT / "setup.py").exists() and not (ROOT / "setup.cfg").exists()
 
@@ -85,7 +96,9 @@ def test_downloaded_weights_of_another_checksum_are_refused(hub):
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
-    with pytest.raises(UserError, match="timm's hub publishes another checksum; delete it") as error:
+    with pytest.raises(
+        UserError, match="timm's hub publishes another checksum; delete it"
+    ) as error:
         load_pretrained(timm.create_model(NAME, depth=1), NAME)
     assert str(blob) in str(error.value)
 
@@ -94,6 +107,8 @@ def test_without_weights_and_network_both_ways_are_named(tmp_path, monkeypatch, 
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"timm's hub is out of reach; .*put the file there") as error:
+    with pytest.raises(
+        UserError, match=r"timm's hub is out of reach; .*put the file there"
+    ) as error:
         load_pretrained(timm.create_model(NAME, depth=1), NAME)
     assert "\n" not in str(error.value)
