@@ -1,10 +1,7 @@
-"""Where images come from: torchvision's data sets, found or downloaded, ImageNet, and folders of
-one's own.
-"""
+"""Where images come from: torchvision's data sets, ImageNet, and folders of one's own."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,29 +9,18 @@ import torch
 import torchvision.datasets as torchvision_sets
 from msgspec import Meta, Struct
 
-from avit_lib.data.files import find_images, name_some, tell
+from avit_lib.data.files import find_images, tell
 from avit_lib.data.images import ImageFiles, Images, batch_transform
-from avit_lib.errors import UserError
+from avit_lib.errors import UserError, name_some
 from avit_lib.places import check_embedded, data_dir
 
 # Data sets without an official test set, from which all three parts are drawn: their folder under
-# data_dir(), in it one a class, and the one of these that holds images of nothing in particular.
+# data_dir(), how many classes are in it, one a folder, and the folders that are none of them.
 POOLS = {
-    "Caltech101": ("caltech101/101_ObjectCategories", "BACKGROUND_Google"),
-    "Caltech256": ("caltech256/256_ObjectCategories", "257.clutter"),
+    "Caltech101": ("caltech101/101_ObjectCategories", 101, {"BACKGROUND_Google"}),
+    "Caltech256": ("caltech256/256_ObjectCategories", 256, {"257.clutter", "greg"}),
 }
-CLASSES = {"Caltech101": 101, "Caltech256": 256}
 DATASETS = (*POOLS, "ImageNet")
-DOWNLOAD_ERRORS = (
-    OSError,
-    RuntimeError,
-    ValueError,
-    AssertionError,
-    EOFError,
-    ImportError,
-    KeyError,
-    UnpicklingError,
-)
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -46,13 +32,12 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     image_size: Count  # pixels
     validation_per_class: Count
     # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
-    # images.
+    # images of each.
     classes: tuple[str, ...] = ()
     train_per_class: Count | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most
-    augmentation: Literal["none", "standard"] = (
-        "none"  # of training images; "standard": random crops and mirroring
-    )
+    # Of training images; "standard": random crops and mirroring.
+    augmentation: Literal["none", "standard"] = "none"
 
     def __post_init__(self):
         if self.dataset not in DATASETS:
@@ -67,100 +52,89 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def official_images(data: Data, train: bool) -> Images:
-    """All training or test images of a data set, or the whole pool, as they are evaluated; files
-    are not decoded.
+    """All training or test images of a data set, or the whole pool; files are not decoded.
 
     Downloads what is missing, if it can; raises UserError, with the folder it belongs into, if not.
     """
     if data.dataset in POOLS:
-        inside, nothing = POOLS[data.dataset]
-        folder = data_dir() / inside
-        check_embedded(folder)
-        if not folder.is_dir():
-            _download(data.dataset, folder)
-        return folder_images(folder, data.image_size, leave_out=_left_out(data, folder, nothing))
+        return _pool_images(data)
     folder = data_dir() / "imagenet" / ("train" if train else "val")
     if not folder.is_dir():
         raise UserError(
-            f"ImageNet is missing: put its images into {folder}/<class>/, with the ILSVRC2012 identifiers such as "
-            f"n01440764 as classes, or set AVIT_DATA; it can't be downloaded without an account on image-net.org"
+            f"ImageNet is missing: put its images into {folder}/<class>/, with the ILSVRC2012 "
+            f"identifiers such as n01440764 as classes, or set AVIT_DATA; it can't be downloaded "
+            f"without an account on image-net.org"
         )
     return folder_images(folder, data.image_size)
 
 
-def _left_out(data: Data, folder: Path, nothing: str) -> list[str]:
-    """The folders of a pool that are not of this study, ``nothing`` among them.
-
-    Raises UserError when one that is of this study lacks.
-    """
-    there = {path.name for path in folder.iterdir() if path.is_dir()} - {nothing}
-    missing = sorted(set(data.classes) - there)
-    if missing or (not data.classes and len(there) < CLASSES[data.dataset]):
-        what = (
-            name_some(missing)
-            if missing
-            else f"{CLASSES[data.dataset] - len(there)} of its classes"
-        )
+def _pool_images(data: Data) -> Images:
+    """The images of a pool, of the classes that take part; raises UserError when one is lacking."""
+    inside, count, others = POOLS[data.dataset]
+    folder = data_dir() / inside
+    check_embedded(folder)
+    if not folder.is_dir():
+        _download(data.dataset, folder)
+    there = {path.name for path in folder.iterdir() if path.is_dir()} - others
+    lacking = sorted(set(data.classes) - there)
+    if not data.classes and len(there) < count:
+        lacking = [f"{count - len(there)} of its classes"]
+    if lacking:
         raise UserError(
-            f"{data.dataset} under {folder} is not whole: it lacks {what}; bring them back (`git checkout -- data`), "
-            f"or set AVIT_DATA to a folder into which all of it can be downloaded"
+            f"{data.dataset} under {folder} is not whole: it lacks {name_some(lacking)}; bring "
+            f"them back (`git checkout -- data`), or set AVIT_DATA to a folder into which all of "
+            f"it can be downloaded"
         )
-    return [nothing, *sorted(there - set(data.classes))] if data.classes else [nothing]
-
-
-def folder_images(
-    source: Path,
-    image_size: int,
-    classes: Sequence[str] = (),
-    leave_out: Sequence[str] = (),
-) -> Images:
-    """The image files in ``source``, one folder a class, sorted by name; not decoded.
-
-    ``classes``: those to which the images have to belong; one without images is told on stderr.
-    ``leave_out``: classes that a pool has too many; images in folders inside a class's are then
-    left out as well, as torchvision does it. Raises UserError when there are no images, none in a
-    folder, or some of other classes.
-    """
-
-    def in_a_class(name: str) -> bool:
-        return name.count("/") == 1 or ("/" in name and not leave_out)
-
-    files, folders = find_images(source, in_a_class, leave_out)
-    found = sorted({_class_of(name) for name in files})
-    empty = sorted({_class_of(name) for name in folders if name} - set(found))
-    if not files or (empty and not classes):
-        reason = f"none in {name_some(empty)}" if empty else "none at all"
-        raise UserError(
-            f"{source} holds no images in one folder a class ({reason}); see `python -m avit_lib fit --help`"
-        )
-    if classes and not set(found) <= set(classes):
-        differing = name_some(sorted(set(classes) ^ set(found)))
-        raise UserError(
-            f"{source} has other classes than the model or the training images: {differing}; "
-            f"rename or remove their folders"
-        )
-    classes = tuple(classes) or tuple(found)
-    missing = sorted(set(classes) - set(found))
-    if missing:
-        tell(f"{source} holds no images of {name_some(missing)}")
-    number_of = {name: number for number, name in enumerate(classes)}
-    labels = torch.tensor([number_of[_class_of(name)] for name in files])
-    images = ImageFiles(source, np.array(files), image_size)
-    return Images(images, labels, classes, batch_transform(image_size))
-
-
-def _class_of(name: str) -> str:
-    """The folder at the front of the ``name`` of a file or folder."""
-    return name.partition("/")[0]
+    unused = there - set(data.classes or there)
+    return folder_images(folder, data.image_size, leave_out=others | unused)
 
 
 def _download(name: str, folder: Path) -> None:
     """Let torchvision download a data set; raises UserError saying how else to get it."""
     try:
         getattr(torchvision_sets, name)(data_dir(), download=True)
-    except DOWNLOAD_ERRORS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # of the network, Google Drive or an archive: of many types
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{name} is not in {folder} and could not be downloaded ({reason}); work in a clone of the "
-            f"repository, unpack its archive so that there is {folder}/<class>/*.jpg, or set AVIT_DATA"
+            f"{name} is not in {folder} and could not be downloaded ({reason}); work in a clone of "
+            f"the repository, unpack its archive so that there is {folder}/<class>/*.jpg, or set "
+            f"AVIT_DATA"
         ) from error
+
+
+def folder_images(
+    source: Path,
+    image_size: int,
+    classes: Sequence[str] = (),
+    leave_out: Collection[str] = (),
+) -> Images:
+    """The image files in ``source``, one folder a class, sorted by name; not decoded.
+
+    ``classes``: those to which the images have to belong; one without images is told on stderr.
+    ``leave_out``: folders that are no classes. Raises UserError when there are no images, none in a
+    folder, or some of other classes.
+    """
+    files, folders = find_images(source, 1, leave_out)
+    class_names = [name.split("/")[0] for name in files]
+    found = sorted(set(class_names))
+    empty = sorted({name for name in folders if "/" not in name} - {"", *found})
+    if not files or (empty and not classes):
+        reason = f"none in {name_some(empty)}" if empty else "none at all"
+        raise UserError(
+            f"{source} holds no images in one folder a class ({reason}); see "
+            f"`python -m avit_lib fit --help`"
+        )
+    classes = tuple(classes) or tuple(found)
+    missing = sorted(set(classes) - set(found))
+    if not set(found) <= set(classes):
+        differing = name_some(sorted(set(classes) ^ set(found)))
+        raise UserError(
+            f"{source} has other classes than the model or the training images: {differing}; "
+            f"rename or remove their folders"
+        )
+    if missing:
+        tell(f"{source} holds no images of {name_some(missing)}")
+    number_of = {name: number for number, name in enumerate(classes)}
+    labels = torch.tensor([number_of[name] for name in class_names])
+    images = ImageFiles(source, np.array(files), image_size)
+    return Images(images, labels, classes, batch_transform(image_size))

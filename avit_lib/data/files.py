@@ -3,7 +3,7 @@
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,15 @@ from typing import Any
 from PIL import Image
 from tqdm.auto import tqdm
 
-from avit_lib.errors import UserError
+from avit_lib.errors import UserError, name_some
 
 Image.init()
-COMMON = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM")  # tried first
 # Of what Pillow opens, the pictures by their media types: no PostScript, no films, no measurements.
-# In an order of our own: Pillow's depends on what was imported before.
-_OTHERS = {kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/")} - {*COMMON}
-FORMATS = (*(kind for kind in COMMON if kind in Image.OPEN), *sorted(_OTHERS))
-ENDINGS = {ending for ending, kind in Image.EXTENSION.items() if kind in {*FORMATS, "MPO"}}
+# Sorted: Pillow's order depends on what was imported before.
+FORMATS = sorted(kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/"))
+ENDINGS = {ending for ending, kind in Image.EXTENSION.items() if kind in (*FORMATS, "MPO")}
 # What systems and programs put beside images, with images of their own in it.
 HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
-SHOWN = 5
 
 
 class Unreadable(UserError):
@@ -32,97 +29,75 @@ class Unreadable(UserError):
     """
 
     def __str__(self) -> str:
-        what = "1 file" if len(self.args) == 1 else f"{len(self.args)} files"
-        return f"{what} cannot be read as images: {name_some(self.args)}; mend or remove them"
-
-
-def name_some(names: Sequence[str]) -> str:
-    """The first few names, printable even if they are not UTF-8, and how many there are besides."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]).encode(errors="backslashreplace").decode() + more
+        return f"cannot be read as images: {name_some(self.args)}; mend or remove them"
 
 
 def tell(message: str) -> None:
     """Print one line on stderr."""
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr)
 
 
 def find_images(
-    folder: Path, wanted: Callable[[str], bool] = bool, leave_out: Sequence[str] = ()
+    folder: Path, depth: int = 0, leave_out: Collection[str] = ()
 ) -> tuple[list[str], list[str]]:
     """The names below ``folder``, with slashes, of image files (sorted) and of folders.
 
-    What is hidden, no image by its name, or not ``wanted`` by it, is told in one line on stderr;
-    folders and files in ``leave_out`` are passed over without a word. Links are followed, but every
-    file and folder counts once, by its own name if it has one here, and what holds ``folder`` never
-    does. Raises UserError for a folder that cannot be read.
+    What is hidden, no image by its name, or less than ``depth`` folders down is told in one line on
+    stderr; what has a name in ``leave_out`` is passed over without a word. Links are followed, but
+    every file and folder counts once, by its own name if it has one here, and what holds ``folder``
+    never does. Raises OSError, which names it, for a folder that cannot be read.
     """
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
-    waiting, links = [("", root)] if os.path.isdir(root) else [], deque()
+    waiting = deque([("", root)] if os.path.isdir(root) else [])
     images, folders, others, hidden = [], [], [], []
-    while waiting or links:  # links last: what they lead to may have a name of its own
-        name, place = waiting.pop() if waiting else links.popleft()
+    while waiting:
+        name, place = waiting.popleft()
         if place in seen:
             others.append(name)
         elif os.path.isdir(place):
             folders.append(name)
-            for entry in _list_folder(place):
+            for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
                 inner = f"{name}/{entry.name}".lstrip("/")
                 if entry.name in leave_out:
                     continue
                 if entry.name.startswith(".") or entry.name in HIDDEN:
                     hidden.append(inner)
-                    continue
-                if entry.is_symlink():
-                    links.append((inner, os.path.realpath(entry)))
+                elif entry.is_symlink():  # last: what it leads to may have a name of its own
+                    waiting.append((inner, os.path.realpath(entry)))
                 else:
-                    waiting.append((inner, entry.path))
+                    waiting.appendleft((inner, entry.path))
+        elif Path(name).suffix.lower() in ENDINGS and name.count("/") >= depth:
+            images.append(name)
         else:
-            known = os.path.splitext(name)[1].lower() in ENDINGS and not _is_special(place)
-            (images if known and wanted(name) else others).append(name)
+            others.append(name)
         seen.add(place)
     left_out = sorted(others) + sorted(hidden)
     if left_out:
         why = "no image by its name, in no folder of a class, a link to what is there, or hidden"
         tell(f"{len(left_out)} left out of {folder} ({why}): {name_some(left_out)}")
-    # By class, then folder, then file, as torchvision has it.
-    images.sort(key=lambda name: (name.partition("/")[0], *name.rpartition("/")))
-    return images, folders
+    return sorted(images, key=lambda name: name.split("/")), folders
 
 
-def _is_special(place: str) -> bool:
-    """Whether it is there, and no file: a named pipe, say, which nobody may ever fill."""
-    return os.path.exists(place) and not os.path.isfile(place)
+def read_all(read: Callable[[Any], Any], items: Sequence[Any], verb: str) -> list[Any]:
+    """What ``read`` makes of each item, in threads.
 
-
-def _list_folder(folder: str) -> list[os.DirEntry]:
-    try:
-        return sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        mend = "allow reading it, or remove it"
-        raise UserError(f"{folder} cannot be read ({error.strerror}); {mend}") from None
-
-
-def read_all(read: Callable[[Any], Any], items: Iterable[Any], verb: str) -> list[Any]:
-    """What ``read`` makes of each item, in threads; raises Unreadable with the faults of all
-    items.
+    Raises Unreadable with the faults of all items.
     """
+    faults = []
 
-    def attempt(item: Any) -> tuple[Any, tuple[str, ...]]:
+    def attempt(item: Any) -> Any:
         try:
-            return read(item), ()
+            return read(item)
         except Unreadable as error:
-            return None, error.args
+            faults.extend(error.args)
 
-    items = list(items)
     with ThreadPool(worker_count()) as threads:  # Pillow lets other threads run while it decodes
         tasks = threads.imap(attempt, items, chunksize=16)
         results = list(tqdm(tasks, desc=verb, total=len(items), unit="image", disable=None))
-    faults = [fault for _, found in results for fault in found]
     if faults:
-        raise Unreadable(*faults)
-    return [made for made, _ in results]
+        raise Unreadable(*sorted(faults))
+    return results
 
 
 def worker_count() -> int:

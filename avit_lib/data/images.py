@@ -8,12 +8,10 @@ once; and whether a set lies in memory or on disk makes no difference to a batch
 import hashlib
 import math
 import re
-import struct
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,43 +22,29 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from torchvision.transforms import v2
 
 from avit_lib.data.files import FORMATS, Unreadable, read_all, worker_count
+from avit_lib.places import digest_file
 
 STATISTICS = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)  # mean and deviation, of pixels 0..1
 CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (crop_pct)
-CROP_AREA = (
-    0.5,
-    1.0,
-)  # of the decoded square, seen by a training crop: moderate, the square is most of the object
-MEMORY_LIMIT = (
-    4 * 2**30
-)  # bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again
-
+# Of the decoded square, seen by a training crop: moderate, the square is most of the object.
+CROP_AREA = (0.5, 1.0)
+# Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
+MEMORY_LIMIT = 4 * 2**30
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits
-
-# What Pillow raises for files that are damaged or no images: OSError is also its
-# UnidentifiedImageError.
-READ_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR = 258, 262, 284  # tags of a TIFF
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files ``root``/``names`` [n], decoded whenever they are asked for: indexed like bytes
-    [n, 3, S, S].
+    """Image files ``root``/``names`` [n], decoded when asked for; indexed like bytes [n, 3, S, S].
+
+    ``names`` is an array of str: a list of a million would be copied into every worker of a
+    DataLoader.
     """
 
     root: Path
-    names: (
-        np.ndarray
-    )  # of str: a list of a million strings would be copied into every worker of a DataLoader
+    names: np.ndarray
     image_size: int
 
     def __getitem__(self, index: int | list[int] | Tensor) -> Tensor:
@@ -91,68 +75,59 @@ class Images(Dataset):
 
     def select(self, indices: Tensor) -> "Images":
         """The images at ``indices`` [k], in that order; files are not decoded."""
-        images = self.images
-        chosen = (
-            images[indices]
-            if isinstance(images, Tensor)
-            else replace(images, names=images.names[indices.numpy()])
-        )
+        if isinstance(self.images, Tensor):
+            chosen = self.images[indices]
+        else:
+            chosen = replace(self.images, names=self.images.names[indices.numpy()])
         return replace(self, images=chosen, labels=self.labels[indices])
 
 
-def load(*sets: Images) -> list[Images]:
-    """Decode image files into memory if they fit (``MEMORY_LIMIT``), else only check that every one
-    can be read.
+def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], dict[str, str]]:
+    """Decode the image files of ``parts`` into memory; also returns a checksum of each part.
 
-    Raises Unreadable for all files of all sets that cannot be read: now, not in mid-epoch.
+    What does not fit (``MEMORY_LIMIT``), and the part named ``apart``, stays on disk, and is only
+    checked. The checksum is of the SHA-256 of the files, in order. Raises Unreadable for all files
+    of all parts that cannot be read: now, not in mid-epoch.
     """
-    decoded = [_make_room(data.images, len(data)) for data in sets]
-
-    def read(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> None:
-        files, pixels, index = job
-        if pixels is files:
-            _read(files.root / files.names[index], draft=True)
-        else:
-            pixels[index] = files[index]
-
+    rooms = {role: _make_room(data.images, role == apart) for role, data in parts.items()}
     jobs = [
-        (data.images, pixels, index)
-        for data, pixels in zip(sets, decoded, strict=True)
+        (data.images, rooms[role], index)
+        for role, data in parts.items()
         for index in range(len(data))
     ]
-    read_all(read, jobs, "reading")
-    return [replace(data, images=pixels) for data, pixels in zip(sets, decoded, strict=True)]
+    digests = iter(read_all(_read_into, jobs, "reading"))
+    loaded, content = {}, {}
+    for role, data in parts.items():
+        loaded[role] = replace(data, images=rooms[role])
+        joined = bytes.fromhex("".join(islice(digests, len(data))))
+        content[role] = hashlib.sha256(joined).hexdigest()
+    return loaded, content
 
 
-def _make_room(images: ImageFiles, count: int) -> Tensor | ImageFiles:
-    """Memory for ``count`` decoded files; ``images`` themselves if it would be too much."""
-    side = decoded_size(images.image_size)
-    shape = (count, 3, side, side)
-    return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else images
+def _make_room(files: ImageFiles, on_disk: bool) -> Tensor | ImageFiles:
+    """Memory for decoded files; ``files`` themselves if it would be too much."""
+    side = decoded_size(files.image_size)
+    shape = (len(files.names), 3, side, side)
+    if on_disk or math.prod(shape) > MEMORY_LIMIT:
+        return files
+    return torch.empty(shape, dtype=torch.uint8)
 
 
-def digest(data: Images) -> str:
-    """The SHA-256 of the bytes of image files, in order.
-
-    A file that cannot be opened counts as empty: reading it names it.
-    """
-    paths = [data.images.root / name for name in data.images.names]
-    parts = read_all(_digest_file, paths, "comparing")
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _digest_file(path: Path) -> bytes:
-    try:
-        return hashlib.sha256(path.read_bytes()).digest()
-    except OSError:
-        return b""
+def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
+    """Decode the file of an index into its room, or only check it; returns its checksum."""
+    files, room, index = job
+    path = files.root / files.names[index]
+    if room is files:
+        _read(path, draft=True)
+    else:
+        room[index] = files[index]
+    return digest_file(path)  # by now in the system's cache: the disk is read once
 
 
 def loader(
     data: Images, batch_size: int, shuffle_seed: int | None = None, share: tuple = (0, 1)
 ) -> DataLoader:
-    """Batches of ``data`` in order, or shuffled by a seed (the last, smaller batch is then left
-    out).
+    """Batches of ``data`` in order, or shuffled by a seed (a last, smaller batch is left out).
 
     ``share`` (k, n): of each batch only the images k, k + n, ..., the part of one of n processes.
     Augmentation draws from torch's global generator; of image files from those of workers, seeded
@@ -171,9 +146,7 @@ def loader(
 
 @dataclass(frozen=True)
 class Share(Dataset):
-    """A data set of which one process loads only its share of each batch: images rank, rank +
-    count, ...
-    """
+    """A data set of which one process loads its share of each batch: images rank, rank + count, ..."""
 
     data: Images
     rank: int
@@ -206,9 +179,7 @@ def decode(path: Path, image_size: int) -> Tensor:
 
 
 def decoded_size(image_size: int) -> int:
-    """Side of the square that is decoded for models that see ``image_size`` pixels, such as 248 for
-    224.
-    """
+    """Side of the decoded square for models that see ``image_size`` pixels, as 248 for 224."""
     return math.floor(image_size / CROP_FRACTION)
 
 
@@ -227,17 +198,13 @@ def batch_transform(image_size: int, augmentation: str = "none") -> v2.Compose:
 
 
 class EachByItself(v2.Compose):
-    """Random transforms applied to every image of a batch with draws of its own; v2's share theirs
-    in a batch.
-    """
+    """Random transforms with draws of their own for every image; v2's share theirs in a batch."""
 
     def forward(self, images: Tensor) -> Tensor:
         """From [..., C, H, W] to [..., C, h, w]."""
-        return (
-            super().forward(images)
-            if images.ndim == 3
-            else torch.stack([self(image) for image in images])
-        )
+        if images.ndim == 3:
+            return super().forward(images)
+        return torch.stack([self(image) for image in images])
 
 
 def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
@@ -256,31 +223,28 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             layout = str(image.tile)
-            _check_tiff(getattr(image, "tag_v2", {}))
+            _refuse_misread(getattr(image, "tag_v2", {}))
             ImageOps.exif_transpose(image, in_place=True)
             most = WIDEST * min(image.size)
             middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
-            return _to_bytes(middle, layout)
-    except READ_ERRORS as error:
+            return _convert(middle, layout)
+    except Exception as error:  # of a damaged file: of many types, as its decoder stumbled
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image" if unknown else " ".join(reason.split())
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image"
         raise Unreadable(f"{path} ({reason})") from None
 
 
-def _check_tiff(tags: Mapping[int, Any]) -> None:
+def _refuse_misread(tags: dict) -> None:
     """Raise ValueError for a TIFF of more than 8 bits that Pillow reads, but wrongly."""
-    bits, planes, white_is_zero = (
-        np.atleast_1d(tags.get(258, 1)),
-        tags.get(284, 1),
-        tags.get(262, 1) == 0,
-    )
-    if bits.max() > 8 and (white_is_zero or (planes == 2 and len(bits) > 1)):
-        what = "white as zero" if white_is_zero else "one plane a colour"
-        raise ValueError(f"its pixels have {bits.max()} bits and {what}; save it with 8 bits")
+    bits = np.max(tags.get(BITS_PER_SAMPLE, 1))
+    if bits > 8 and (tags.get(PHOTOMETRIC) == 0 or tags.get(PLANAR) == 2):
+        raise ValueError(
+            f"{bits} bits, with white as zero or one plane a colour, are read wrongly; save 8 bits"
+        )
 
 
-def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
+def _convert(image: Image.Image, layout: str) -> Image.Image:
     """An image of any mode as "RGB": 16 bits scaled to 8, what is transparent laid on white.
 
     Grey files of 16 bits seldom say how many are used: we take the fewest of 8, 12 and 16 that hold
@@ -289,24 +253,16 @@ def _to_bytes(image: Image.Image, layout: str) -> Image.Image:
     of 16 bits Pillow keeps the upper 8: an image in which all are that dark is refused. ``layout``:
     how Pillow finds the pixels in the file.
     """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("F", "I")):
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > WHITES[-1]:
-            raise ValueError("its pixels are whole numbers beyond 16 bits, of unknown range")
-        whites = (4095,) if "I;12" in layout else WHITES
-        white = next(white for white in whites if pixels.max() <= white)
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > WHITES[-1]:
+            raise ValueError("its pixels are numbers of unknown range; save it with 8 bits")
+        white = next(white for white in WHITES if pixels.max() <= white)
         scaled = (pixels / white * 255).round().astype(np.uint8)
         scaled[pixels == image.info.get("transparency", -1)] = 255
         image = Image.fromarray(scaled)
-    elif (
-        re.search(r";16|'RGB', \d{4}", layout)
-        and max(most for _, most in image.convert("RGB").getextrema()) < 17
-    ):
-        raise ValueError(
-            "its colours use 12 bits of 16 or fewer, so come out black; save it with 8"
-        )
+    elif re.search(r";16|'RGB', \d{4}", layout) and np.max(image.convert("RGB")) < 17:
+        raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
