@@ -1,5 +1,4 @@
-"""Put the default study's photographs and weights into data/, and say what rounding the weights
-costs.
+"""Put the default study's photographs and weights into data/; measure what rounding costs.
 
     python scripts/embed.py CALTECH101 WEIGHTS
 
@@ -9,7 +8,6 @@ everything that was embedded, and data/weights/rounding.json what rounding chang
 photographs.
 """
 
-import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from avit_lib.data import loader
 from avit_lib.data.datasets import official_images
+from avit_lib.places import digest_file
 from avit_lib.study import get_profile
 from avit_lib.training import write_json
 
@@ -48,9 +47,7 @@ def embed_weights(source: Path) -> Path:
 
 @torch.inference_mode()
 def measure_rounding(whole: Path, rounded: Path) -> dict[str, float]:
-    """KL (nats) of the predictions by rounded weights to those by whole ones, and how often both
-    agree.
-    """
+    """How predictions by rounded weights differ from those by whole ones: KL (nats), agreement."""
     photographs = official_images(get_profile("caltech24").data, train=True)
     models = [timm.create_model("deit_tiny_patch16_224").eval() for _ in range(2)]
     for model, path in zip(models, (whole, rounded), strict=True):
@@ -68,12 +65,9 @@ def main() -> None:
     photographs, weights = Path(sys.argv[1]), Path(sys.argv[2])
     rounded = embed_weights(weights)
     files = [*embed_photographs(photographs), rounded]
-    sums = [
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(DATA)}"
-        for path in files
-    ]
+    sums = [f"{digest_file(path)}  {path.relative_to(DATA)}" for path in files]
     (DATA / "SHA256SUMS").write_text("\n".join(sums) + "\n")
-    facts = {"sha256_of_the_published_file": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    facts = {"sha256_of_the_published_file": digest_file(weights)}
     write_json(DATA / "weights" / "rounding.json", facts | measure_rounding(weights, rounded))
 
 

@@ -116,25 +116,22 @@ def folder_images(
     """
     files, folders = find_images(source, 1, leave_out)
     class_names = [name.split("/")[0] for name in files]
-    found = sorted(set(class_names))
-    empty = sorted({name for name in folders if "/" not in name} - {"", *found})
-    if not files or (empty and not classes):
-        reason = f"none in {name_some(empty)}" if empty else "none at all"
+    named = tuple(classes) or tuple(sorted(name for name in folders if name and "/" not in name))
+    missing = sorted(set(named) - set(class_names))
+    if not files or (missing and not classes):
+        reason = f"none in {name_some(missing)}" if missing else "none at all"
         raise UserError(
             f"{source} holds no images in one folder a class ({reason}); see "
             f"`python -m avit_lib fit --help`"
         )
-    classes = tuple(classes) or tuple(found)
-    missing = sorted(set(classes) - set(found))
-    if not set(found) <= set(classes):
-        differing = name_some(sorted(set(classes) ^ set(found)))
+    if unknown := set(class_names) - set(named):
         raise UserError(
-            f"{source} has other classes than the model or the training images: {differing}; "
-            f"rename or remove their folders"
+            f"{source} has other classes than the model or the training images: "
+            f"{name_some(sorted(unknown) + missing)}; rename or remove their folders"
         )
     if missing:
         tell(f"{source} holds no images of {name_some(missing)}")
-    number_of = {name: number for number, name in enumerate(classes)}
+    number_of = {name: number for number, name in enumerate(named)}
     labels = torch.tensor([number_of[name] for name in class_names])
     images = ImageFiles(source, np.array(files), image_size)
-    return Images(images, labels, classes, batch_transform(image_size))
+    return Images(images, labels, named, batch_transform(image_size))

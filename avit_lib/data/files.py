@@ -17,7 +17,7 @@ Image.init()
 # Of what Pillow opens, the pictures by their media types: no PostScript, no films, no measurements.
 # Sorted: Pillow's order depends on what was imported before.
 FORMATS = sorted(kind for kind in Image.OPEN if Image.MIME.get(kind, "").startswith("image/"))
-ENDINGS = {ending for ending, kind in Image.EXTENSION.items() if kind in (*FORMATS, "MPO")}
+ENDINGS = tuple(name for name, kind in Image.EXTENSION.items() if kind in (*FORMATS, "MPO"))
 # What systems and programs put beside images, with images of their own in it.
 HIDDEN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
@@ -50,11 +50,11 @@ def find_images(
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
     waiting = deque([("", root)] if os.path.isdir(root) else [])
-    images, folders, others, hidden = [], [], [], []
+    images, folders, left_out = [], [], []
     while waiting:
         name, place = waiting.popleft()
         if place in seen:
-            others.append(name)
+            left_out.append(name)
         elif os.path.isdir(place):
             folders.append(name)
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -62,20 +62,21 @@ def find_images(
                 if entry.name in leave_out:
                     continue
                 if entry.name.startswith(".") or entry.name in HIDDEN:
-                    hidden.append(inner)
+                    left_out.append(inner)
                 elif entry.is_symlink():  # last: what it leads to may have a name of its own
                     waiting.append((inner, os.path.realpath(entry)))
                 else:
                     waiting.appendleft((inner, entry.path))
-        elif Path(name).suffix.lower() in ENDINGS and name.count("/") >= depth:
+        elif name.lower().endswith(ENDINGS) and name.count("/") >= depth:
             images.append(name)
         else:
-            others.append(name)
+            left_out.append(name)
         seen.add(place)
-    left_out = sorted(others) + sorted(hidden)
     if left_out:
-        why = "no image by its name, in no folder of a class, a link to what is there, or hidden"
-        tell(f"{len(left_out)} left out of {folder} ({why}): {name_some(left_out)}")
+        tell(
+            f"{len(left_out)} left out of {folder} (no image by its name, in no folder of a class, "
+            f"a link to what is there, or hidden): {name_some(sorted(left_out))}"
+        )
     return sorted(images, key=lambda name: name.split("/")), folders
 
 
@@ -93,11 +94,11 @@ def read_all(read: Callable[[Any], Any], items: Sequence[Any], verb: str) -> lis
             faults.extend(error.args)
 
     with ThreadPool(worker_count()) as threads:  # Pillow lets other threads run while it decodes
-        tasks = threads.imap(attempt, items, chunksize=16)
-        results = list(tqdm(tasks, desc=verb, total=len(items), unit="image", disable=None))
+        made = threads.imap(attempt, items, chunksize=16)
+        made = list(tqdm(made, desc=verb, total=len(items), unit="image", disable=None))
     if faults:
         raise Unreadable(*sorted(faults))
-    return results
+    return made
 
 
 def worker_count() -> int:

@@ -8,7 +8,7 @@ once; and whether a set lies in memory or on disk makes no difference to a batch
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -89,28 +89,24 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
     checked. The checksum is of the SHA-256 of the files, in order. Raises Unreadable for all files
     of all parts that cannot be read: now, not in mid-epoch.
     """
-    rooms = {role: _make_room(data.images, role == apart) for role, data in parts.items()}
-    jobs = [
-        (data.images, rooms[role], index)
-        for role, data in parts.items()
-        for index in range(len(data))
-    ]
-    digests = iter(read_all(_read_into, jobs, "reading"))
-    loaded, content = {}, {}
+    loaded, jobs = {}, []
     for role, data in parts.items():
-        loaded[role] = replace(data, images=rooms[role])
-        joined = bytes.fromhex("".join(islice(digests, len(data))))
-        content[role] = hashlib.sha256(joined).hexdigest()
+        room = data.images if role == apart else _make_room(data.images)
+        loaded[role] = replace(data, images=room)
+        jobs += [(data.images, room, index) for index in range(len(data))]
+    digests = iter(read_all(_read_into, jobs, "reading"))
+    content = {
+        role: hashlib.sha256(bytes.fromhex("".join(islice(digests, len(data))))).hexdigest()
+        for role, data in parts.items()
+    }
     return loaded, content
 
 
-def _make_room(files: ImageFiles, on_disk: bool) -> Tensor | ImageFiles:
+def _make_room(files: ImageFiles) -> Tensor | ImageFiles:
     """Memory for decoded files; ``files`` themselves if it would be too much."""
     side = decoded_size(files.image_size)
     shape = (len(files.names), 3, side, side)
-    if on_disk or math.prod(shape) > MEMORY_LIMIT:
-        return files
-    return torch.empty(shape, dtype=torch.uint8)
+    return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else files
 
 
 def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
@@ -136,24 +132,19 @@ def loader(
     shuffle = shuffle_seed is not None
     generator = torch.Generator().manual_seed(shuffle_seed) if shuffle else None
     order = RandomSampler(data, generator=generator) if shuffle else SequentialSampler(data)
-    batches = BatchSampler(order, batch_size, drop_last=shuffle and len(data) > batch_size)
+    batches = ShareSampler(order, batch_size, drop_last=shuffle and len(data) > batch_size)
+    batches.share = slice(share[0], None, share[1])
     workers = worker_count() if isinstance(data.images, ImageFiles) else 0
     # Whole batches are asked for (batch_size=None): thousands of small images are slow one by one.
-    return DataLoader(
-        Share(data, *share), None, sampler=batches, generator=generator, num_workers=workers
-    )
+    return DataLoader(data, None, sampler=batches, generator=generator, num_workers=workers)
 
 
-@dataclass(frozen=True)
-class Share(Dataset):
-    """A data set of which one process loads its share of each batch: images rank, rank + count, ..."""
+class ShareSampler(BatchSampler):
+    """Of every batch the share of one process: images rank, rank + count, ..."""
 
-    data: Images
-    rank: int
-    count: int
-
-    def __getitem__(self, batch: list[int]) -> tuple[Tensor, Tensor]:
-        return self.data[batch[self.rank :: self.count]]
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield batch[self.share]
 
 
 def read_image(path: Path, image_size: int, transform: Callable | None = None) -> Tensor:

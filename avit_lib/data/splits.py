@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +31,9 @@ class TrainingData:
     augmentation: str = "none"  # of the training images
 
 
+ROLES = ("train", "validation", "test")
+
+
 def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
     """Indices of ``per_class`` random examples of each class in ``labels`` [n], sorted."""
     order = torch.randperm(len(labels), generator=generator)
@@ -40,49 +45,58 @@ def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -
     return torch.cat(picked).sort().values
 
 
-def hold_out(labels: Tensor, per_class: int, seed: int) -> dict[str, Tensor]:
-    """Indices for "validation", ``per_class`` random ones of each class, and of the rest: "train"."""
-    chosen = pick_per_class(labels, per_class, torch.Generator().manual_seed(seed))
-    others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, chosen, False)
-    return {"train": others.nonzero()[:, 0], "validation": chosen}
+def draw(images: Images, seed: int, plan: Callable[[int], dict[str, int]]) -> dict[str, Images]:
+    """Random images for each of ``ROLES``, in their order; of each class as many as ``plan`` says.
 
-
-def split_pool(pool: Images, data: Data, seed: int) -> dict[str, Tensor]:
-    """Indices of the "train", "validation" and "test" images of a pool, each sorted.
-
-    Drawn by seed from each class: ``train_per_class`` images for training, of the rest
-    ``validation_per_class`` for validation, and up to ``test_per_class`` of what is then left for
-    the test. In a class too small for that, training still gets its number as long as two images
-    are left, and validation at most half of what is left: so every class is in every part. With the
-    30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of 31, gives
-    29, 1 and 1. Raises UserError for a class of fewer than three images.
+    ``plan``: from the size of a class to how many each role gets, in the order in which they are
+    drawn. Raises UserError for a class too small for that.
     """
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
-    parts = {"train": [], "validation": [], "test": []}
-    for label, name in enumerate(pool.classes):
-        members = order[pool.labels[order] == label]
-        most = len(members) - 2
-        if most < 1:
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    drawn = defaultdict(list)
+    for label, name in enumerate(images.classes):
+        members = order[images.labels[order] == label]
+        sizes = plan(len(members))
+        if min(sizes.values()) < 1:
             raise UserError(
-                f"class {name} of {data.dataset} has fewer than 3 images; bring it back or remove it"
+                f"class {name} has too few images ({len(members)}) for {', '.join(sizes)}; add "
+                f"images, or remove its folder"
             )
-        train = most if data.train_per_class == "all" else min(data.train_per_class, most)
-        validation = min(data.validation_per_class, (len(members) - train) // 2)
-        rest = members[train + validation :]
-        parts["train"].append(members[:train])
-        parts["validation"].append(members[train : train + validation])
-        parts["test"].append(rest if data.test_per_class == "all" else rest[: data.test_per_class])
-    return {role: torch.cat(indices).sort().values for role, indices in parts.items()}
+        for role, size in sizes.items():
+            drawn[role].append(members[:size])
+            members = members[size:]
+    chosen = {role: torch.cat(drawn[role]).sort().values for role in ROLES if role in drawn}
+    return {role: images.select(indices) for role, indices in chosen.items()}
+
+
+def plan_pool(data: Data, count: int) -> dict[str, int]:
+    """How many of ``count`` images of a class in a pool are for training, validation and test.
+
+    In a class too small for what ``data`` asks, training still gets its number as long as two
+    images are left, and validation at most half of what is left: so every class is in every part.
+    With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of
+    31, gives 29, 1 and 1.
+    """
+    train = limit(data.train_per_class, count - 2)
+    validation = min(data.validation_per_class, (count - train) // 2)
+    test = limit(data.test_per_class, count - train - validation)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def limit(wanted: int | str, most: int) -> int:
+    """As many as ``wanted``, a number or "all", but at most ``most``."""
+    return most if wanted == "all" else min(wanted, most)
+
+
+def hold_out(per_class: int, count: int) -> dict[str, int]:
+    """Of the ``count`` images of a class ``per_class`` for validation, all others for training."""
+    return {"validation": per_class, "train": count - per_class}
 
 
 def training_data(data: Data, seed: int) -> TrainingData:
     """Training and validation images, drawn by seed: of the official training set, or of a pool."""
-    official = official_images(data, train=True)
-    if data.dataset in POOLS:
-        chosen = split_pool(official, data, seed)
-    else:
-        chosen = hold_out(official.labels, data.validation_per_class, seed)
-    parts = {role: official.select(indices) for role, indices in chosen.items()}
+    pool = data.dataset in POOLS
+    plan = partial(plan_pool, data) if pool else partial(hold_out, data.validation_per_class)
+    parts = draw(official_images(data, train=True), seed, plan)
     return _load_training(data.dataset, seed, parts, data)
 
 
@@ -93,7 +107,7 @@ def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
     """
     images = official_images(data, train=False)
     if data.dataset in POOLS:
-        images = images.select(split_pool(images, data, seed)["test"])
+        images = draw(images, seed, partial(plan_pool, data))["test"]
     return load({"test": images})[0]["test"] if decode else images
 
 
@@ -116,13 +130,8 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
         held_out = folder_images(folder / "val", data.image_size, train.classes)
         parts = {"train": train, "validation": held_out}
     else:
-        smallest = int(train.labels.bincount().min())
-        if smallest < 2:
-            raise UserError(
-                f"a class in {folder / 'train'} has a single image, so none can be held out; add images"
-            )
-        chosen = hold_out(train.labels, max(1, smallest // 10), seed)
-        parts = {role: train.select(indices) for role, indices in chosen.items()}
+        tenth = int(train.labels.bincount().min()) // 10
+        parts = draw(train, seed, partial(hold_out, max(1, tenth)))
     return _load_training(str(folder), seed, parts, data)
 
 
@@ -134,6 +143,7 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
     """
     loaded, content = load(parts, apart="test")
     transform = batch_transform(data.image_size, data.augmentation)
+    train = replace(loaded["train"], transform=transform)
     files = {role: part.images.names.tolist() for role, part in parts.items()}
     split = {
         "dataset": dataset,
@@ -143,7 +153,6 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
         "content": content,
         "files": {k: names for k, names in files.items() if k != "train" or "test" in files},
     }
-    train = replace(loaded["train"], transform=transform)
     return TrainingData(train, loaded["validation"], split, data.image_size, data.augmentation)
 
 
@@ -152,17 +161,14 @@ def check_split(recorded: dict, split: dict) -> str:
 
     The latter where the record has no more. Raises UserError when they are not of the same images.
     """
-    content = recorded.get("content", {})
-    changed = {
-        f"the content of {role}" for role in content if content[role] != split["content"][role]
-    }
-    if recorded["sha256"] == split["sha256"] and not changed:
-        return "content" if content else "names"
-    before, now = (
-        {name for names in part["files"].values() for name in names} for part in (recorded, split)
-    )
-    example = min(before ^ now or changed, default="the names for training")
-    raise UserError(
-        f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on record "
-        f"(such as {example}); compare the files with those of the published archive"
-    )
+    content = recorded.get("content", split["content"])
+    other = [role for role, checksum in split["content"].items() if content.get(role) != checksum]
+    if recorded["sha256"] != split["sha256"]:
+        other.append("names")
+    if other:
+        raise UserError(
+            f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on "
+            f"record: different {', '.join(other)}; compare the files with those of the published "
+            f"archive"
+        )
+    return "content" if "content" in recorded else "names"
