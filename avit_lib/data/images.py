@@ -210,7 +210,8 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
     A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # Not by its name: Pillow then maps a TIFF into memory, and a turned one in grey wrongly.
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if draft:
                 image.draft(None, (1, 1))
             layout = str(image.tile)
