@@ -1,5 +1,6 @@
 """The one error that a user can mend, and what its messages are made of."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,8 +23,7 @@ def fitting_memory(images: int, remedy: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch has no type for a CPU's.
-        known = ("out of memory", "allocate memory", "not enough memory")
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in known):
+        known = "out of memory|allocate memory|not enough memory"  # torch has no type for a CPU's
+        if not isinstance(error, MemoryError) and not re.search(known, str(error)):
             raise
         raise UserError(f"out of memory with {images} images at once; {remedy}") from None

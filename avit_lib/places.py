@@ -61,8 +61,11 @@ def check_embedded(place: Path) -> int:
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
     within = [pair for pair in listed if (data / pair[1]).is_relative_to(place.absolute())]
-    faults = [(name, _find_fault(data / name, checksum)) for checksum, name in within]
-    wrong = [f"{name} ({fault})" for name, fault in faults if fault]
+    wrong = [
+        f"{name} ({fault})"
+        for checksum, name in within
+        if (fault := _find_fault(data / name, checksum))
+    ]
     if wrong:
         raise UserError(
             f"{data} is not as published: {name_some(wrong)}; bring it back with "

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,8 @@ from torch import Tensor
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
 from avit_lib.data.images import Images, batch_transform, load
 from avit_lib.errors import UserError
+
+ROLES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,6 @@ class TrainingData:
     split: dict
     image_size: int  # pixels, as models see them
     augmentation: str = "none"  # of the training images
-
-
-ROLES = ("train", "validation", "test")
 
 
 def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -52,7 +50,7 @@ def draw(images: Images, seed: int, plan: Callable[[int], dict[str, int]]) -> di
     drawn. Raises UserError for a class too small for that.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    drawn = defaultdict(list)
+    role_of = torch.full_like(order, -1)
     for label, name in enumerate(images.classes):
         members = order[images.labels[order] == label]
         sizes = plan(len(members))
@@ -62,10 +60,10 @@ def draw(images: Images, seed: int, plan: Callable[[int], dict[str, int]]) -> di
                 f"images, or remove its folder"
             )
         for role, size in sizes.items():
-            drawn[role].append(members[:size])
+            role_of[members[:size]] = ROLES.index(role)
             members = members[size:]
-    chosen = {role: torch.cat(drawn[role]).sort().values for role in ROLES if role in drawn}
-    return {role: images.select(indices) for role, indices in chosen.items()}
+    indices = {role: (role_of == number).nonzero()[:, 0] for number, role in enumerate(ROLES)}
+    return {role: images.select(indices[role]) for role in ROLES if role in sizes}
 
 
 def plan_pool(data: Data, count: int) -> dict[str, int]:
