@@ -48,10 +48,9 @@ class ImageFiles:
     image_size: int
 
     def __getitem__(self, index: int | list[int] | Tensor) -> Tensor:
-        chosen = self.names[np.asarray(index)]  # NumPy takes a tensor of one index for a number
-        if isinstance(chosen, str):
-            return decode(self.root / chosen, self.image_size)
-        return torch.stack([decode(self.root / name, self.image_size) for name in chosen])
+        if np.ndim(index):
+            return torch.stack([self[one] for one in index])
+        return decode(self.root / self.names[index], self.image_size)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def loader(
 
 
 class ShareSampler(BatchSampler):
-    """Of every batch the share of one process: images rank, rank + count, ..."""
+    """Of every batch the ``share`` of one process: images rank, rank + count, ..."""
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in super().__iter__():

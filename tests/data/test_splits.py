@@ -16,6 +16,7 @@ from avit_lib.data.datasets import official_images
 from avit_lib.data.images import ImageFiles, batch_transform
 from avit_lib.data.splits import draw, plan_pool
 from avit_lib.errors import UserError
+from avit_lib.study import get_profile
 
 ROLES = ("train", "validation", "test")
 
@@ -99,9 +100,7 @@ def test_the_split_on_record_is_drawn_again():
     """The default study's results are of these images."""
     place = data.project_root() / "results" / "caltech24" / "metrics" / "split.json"
     recorded = json.loads(place.read_text())["files"]
-    classes = sorted({name.split("/")[0] for name in recorded["train"]})
-    settings = replace(COLOUR, classes=classes, train_per_class=20, test_per_class="all")
-    settings = replace(settings, validation_per_class=5)
+    settings = get_profile("caltech24").data
     parts = draw(official_images(settings, train=True), 0, partial(plan_pool, settings))
     assert {role: part.images.names.tolist() for role, part in parts.items()} == recorded
 
