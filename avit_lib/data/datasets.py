@@ -127,7 +127,7 @@ def folder_images(
     if unknown := set(class_names) - set(named):
         raise UserError(
             f"{source} has other classes than the model or the training images: "
-            f"{name_some(sorted(unknown) + missing)}; rename or remove their folders"
+            f"{name_some(sorted({*unknown, *missing}))}; rename or remove their folders"
         )
     if missing:
         tell(f"{source} holds no images of {name_some(missing)}")

@@ -47,7 +47,7 @@ def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     assert found.validation.classes == found.train.classes
     assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
     write_images(tmp_path / "val", {"wasps": 2})
-    with pytest.raises(UserError, match=r"other classes than .*: wasps, ants; rename"):
+    with pytest.raises(UserError, match=r"other classes than .*: ants, wasps; rename"):
         folder_training_data(tmp_path, COLOUR, seed=0)
 
 
