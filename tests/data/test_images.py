@@ -1,6 +1,8 @@
 """Images of every kind become the same bytes; on disk or in memory, batches are equal."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -49,6 +51,24 @@ def deep_ppm(value):
     return b"P6 20 20 65535\n" + np.full(1200, value, dtype=">u2").tobytes()
 
 
+def deep_png():
+    """Four grey values of 2 bits, one of them transparent, which Pillow reads and cannot write."""
+    header = struct.pack(">IIBBBBB", 4, 4, 2, 0, 0, 0, 0)
+    parts = {b"IHDR": header, b"tRNS": b"\0\1", b"IDAT": zlib.compress(b"\0\x1b" * 4), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, part in parts.items():
+        checksum = struct.pack(">I", zlib.crc32(name + part))
+        content += struct.pack(">I", len(part)) + name + part + checksum
+    return content
+
+
+def clear_bmp():
+    """A BMP with a channel for transparency that its writer left at 0."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    head = struct.pack("<IiiHHIIiiII", 108, 2, 2, 1, 32, 3, 16, 0, 0, 0, 0) + masks + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 138, 0, 0, 122) + head + b"\x09\x09\x09\x00" * 4
+
+
 @pytest.mark.parametrize(
     ("content", "colour"),
     [
@@ -69,6 +89,7 @@ def deep_ppm(value):
         (encode(grey(40_000), "TIFF"), (156, 156, 156)),
         (encode(grey(300), "PNG", transparency=300), "white"),
         (deep_ppm(40_000), (156, 156, 156)),
+        (b"P5 20 20 4095\n" + np.full(400, 200, dtype=">u2").tobytes(), (12, 12, 12)),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
@@ -82,8 +103,10 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
     ("content", "reason"),
     [
         (encode(grey(1, np.float32), "TIFF"), "unknown range"),
-        (encode(grey(70_000, np.int32), "TIFF"), "unknown range"),
-        (encode(grey(-5, np.int32), "TIFF"), "unknown range"),
+        (encode(grey(-5, np.int32), "TIFF"), "have a sign"),
+        (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
+        (clear_bmp(), "all of it is transparent"),
+        (deep_png(), "transparent colour is read wrongly"),
         (encode(grey(60_000), "TIFF", tiffinfo={262: 0}), "16 bits, with white as zero"),
         (deep_ppm(4080), "12 bits of 16"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),

@@ -12,7 +12,7 @@ from avit_lib.data.datasets import folder_images
 from avit_lib.data.images import load
 from avit_lib.errors import UserError
 
-ENDINGS = ("jfif", "avif", "gif", "JPEG", "webp", "jpg", "Png", "bmp", "tif", "jp2", "ppm")
+ENDINGS = ("jfif", "avif", "gif", "JPEG", "webp", "jpg", "Png", "bmp", "tif", "ppm")
 
 
 def test_what_pillow_reads_is_found_and_read(tmp_path, capsys):
