@@ -3,56 +3,54 @@
 import pytest
 import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from avit_lib.evaluation import counted_flops, flops_per_image
 from avit_lib.evaluation.speed import synthetic_workload
+from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
+from avit_lib.halting import HaltingTrace
+from avit_lib.peers.tome import TokenMerging
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_nano"])
-def test_flops_of_a_plain_transformer_agree_with_torch(name):
-    model = timm.create_model(name).eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, 3, *model.patch_embed.img_size))
-    depth = torch.full((1, model.patch_embed.num_patches + 1), len(model.blocks))
-    expected = counter.get_total_flops() / 2  # torch counts a multiply-add twice
-    assert flops_per_image(model, depth).item() == pytest.approx(expected, rel=5e-3)
-
-
-def test_deit_tiny_needs_the_flops_of_the_paper():
-    model = timm.create_model("deit_tiny_patch16_224")
-    assert flops_per_image(model, torch.full((1, 197), 12)).item() == pytest.approx(1.3e9, rel=0.05)
-
-
-def test_fewer_tokens_need_fewer_flops():
+def flops(depth):
+    """Those of an A-ViT whose tokens halt at ``depth`` [B, N]."""
     model = timm.create_model("avit_nano")
-    depth = torch.tensor([[4] * 17, [4] * 16 + [3], [4] * 9 + [1] * 8, [1] * 17])
-    flops = flops_per_image(model, depth)
-    assert (flops.diff() < 0).all()
+    return flops_of(model, HaltingTrace(torch.tensor(depth), None, None, None)).tolist()
+
+
+def test_of_a_plain_transformer():
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        logits, trace = trace_model(model, images)
+        assert torch.equal(logits, model(images))
+    assert (trace.depth == 12).all() and trace.depth.shape == (2, 197)
+    assert trace.halting_scores is None
+    assert flops_of(model, trace).tolist() == 2 * [plain_flops(model, 197)]
+    assert plain_flops(model, 197) == pytest.approx(1.3e9, rel=0.05)  # the paper
+    assert counted_flops(model, images) == pytest.approx(plain_flops(model, 197), rel=5e-3)
+
+
+def test_by_hand():
+    # D = 16, MLP 32, 16 patches of 7 x 7, 10 classes
+    linear = 16 * 48 + 16 * 16 + 2 * 16 * 32
+    by_layer = [n * linear + 2 * n * n * 16 for n in (17, 5)]
+    assert flops([[2] * 5 + [1] * 12]) == [sum(by_layer) + 16 * 3 * 49 * 16 + 10 * 16]
 
 
 def test_layers_after_the_class_token_halted_cost_nothing():
-    model = timm.create_model("avit_nano")
-    flops = flops_per_image(model, torch.tensor([[2] + [4] * 16, [2] * 17]))
-    assert flops[0] == flops[1]
+    first, second = flops([[2] + [4] * 16, [2] * 17])
+    assert first == second
 
 
-def test_flops_by_hand():
-    model = timm.create_model("avit_nano")  # D = 16, MLP 32, 16 patches of 7 x 7, 10 classes
-    linear = 16 * 48 + 16 * 16 + 2 * 16 * 32
-    by_layer = [n * linear + 2 * n * n * 16 for n in (17, 5)]
-    depth = torch.tensor([[2] * 5 + [1] * 12])
-    assert flops_per_image(model, depth).item() == sum(by_layer) + 16 * 3 * 49 * 16 + 10 * 16
-
-
-def test_counted_flops_are_those_that_the_depth_predicts():
+def test_what_is_counted_is_what_the_depth_predicts():
     workload = synthetic_workload("avit_nano", batch=8, mean_depth=2.5)
-    with torch.inference_mode():
-        _, trace = workload.adaptive.forward_with_trace(workload.images)
-    predicted = flops_per_image(workload.adaptive, trace.depth).mean().item()
-    assert counted_flops(workload.adaptive, workload.images) == pytest.approx(predicted, rel=1e-6)
-    assert counted_flops(workload.adaptive, workload.images) < counted_flops(
-        workload.plain, workload.images
-    )
+    model, images = workload.adaptive, workload.images
+    predicted = flops_of(model, trace_model(model, images)[1])
+    assert counted_flops(model, images) == pytest.approx(predicted.mean().item(), rel=1e-6)
+    assert (predicted < counted_flops(workload.plain, images)).all()
+
+
+@pytest.mark.parametrize("r", [0, 1, 4, 100])
+def test_of_token_merging(r):
+    model, images = TokenMerging(timm.create_model("deit_nano"), r), torch.randn(2, 3, 28, 28)
+    predicted = flops_of(model, trace_model(model, images)[1]).tolist()
+    assert predicted == 2 * [pytest.approx(counted_flops(model, images), rel=1e-6)]
