@@ -238,7 +238,8 @@ def _unpack(packed: Packed, into: Tensor) -> Tensor:
 
 
 def _count_tokens(parts: list[Packed]) -> Tensor:
-    return torch.cat([part.layout.counts for part in parts]).double()
+    lengths = [length for part in parts for length in part.layout.lengths]
+    return torch.tensor(lengths, dtype=torch.float64)
 
 
 def _find_threshold(scores: Tensor, wanted: int) -> float:

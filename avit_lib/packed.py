@@ -30,8 +30,7 @@ class Layout:
     segment: Tensor  # [T] which of the images in the buffer it belongs to, 0..S-1
     images: Tensor  # [S] the number of each of these images in the batch
     starts: Tensor  # [S] where each of them begins; its class token lies there until it halts
-    counts: Tensor  # [S] tokens of each, most first
-    lengths: tuple[int, ...]  # the same numbers on the host
+    lengths: tuple[int, ...]  # S numbers on the host: tokens of each, most first
 
 
 # --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -----
@@ -66,7 +65,7 @@ def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | No
     """One ragged flash-attention kernel (CUDA, half precision, neither dropout nor bias)."""
     from torch.nn.attention.varlen import varlen_attn  # here, because it exists for CUDA only
 
-    ends, longest = F.pad(layout.counts.cumsum(0), (1, 0)).int(), layout.lengths[0]
+    ends, longest = F.pad(layout.starts, (0, 1), value=len(qkv)).int(), layout.lengths[0]
     return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
 
 
@@ -135,7 +134,7 @@ def drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
     """Stochastic depth on tokens [T, D], with one draw an image."""
     if isinstance(module, nn.Identity) or not module.training:
         return tokens
-    return tokens * module(tokens.new_ones(len(layout.counts), 1))[layout.segment]
+    return tokens * module(tokens.new_ones(len(layout.lengths), 1))[layout.segment]
 
 
 # --- tokens leave ---------------------------------------------------------------------------------
@@ -144,13 +143,12 @@ def drop_path(module: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
 def whole_layout(images: int, count: int, device: torch.device) -> Layout:
     """The layout of ``images`` with ``count`` tokens each, before anybody has left."""
     index = torch.arange(images * count, device=device)
-    counts = torch.full((images,), count, device=device)
-    return Layout(index, index // count, index[:images], index[::count], counts, (count,) * images)
+    return Layout(index, index // count, index[:images], index[::count], (count,) * images)
 
 
 def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
     """The layout of the tokens to ``keep`` [T], and the rows that stay (None: all as they lie)."""
-    counts = torch.zeros_like(layout.counts).index_add_(0, layout.segment, keep.long())
+    counts = torch.zeros_like(layout.images).index_add_(0, layout.segment, keep.long())
     lengths = counts.tolist()  # on the host: the only synchronisation of a layer
     total = sum(lengths)
     if total == len(keep):
@@ -162,9 +160,9 @@ def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
     order = torch.where(keep, segment, len(rank)).argsort(stable=True)
     stay = order[:total]  # those that leave come last
     lengths = tuple(sorted(filter(None, lengths), reverse=True))
-    counts, images = counts[: len(lengths)], layout.images[by_length[: len(lengths)]]
-    starts = counts.cumsum(0) - counts
-    return Layout(layout.index[stay], segment[stay], images, starts, counts, lengths), stay
+    images = layout.images[by_length[: len(lengths)]]
+    starts = (counts.cumsum(0) - counts)[: len(lengths)]
+    return Layout(layout.index[stay], segment[stay], images, starts, lengths), stay
 
 
 # --- Algorithm 1 on the buffer --------------------------------------------------------------------
