@@ -20,7 +20,6 @@ from avit_lib.losses import (
     distribution_loss,
     halting_distribution,
     ponder_loss,
-    ramp,
     target_distribution,
 )
 
@@ -187,11 +186,6 @@ def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
     taught.total.backward()
     assert all(parameter.grad is None for parameter in other.parameters())
     assert model.head.weight.grad.abs().sum() > 0
-
-
-def test_ramp():
-    assert [ramp(progress, 0.5) for progress in (0.0, 0.125, 0.5, 0.75, 1.0)] == [0, 0.25, 1, 1, 1]
-    assert ramp(0.0, 0.0) == 1
 
 
 def test_the_ponder_weight_grows_with_progress():

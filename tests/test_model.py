@@ -95,18 +95,6 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     assert (model(images) - logits).abs().max() > 1e-4  # halting does change the result
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_an_image_does_not_depend_on_its_neighbours(execution):
-    model, images = varied_model(0.5, execution=execution), bright_and_dark()
-    with torch.no_grad():
-        logits, trace = model.forward_with_trace(images)
-        for index in range(len(images)):
-            alone, own = model.forward_with_trace(images[index : index + 1])
-            torch.testing.assert_close(alone[0], logits[index], rtol=0, atol=1e-10)
-            torch.testing.assert_close(own.ponder[0], trace.ponder[index], rtol=0, atol=1e-10)
-            assert torch.equal(own.depth[0], trace.depth[index])
-
-
 # Attention over nothing is NaN in the one, 0 in the other.
 @pytest.mark.parametrize("fused", [True, False])
 def test_everything_halts_in_layer_one(fused):

@@ -82,26 +82,6 @@ def test_merging_nothing_is_the_plain_model():
     assert (trace.depth == 4).all() and trace.halting_scores is None
 
 
-@pytest.mark.parametrize(
-    ("r", "expected"),
-    [
-        (3, [17, 14, 11, 8, 5]),
-        (5, [17, 12, 7, 4, 3]),
-        (100, [17, 9, 5, 3, 2]),  # half of the rest at most
-    ],
-)
-def test_layers_really_compute_on_so_many_tokens(r, expected):
-    model = trained_looking()
-    entered, into_mlp = [], []
-    for block in model.blocks:
-        block.norm1.register_forward_hook(lambda _, inputs, __: entered.append(inputs[0].shape[1]))
-        block.norm2.register_forward_hook(lambda _, inputs, __: into_mlp.append(inputs[0].shape[1]))
-    _, trace = tome.TokenMerging(model, r).forward_with_trace(images())
-    assert entered == expected[:-1] and into_mlp == expected[1:]  # fewer already in the MLP
-    for layer in range(1, 5):
-        assert ((trace.depth >= layer).sum(dim=1) == entered[layer - 1]).all()
-
-
 def test_the_most_similar_pairs_merge():
     directions = torch.eye(6, dtype=torch.float64)
     # class token, then patches: 2 and 3 agree but for their length, 1 and 4 nearly, 5 with nobody
