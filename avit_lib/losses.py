@@ -83,8 +83,9 @@ def ramp(progress: float, duration: float) -> float:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model in evaluation mode whose logits another model learns to give (not in the
-    paper).
+    """A trained model in evaluation mode whose logits another model learns to give.
+
+    It is not in the paper.
     """
 
     model: nn.Module
