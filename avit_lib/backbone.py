@@ -18,19 +18,21 @@ from torch.utils.checkpoint import checkpoint
 from avit_lib.errors import UserError
 
 
+def call(function: Callable, *arguments: Any) -> Any:
+    """Call a ``function`` that computes a layer: each layer of each execution goes through here."""
+    return function(*arguments)
+
+
 class TokensLeave(VisionTransformer):
     """A VisionTransformer of timm's whose tokens leave the computation; see its two subclasses."""
 
-    exact: tuple[str, ...] = ()  # buffers that decide who leaves: float32 whatever the weights are
-    added: tuple[str, ...] = ()  # the names in a state dict that a plain model's lacks
+    # Buffers that decide who leaves: float32 whatever the weights are; a plain model lacks them.
+    added: tuple[str, ...] = ()
 
     def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool, whole: bool
+        self, x: Tensor, attn_mask: Tensor | None, traced: bool
     ) -> tuple[Tensor, Any]:
-        """Normalised features of images [B, C, H, W], and, if ``traced``, the trace.
-
-        Unless they are wanted ``whole``, what ``forward_head`` reads of them is enough.
-        """
+        """Normalised features of images [B, C, H, W], and, at least if ``traced``, the trace."""
         raise NotImplementedError
 
     def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -53,7 +55,7 @@ class TokensLeave(VisionTransformer):
         ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
         """
         _check_flags(x, is_causal)
-        features, trace = self.compute_features(x, attn_mask, with_trace, whole=False)
+        features, trace = self.compute_features(x, attn_mask, with_trace)
         logits = self.forward_head(features)
         return (logits, trace) if with_trace else logits
 
@@ -66,7 +68,7 @@ class TokensLeave(VisionTransformer):
     ) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
         _check_flags(x, is_causal)
-        return self.compute_features(x, attn_mask, traced=False, whole=True)[0]
+        return self.compute_features(x, attn_mask, traced=False)[0]
 
     def forward_intermediates(
         self,
@@ -94,45 +96,51 @@ class TokensLeave(VisionTransformer):
         chosen = [tokens for layer, tokens in enumerate(layers) if layer in taken]
         if norm:
             chosen = [self.norm(tokens) for tokens in chosen]
-        prefix = [tokens[:, : self.num_prefix_tokens] for tokens in chosen]
-        maps = [tokens[:, self.num_prefix_tokens :] for tokens in chosen]
+        count = self.num_prefix_tokens
+        prefix = [tokens[:, :count] for tokens in chosen] if return_prefix_tokens and count else []
+        maps = [tokens[:, count:] for tokens in chosen]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
         if output_dict:
             found = {"image_intermediates": maps}
-            if return_prefix_tokens and self.num_prefix_tokens:
-                found["image_intermediates_prefix"] = prefix
+            found |= {"image_intermediates_prefix": prefix} if prefix else {}
             return found if intermediates_only else found | {"image_features": features}
-        if return_prefix_tokens and self.num_prefix_tokens:
+        if prefix:
             maps = list(zip(maps, prefix, strict=True))
         return maps if intermediates_only else (features, maps)
 
     def run(self, function: Callable, *arguments: Any) -> Any:
-        """Call a ``function`` that computes a layer, checkpointed if timm's switch says so."""
+        """``call``, checkpointed if timm's switch says so."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, use_reentrant=False)
-        return function(*arguments)
+            return checkpoint(call, function, *arguments, use_reentrant=False)
+        return call(function, *arguments)
 
+    @torch.compiler.disable  # it would guard each of some hundred parts
     def hooked(self) -> bool:
         """Whether somebody listens to a block or to a part of one; raises UserError if in vain."""
         if is_hooked(self.blocks):
             raise UserError("a hook on all blocks at once would never be called; put it on a block")
-        return any(is_hooked(part) for part in self.blocks.modules())
+        parts = [*self.blocks]
+        for part in parts:  # grows; several times as fast as modules()
+            if is_hooked(part):
+                return True
+            parts += [child for child in part._modules.values() if child is not None]
+        return False
 
     def __prepare_scriptable__(self) -> None:
         """What torch.jit.script asks first."""
         raise UserError(f"torch.jit.script {_CANNOT_FOLLOW}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.exact and isinstance(value, nn.Parameter):
-            raise UserError(f"{name} is a fixed number, not a parameter that is trained")
-        if name in self.exact and not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.float32, device=self._buffers[name].device)
+        if name in self.added:
+            if isinstance(value, nn.Parameter):
+                raise UserError(f"{name} is a fixed number, not a parameter that is trained")
+            value = torch.as_tensor(value, dtype=torch.float32, device=self._buffers[name].device)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "TokensLeave":
-        before = {name: self._buffers[name] for name in self.exact}
+        before = {name: self._buffers[name] for name in self.added}
         super()._apply(fn, recurse)
         for name, value in before.items():
             if not value.is_meta:
@@ -140,35 +148,28 @@ class TokensLeave(VisionTransformer):
         return self
 
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
-        for name in self.exact:  # those of a plain model lack them
+        for name in self.added:
             weights.setdefault(f"{prefix}{name}", self._buffers[name])
         super()._load_from_state_dict(weights, prefix, *args)
 
 
 def is_hooked(part: nn.Module) -> bool:
     """Whether somebody asked to be called when ``part`` is computed or differentiated."""
-    kinds = (
-        part._forward_hooks,
-        part._forward_pre_hooks,
-        part._backward_hooks,
-        part._backward_pre_hooks,
-    )
-    return any(kinds)
+    forward = part._forward_hooks or part._forward_pre_hooks
+    return bool(forward or part._backward_hooks or part._backward_pre_hooks)
 
 
-def check_images(images: Tensor) -> None:
-    """Raise UserError unless ``images`` are one batch of finite numbers [B, C, H, W]."""
+def check_images(images: Tensor, least: int = 1) -> None:
+    """Raise UserError unless ``images`` are finite numbers [B, C, H, W], at ``least`` so many."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        what = (
-            f"{images.dtype} {list(images.shape)}"
-            if isinstance(images, Tensor)
-            else type(images).__name__
-        )
+        what = type(images).__name__
+        if isinstance(images, Tensor):
+            what = f"{images.dtype} {list(images.shape)}"
         raise UserError(
             f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}"
         )
-    if not len(images):
-        raise UserError("0 images are too few; take some hundred")
+    if len(images) < least:
+        raise UserError(f"{len(images)} images are too few; take some hundred")
     if not images.isfinite().all():
         raise UserError(
             "the images contain values that are no numbers (NaN or infinite); mend them"
@@ -184,16 +185,18 @@ def is_exporting() -> bool:
 
 def why_not_plain(model: VisionTransformer) -> str:
     """Why tokens can't leave the blocks of ``model``, in words; empty if they can."""
-    if type(model.patch_embed) is not PatchEmbed:
-        return f"its patches come from a {type(model.patch_embed).__name__}, not from timm's PatchEmbed"
+    patches = type(model.patch_embed)
+    if patches is not PatchEmbed:
+        return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
     for block in model.blocks:
         if type(block) is not Block:
             return f"its blocks ({type(block).__name__}) are not timm's plain ones"
-        if type(block.attn) is not Attention or "forward" in {*vars(block), *vars(block.attn)}:
-            return (
-                f"the attention of its blocks ({type(block.attn).__name__}) is not timm's plain one"
-            )
-        if getattr(block.attn, "gate", None) is not None:
+        attention = block.attn
+        replaced = "forward" in vars(block) or "forward" in vars(attention)
+        if replaced or type(attention) is not Attention:
+            kind = type(attention).__name__
+            return f"the attention of its blocks ({kind}) is not timm's plain one"
+        if getattr(attention, "gate", None) is not None:
             return "its attention is gated"
     return ""
 

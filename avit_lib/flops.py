@@ -1,19 +1,72 @@
-"""FLOPs of a vision transformer, layer by layer; a multiply-add is one, norms, activations and
-softmax are left out.
+"""FLOPs of vision transformers, predicted and counted; a multiply-add is one, as in the paper.
+
+Predicted layer by layer (DeiT-T: 1.3 G); norms, activations and softmax are left out. A model says
+itself how deep its tokens go (``forward_with_trace``) and what that costs (``flops_of``); one that
+does neither is a plain transformer.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class MergingTrace:
+    """How deep each token of a batch went before it became part of another, if it ever did."""
+
+    depth: Tensor  # [B, N], integer, 1..L
+    halting_scores: None = None  # there are none
+
+
+def trace_model(model: nn.Module, images: Tensor) -> tuple[Tensor, Any]:
+    """Logits [B, K] of images [B, C, H, W], and a trace that says how deep each token went.
+
+    Its ``depth`` is [B, N], its ``halting_scores`` [B, L, N], or None in models that do not halt.
+    """
+    if hasattr(model, "forward_with_trace"):
+        return model.forward_with_trace(images)
+    shape = len(images), model.patch_embed.num_patches + model.num_prefix_tokens
+    depth = torch.full(shape, len(model.blocks), device=images.device)
+    return model(images), MergingTrace(depth)
+
+
+def flops_of(model: nn.Module, trace: Any) -> Tensor:
+    """FLOPs [B] of plain inference on the images of a ``trace``, in float64 on the CPU."""
+    if hasattr(model, "flops_of"):
+        return model.flops_of(trace)
+    return flops_of_depth(model, trace.depth)
+
+
+def flops_of_depth(
+    model: VisionTransformer, depth: Tensor, merging: Sequence[bool] | None = None
+) -> Tensor:
+    """FLOPs [B] of images whose tokens are computed up to layer ``depth`` [B, N].
+
+    ``merging`` says in which layers tokens merge: they leave there between attention and MLP.
+    """
+    depth, layers = depth.cpu(), len(model.blocks)
+    total = torch.full((len(depth),), fixed_flops(model), dtype=torch.float64)
+    for layer, merges in enumerate(merging or [False] * layers, start=1):
+        attended = (depth >= layer).sum(dim=1).double()
+        passed = (depth > layer).sum(dim=1).double() if merges else attended
+        total += block_flops(model, attended, passed, merges)
+    return total
 
 
 def block_flops(
     model: VisionTransformer, attended: float | Tensor, passed: float | Tensor, merges: bool = True
 ) -> float | Tensor:
-    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP:
-    numbers, or [n] each.
+    """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP.
 
-    With ``merges`` also those of finding who merges: half of the tokens compared with the other
-    half by keys averaged over heads, and importance, once the width of each.
+    These are numbers, or [n] each. With ``merges`` also those of finding who merges: half of the
+    tokens compared with the other half by keys averaged over heads, and importance, once the width
+    of each.
     """
     block, width = model.blocks[0], model.embed_dim
     first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
@@ -29,5 +82,13 @@ def fixed_flops(model: VisionTransformer) -> float:
 
 
 def plain_flops(model: VisionTransformer, count: int) -> float:
-    """FLOPs of an image of ``count`` tokens none of which merges."""
+    """FLOPs of an image of ``count`` tokens, all of which go through all layers."""
     return fixed_flops(model) + len(model.blocks) * block_flops(model, count, count, merges=False)
+
+
+def counted_flops(model: nn.Module, images: Tensor) -> float:
+    """FLOPs per image that a forward pass on images [B, C, H, W] performs, by torch's counter."""
+    counter = FlopCounterMode(display=False)
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(images)
+    return counter.get_total_flops() / 2 / len(images)

@@ -1,6 +1,4 @@
-"""Adaptive token halting (A-ViT, Algorithm 1) as pure functions on tensors, the paper's symbols
-beside the lines.
-"""
+"""Adaptive token halting (A-ViT, Algorithm 1) as pure functions, with the paper's symbols."""
 
 from dataclasses import dataclass
 
@@ -8,43 +6,22 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class HaltingRule:
-    """When a token halts; the last two settings go past the paper."""
+    """When a token halts: three fixed numbers, and no parameter is added."""
 
     gamma: float | Tensor  # scales channel 0 into a halting score
     beta: float | Tensor  # shifts it
     eps: float | Tensor  # a token halts when its scores add up to 1 - eps
-    class_token_halts: bool = (
-        True  # False: the class token runs to the last layer, and is the representation there
-    )
-    direction: Tensor | None = (
-        None  # [D]; the score is read from it, a learned projection, in place of channel 0
-    )
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, HaltingRule):
-            return NotImplemented
-        if self.direction is None or other.direction is None:
-            alike = self.direction is other.direction
-        else:
-            alike = torch.equal(self.direction, other.direction)
-        numbers = [
-            (rule.gamma, rule.beta, rule.eps, rule.class_token_halts) for rule in (self, other)
-        ]
-        return alike and numbers[0] == numbers[1]
 
 
 @dataclass(frozen=True)
 class HaltingState:
-    """What is known of every token between two layers; all fields share one shape, such as [B,
-    N].
-    """
+    """What is known of every token between two layers; all fields have one shape, say [B, N]."""
 
     active: Tensor  # m: True while the token still computes
     cumulative: Tensor  # cumul: sum of its halting scores so far
-    remainder: Tensor  # R: 1 - sum of its scores before the layer in which it halts
-    ponder: Tensor  # rho: layers executed + remainder
+    ponder: Tensor  # rho: layers executed, and the remainder R once it has halted
     depth: Tensor  # N_k: layers executed
 
 
@@ -53,39 +30,54 @@ class HaltingTrace:
     """How deep each token of a batch went: every token followed to its own halting."""
 
     depth: Tensor  # N_k [B, N], integer, 1..L
-    ponder: Tensor  # rho [B, N]
+    ponder: Tensor  # rho [B, N]: layers executed + remainder
     halting_scores: Tensor  # h [B, L, N], 0 once a token has halted
-    output_weights: (
-        Tensor  # w [B, L] of the class token: how much each layer counts in the representation
-    )
+    output_weights: Tensor  # w [B, L] of the class token: how much each layer counts
 
 
 def executed_depth(depth: Tensor) -> Tensor:
-    """Layers [B, N] that plain inference computes of ``depth`` [B, N]: none after the class token
-    has halted.
+    """Layers [B, N] that plain inference computes of tokens that halt at ``depth`` [B, N].
+
+    None after the class token, token 0, has halted: the logits can no longer change.
     """
     return torch.minimum(depth, depth[:, :1])
 
 
-def halting_score(tokens: Tensor, rule: HaltingRule) -> Tensor:
-    """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3): no parameter is
-    added.
+def halting_score(tokens: Tensor, rule: HaltingRule, last: bool = False) -> Tensor:
+    """Halting scores h [...] of tokens [..., D], at least in float32 (equation 3).
+
+    In the ``last`` layer all are 1: whoever comes that far halts there.
     """
-    channel = tokens[..., 0] if rule.direction is None else tokens @ rule.direction  # t_0
-    channel = channel.to(torch.promote_types(tokens.dtype, torch.float32))
+    channel = tokens[..., 0]  # t_0
+    channel = channel.to(torch.promote_types(channel.dtype, torch.float32))
+    if last:
+        return torch.ones_like(channel)
     return torch.sigmoid(rule.gamma * channel + rule.beta)  # h = sigmoid(gamma * t_0 + beta)
 
 
-def initial_state(like: Tensor) -> HaltingState:
-    """The state before layer 1, every token active; shape, dtype and device are those of
-    ``like``.
+def decide(cumulative: Tensor, score: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the tokens that compute halt in a layer: their new sums, who halts, and weights w.
+
+    All of one shape. A token halts in the first layer in which cumul >= 1 - eps; it then weighs
+    what is left to 1, before that h.
     """
-    zeros = torch.zeros_like(like)
+    remainder = 1 - cumulative  # R
+    cumulative = cumulative + score  # cumul += h
+    halts = cumulative >= 1 - eps
+    return cumulative, halts, torch.where(halts, remainder, score)  # w
+
+
+def channel_to_halt(cumulative: Tensor, rule: HaltingRule) -> Tensor:
+    """The least channel 0 with which tokens of the sums ``cumulative`` halt in this layer."""
+    return (torch.logit(1 - rule.eps - cumulative) - rule.beta) / rule.gamma
+
+
+def initial_state(like: Tensor) -> HaltingState:
+    """The state before layer 1, every token active, in shape, dtype and device ``like`` that."""
     return HaltingState(
         active=torch.ones_like(like, dtype=torch.bool),  # m = 1
-        cumulative=zeros,  # cumul = 0
-        remainder=torch.ones_like(like),  # R = 1
-        ponder=zeros,  # rho = 0
+        cumulative=torch.zeros_like(like),  # cumul = 0
+        ponder=torch.zeros_like(like),  # rho = 0
         depth=torch.zeros_like(like, dtype=torch.long),
     )
 
@@ -93,40 +85,23 @@ def initial_state(like: Tensor) -> HaltingState:
 def halting_step(
     state: HaltingState, score: Tensor, eps: float | Tensor
 ) -> tuple[HaltingState, Tensor]:
-    """One layer of Algorithm 1: from its scores to the next state and the output weight w of each
-    token.
+    """One layer of Algorithm 1 on all tokens: the next state, and the output weight w of each.
 
-    ``score`` has the shape of the state and must be 1 in the last layer. A token halts once, in the
-    first layer in which cumul >= 1 - eps; it then weighs R, before that h, afterwards 0 (the
-    printed pseudo-code would add R again in later layers, the published code does not).
+    ``score`` has the shape of the state and must be 1 in the last layer. A token halts once;
+    afterwards it weighs 0 (the printed pseudo-code would add R again in later layers, the
+    published code does not).
     """
     active = state.active
-    score = torch.where(active, score, 0.0)  # h * m
-    cumulative = state.cumulative + score  # cumul += h
-    halts = active & (cumulative >= 1 - eps)
-    continues = active & ~halts
-    weight = torch.where(halts, state.remainder, score)  # w
+    cumulative, halts, weight = decide(
+        state.cumulative,
+        torch.where(active, score, 0.0),  # h * m
+        eps,
+    )
+    weight = torch.where(active, weight, 0.0)
     next_state = HaltingState(
-        active=continues,  # m
+        active=active & ~halts,  # m
         cumulative=cumulative,
-        remainder=torch.where(continues, state.remainder - score, state.remainder),  # R -= h
-        ponder=state.ponder
-        + active
-        + torch.where(halts, state.remainder, 0.0),  # rho += m, + R on halting
+        ponder=state.ponder + active + torch.where(halts, weight, 0.0),  # rho += m, + R on halting
         depth=state.depth + active,  # N_k
     )
     return next_state, weight
-
-
-def trace_of(halting_scores: Tensor, depth: Tensor) -> HaltingTrace:
-    """The trace that follows from the scores [B, L, N] of all layers (0 once a token has halted)
-    and depth [B, N].
-    """
-    layer = torch.arange(1, halting_scores.shape[1] + 1, device=depth.device)[:, None]
-    before = torch.where(
-        layer < depth[:, None], halting_scores, 0.0
-    )  # h of the layers before the halting layer
-    remainder = 1 - before.sum(dim=1)  # R
-    halts = layer[:, 0] == depth[:, :1]
-    weights = torch.where(halts, remainder[:, :1], before[:, :, 0])  # w of the class token
-    return HaltingTrace(depth, depth + remainder, halting_scores, weights)  # rho = N_k + R

@@ -1,5 +1,6 @@
-"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr (equations 8 to 11),
-term by term.
+"""The training objective L = L_task + alpha_p * L_ponder + alpha_d * L_distr, term by term.
+
+Equations 8 to 11 of the paper.
 """
 
 from collections.abc import Callable
@@ -22,9 +23,7 @@ class Losses:
 
 
 def ponder_loss(ponder: Tensor) -> Tensor:
-    """Mean of ponder rho [B, N] over images and tokens: layers executed + remainder (equation
-    9).
-    """
+    """Mean of ponder rho [B, N], layers executed + remainder, over all tokens (equation 9)."""
     return ponder.mean()
 
 
@@ -36,21 +35,16 @@ def same(value: Tensor) -> Tensor:
 def halting_distribution(
     halting_scores: Tensor, average: Callable[[Tensor], Tensor] = same
 ) -> Tensor:
-    """Mean halting score H [L] of each layer, from scores [B, L, N], normalised to sum 1 (equation
-    10).
-    """
-    mean_score = average(
-        halting_scores[:, :, 1:].mean(dim=(0, 2))
-    )  # without the class token; halted patches count 0
+    """Mean halting score H [L] of each layer, from scores [B, L, N], with sum 1 (equation 10)."""
+    # Without the class token; halted patches count 0.
+    mean_score = average(halting_scores[:, :, 1:].mean(dim=(0, 2)))
     return mean_score / mean_score.sum()
 
 
 def target_distribution(
     mean: float, std: float, layers: int, device: torch.device | None = None
 ) -> Tensor:
-    """The Gaussian prior [L] over layers 1..L, its density at each layer normalised to sum 1
-    (section 3.3).
-    """
+    """The Gaussian prior [L]: its density at each of the layers 1..L, with sum 1 (section 3.3)."""
     layer = torch.arange(1, layers + 1, device=device, dtype=torch.float32)
     return torch.softmax(-0.5 * ((layer - mean) / std) ** 2, dim=0)
 
@@ -62,36 +56,36 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
     takes [L] for a batch and divides by L (12 layers: 12 times smaller); its H is clamped to
     0.01..0.99 after it was normalised, counts the scores of tokens that have halted, and by a slip
     in an index (``h[1:]``, of [B, N]) leaves out the first image in place of the class token.
-    Raises ValueError for another direction.
+    Raises KeyError for another direction.
     """
-    if direction not in ("paper", "code"):
-        raise ValueError(f"direction must be 'paper' or 'code', not {direction!r}")
-    p, q = (distribution, target) if direction == "paper" else (target, distribution)
+    p, q = {"paper": (distribution, target), "code": (target, distribution)}[direction]
     tiny = torch.finfo(p.dtype).tiny  # a layer that no patch reaches has H = 0
     return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum()
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, logits [B, K], mean over images (arXiv
-    1503.02531, section 2).
+    """T^2 * KL(teacher || student) at temperature T, mean over images, of logits [B, K].
+
+    From section 2 of arXiv 1503.02531.
     """
-    student, teacher = (
-        F.log_softmax(values.float() / temperature, dim=1) for values in (logits, teacher_logits)
-    )
+    student = F.log_softmax(logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 def ramp(progress: float, duration: float) -> float:
-    """A factor that grows from 0 to 1 while ``progress``, 0..1, goes from 0 to ``duration``; 1 if
-    that is 0.
+    """A factor that grows from 0 to 1 while ``progress`` goes from 0 to ``duration``.
+
+    Both are fractions of a training, 0..1. If ``duration`` is 0, it is 1 from the start.
     """
     return min(1.0, progress / duration) if duration > 0 else 1.0
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model in evaluation mode whose logits another model learns to give (not in the
-    paper).
+    """A trained model in evaluation mode whose logits another model learns to give.
+
+    It is not in the paper.
     """
 
     model: nn.Module
@@ -101,8 +95,9 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K]; a teacher adds
-    its distillation.
+    """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K].
+
+    A teacher adds its distillation.
     """
 
     label_smoothing: float = 0.0
@@ -121,16 +116,15 @@ class TaskLoss:
         with torch.no_grad():
             taught = self.teacher.model(images)
         distillation = distillation_loss(logits, taught, self.teacher.temperature)
-        return Losses(
-            task + self.teacher.alpha * distillation, {"task": task, "distillation": distillation}
-        )
+        total = task + self.teacher.alpha * distillation
+        return Losses(total, {"task": task, "distillation": distillation})
 
 
-def traced(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
-    """Logits [B, K] and trace, by a call of ``model`` itself: that is what wrappers see (DDP,
-    autocast, compile).
+def call_with_trace(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
+    """Logits [B, K] and trace, by a call of ``model`` itself.
 
-    Raises UserError for a model that gives no halting scores.
+    That is what wrappers see (DDP, autocast, compile). Raises UserError for a model that gives no
+    halting scores.
     """
     trace = None
     try:
@@ -153,34 +147,27 @@ class AdaptiveLoss:
     """
 
     alpha_ponder: float = 5e-4  # alpha_p
-    ponder_ramp: float = (
-        0.0  # fraction of training over which alpha_p grows linearly from 0; 0: full from the start
-    )
+    # Fraction of training over which alpha_p grows linearly from 0; 0: full from the start
+    ponder_ramp: float = 0.0
     alpha_distr: float = 0.1  # alpha_d
     target_depth: float = 8.0  # mu, in layers
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H); see distribution_loss
     task: TaskLoss = TaskLoss()  # L_task
-    average: Callable[[Tensor], Tensor] = (
-        same  # the mean over the processes of a training, with a gradient
-    )
+    average: Callable[[Tensor], Tensor] = same  # over the processes of a training, with a gradient
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0
     ) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""
-        logits, trace = traced(model, images)
-        target = target_distribution(
-            self.target_depth, self.target_std, trace.halting_scores.shape[1], images.device
-        )
+        logits, trace = call_with_trace(model, images)
+        layers = trace.halting_scores.shape[1]
+        target = target_distribution(self.target_depth, self.target_std, layers, images.device)
+        found = halting_distribution(trace.halting_scores, self.average)
         task = self.task.of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)
-        distr = distribution_loss(
-            halting_distribution(trace.halting_scores, self.average), target, self.kl_direction
-        )
+        distr = distribution_loss(found, target, self.kl_direction)
         alpha_ponder = self.alpha_ponder * ramp(progress, self.ponder_ramp)
         total = task.total + alpha_ponder * ponder + self.alpha_distr * distr
-        return Losses(
-            total,
-            task.parts | {"ponder": ponder, "distr": distr, "depth": trace.depth.float().mean()},
-        )
+        depth = trace.depth.float().mean()
+        return Losses(total, task.parts | {"ponder": ponder, "distr": distr, "depth": depth})

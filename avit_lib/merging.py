@@ -1,5 +1,4 @@
-"""Tokens that merge by thresholds, as pure functions (ours, not in the paper of A-ViT; the model:
-``adaptive``).
+"""Tokens that merge by thresholds, as pure functions (ours; the model: ``adaptive``).
 
 Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv
 2210.09461), but not the same number in every image. The score of a token is its similarity to the
@@ -19,78 +18,65 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
-from avit_lib.packed import Layout, packed_mlp, split_off, whole_layout
+from avit_lib.packed import (
+    Layout,
+    find_places,
+    find_slots,
+    packed_mlp,
+    pad,
+    split_off,
+    whole_layout,
+)
 
-IMPORTANCE_WEIGHT = (
-    0.2  # of the logarithm of a token's importance, against similarity (notebook 07 compares)
-)
-SPREAD = (
-    1.0  # exponent of the schedule of merges over the layers, see planned (notebook 07 compares)
-)
+# Of the logarithm of a token's importance, against similarity (notebook 07 compares)
+IMPORTANCE_WEIGHT = 0.2
+# Exponent of the schedule of merges over the layers, see ``plan`` (notebook 07 compares)
+SPREAD = 1.0
 
 
 def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Of each token [T]: its similarity (cosine of keys [T, d]) to its partner, and the row of that
-    partner.
+    """Of each token [T]: its similarity to its partner, and the row of that partner.
 
-    Bipartite, as in ToMe: of the ``patches`` [T] of an image, which follow ``prefix`` other tokens,
-    every second looks for the most similar one among those between. All other tokens have
-    similarity -inf.
+    The similarity is the cosine of ``keys`` [T, d]. Bipartite, as in ToMe: of the ``patches`` [T]
+    of an image, which follow ``prefix`` other tokens, every second looks for the most similar one
+    among those between. All other tokens have similarity -inf.
     """
-    longest, images = layout.lengths[0], len(layout.lengths)
-    place = torch.arange(len(keys), device=keys.device) - layout.starts[layout.segment]
-    slot = layout.segment * longest + place
     keys = keys / _norm(keys).clamp(min=1e-12)[:, None]
-    table = keys.new_zeros(images * longest, keys.shape[1]).index_copy(0, slot, keys)
-    there = torch.zeros(images * longest, dtype=torch.bool, device=keys.device).index_fill(
-        0, slot, True
-    )
-    table, there = (
-        table.view(images, longest, -1)[:, prefix:],
-        there.view(images, longest)[:, prefix:],
-    )
-    similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2)
-    best = similarity.masked_fill(~there[:, None, ::2], -torch.inf).max(dim=2)
+    table = pad(keys, layout)[:, prefix:]
+    nobody = pad(torch.zeros_like(keys[:, 0]), layout, -torch.inf)[:, prefix:]
+    similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2) + nobody[:, None, ::2]
+    best = similarity.max(dim=2)
+    first = layout.starts[layout.segment]
     if not best.values.shape[1]:  # in no image is a patch left that looks for a partner
-        return torch.full_like(keys[:, 0], -torch.inf), layout.starts[layout.segment]
-    asks = patches & ((place - prefix) % 2 == 1)
-    found = layout.segment, ((place - prefix) // 2).clamp(0, best.values.shape[1] - 1)
+        return torch.full_like(keys[:, 0], -torch.inf), first
+    place = find_places(layout) - prefix
+    asks = patches & (place % 2 == 1)
+    found = layout.segment, (place // 2).clamp(0, best.values.shape[1] - 1)
     score = torch.where(asks, best.values[found], -torch.inf)
-    return score, layout.starts[layout.segment] + prefix + 2 * best.indices[found]
+    return score, first + prefix + 2 * best.indices[found]
 
 
 def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Tensor:
-    """The logarithm of what the class token takes from each token [T], relative to the mean patch
-    of its image.
+    """The logarithm of what the class token takes from each token [T], against the mean patch.
 
-    That is attention times norm of the value, mean over heads. The class token is the first of its
-    image.
+    That is attention times norm of the value, mean over heads, relative to the mean over the
+    ``patches`` [T] of the image. The class token is the first of its image.
     """
     query, key, value = qkv.unbind(1)  # [T, heads, d]
     query = query[layout.starts].index_select(0, layout.segment)  # of the class token
-    logits = (
-        torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5 + size.log()[:, None]
-    )  # as in attention
-    images = (len(layout.lengths), logits.shape[1])
-    segment = layout.segment[:, None].expand_as(logits)
-    highest = logits.new_full(images, -torch.inf).scatter_reduce(0, segment, logits, "amax")
-    weight = (logits - highest[layout.segment]).exp()
-    attention = (
-        weight / weight.new_zeros(images).index_add(0, layout.segment, weight)[layout.segment]
-    )
+    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5
+    logits = logits + size.log()[:, None]  # as in attention
+    attention = pad(logits, layout, -torch.inf).softmax(dim=1)
+    attention = attention.flatten(0, 1).index_select(0, find_slots(layout))  # [T, heads]
     taken = (attention * _norm(value)).mean(dim=1)
-    sums = taken.new_zeros(len(layout.lengths), 2)
-    sums = sums.index_add(
-        0, layout.segment, torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None]
-    )
+    sums = torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None]
+    sums = taken.new_zeros(len(layout.lengths), 2).index_add(0, layout.segment, sums)
     mean = sums[:, 0] / sums[:, 1].clamp(min=1)
     return (taken / mean[layout.segment]).log()
 
 
 def _norm(vectors: Tensor) -> Tensor:
-    """Euclidean norm over the last axis: of short vectors several times as fast as torch's on
-    CPUs.
-    """
+    """Euclidean norm of short vectors: on CPUs several times as fast as torch's."""
     return torch.linalg.vecdot(vectors, vectors).sqrt()
 
 
@@ -103,16 +89,17 @@ class Packed:
     layout: Layout
 
 
-def unmerged(tokens: Tensor) -> Packed:
+def pack(tokens: Tensor) -> Packed:
     """Tokens [B, N, D] before any have merged."""
     images, count, _ = tokens.shape
     size = torch.ones_like(tokens[..., 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
     return Packed(tokens.flatten(0, 1), size.flatten(), whole_layout(images, count, tokens.device))
 
 
-def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
-    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m]: means
-    weighted by size.
+def merge(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
+    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m].
+
+    A token becomes the mean of what is in it, weighted by size.
     """
     keep = torch.ones_like(packed.layout.index, dtype=torch.bool).index_fill(0, gone, False)
     layout, stay = split_off(packed.layout, keep)
@@ -120,9 +107,8 @@ def merged(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
         return packed
     size = packed.size.index_add(0, target, packed.size[gone])
     # A mean is what it was plus what each that joins differs from it, by its share of the whole.
-    change = (packed.tokens[gone] - packed.tokens[target]) * (packed.size[gone] / size[target])[
-        :, None
-    ]
+    share = packed.size[gone] / size[target]
+    change = (packed.tokens[gone] - packed.tokens[target]) * share[:, None]
     tokens = packed.tokens.index_add(0, target, change.to(packed.tokens.dtype))
     return Packed(tokens.index_select(0, stay), size.index_select(0, stay), layout)
 
@@ -132,27 +118,26 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
-def planned(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
-    """How many tokens each layer merges, on average over images, to save about ``saved`` of the
-    FLOPs.
+def plan(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
+    """How many tokens each layer merges, mean over images, to save about ``saved`` of the FLOPs.
 
     Layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at most half; the last
     layer merges none.
     """
-    layers, prefix, whole = len(model.blocks), model.num_prefix_tokens, plain_flops(model, count)
+    layers, whole = len(model.blocks), plain_flops(model, count)
 
-    def share(scale: float) -> tuple[float, list[float]]:
+    def try_scale(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
         for layer in range(1, layers + 1):
-            numbers.append(
-                min(scale * (layer + 1) ** spread, 0.5) * (left - prefix) if layer < layers else 0.0
-            )
-            done += block_flops(model, left, left - numbers[-1], merges=layer < layers)
+            merges = layer < layers
+            share = min(scale * (layer + 1) ** spread, 0.5) if merges else 0.0
+            numbers.append(share * (left - model.num_prefix_tokens))
+            done += block_flops(model, left, left - numbers[-1], merges)
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
     low, high = 0.0, 0.5
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if share(middle)[0] < saved else (low, middle)
-    return share(high)[1]
+        low, high = (middle, high) if try_scale(middle)[0] < saved else (low, middle)
+    return try_scale(high)[1]

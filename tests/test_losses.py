@@ -1,14 +1,13 @@
 """The three terms of the objective against hand computations."""
 
 import math
+from functools import partial
 
 import pytest
 import timm
 import torch
 import torch.distributed as dist
 from conftest import bright_and_dark, varied_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 import avit_lib
@@ -21,7 +20,6 @@ from avit_lib.losses import (
     distribution_loss,
     halting_distribution,
     ponder_loss,
-    ramp,
     target_distribution,
 )
 
@@ -40,13 +38,6 @@ def test_halting_distribution_by_hand():
     torch.testing.assert_close(halting_distribution(scores), expected)
 
 
-def test_halting_distribution_of_a_model_sums_to_one():
-    _, trace = varied_model(0.5).forward_with_trace(bright_and_dark())
-    distribution = halting_distribution(trace.halting_scores)
-    assert distribution.shape == (6,) and (distribution >= 0).all()
-    assert distribution.sum().item() == pytest.approx(1.0)
-
-
 def test_target_by_hand():
     density = [math.exp(-((layer - 2.5) ** 2) / (2 * 0.5**2)) for layer in (1, 2, 3, 4)]
     expected = torch.tensor([value / sum(density) for value in density])
@@ -59,65 +50,38 @@ def test_divergence_by_hand_in_both_directions():
     forward = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     backward = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert distribution_loss(found, target).item() == pytest.approx(forward, rel=1e-5)
-    assert distribution_loss(found, target, "paper").item() == pytest.approx(forward, rel=1e-5)
     assert distribution_loss(found, target, "code").item() == pytest.approx(backward, rel=1e-5)
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
-    st.lists(st.floats(0.01, 1), min_size=4, max_size=4),
-)
-def test_divergence_is_zero_only_for_equal_distributions(first, second):
-    first, second = (torch.tensor(values, dtype=torch.float64) for values in (first, second))
-    first, second = first / first.sum(), second / second.sum()
-    distance = (first - second).abs().sum()
-    for direction in ("paper", "code"):
-        assert distribution_loss(first, first, direction).abs() < 1e-12
-        assert distribution_loss(first, second, direction) >= distance**2 / 2 - 1e-12  # Pinsker
-
-
-def test_an_unknown_direction_is_refused():
-    with pytest.raises(ValueError, match="paper"):
-        distribution_loss(torch.ones(2) / 2, torch.ones(2) / 2, "sideways")
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_task_loss_by_hand(label_smoothing):
+def test_task_loss_by_hand():
     model, images = varied_model(0.5), bright_and_dark()
     log_probability = model(images).log_softmax(dim=1)
     right = log_probability[torch.arange(4), LABELS]
-    expected = -(
-        (1 - label_smoothing) * right + label_smoothing * log_probability.mean(dim=1)
-    ).mean()
-    losses = TaskLoss(label_smoothing)(model, images, LABELS)
+    expected = -(0.9 * right + 0.1 * log_probability.mean(dim=1)).mean()
+    losses = TaskLoss(0.1)(model, images, LABELS)
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses.parts.keys() == {"task"} and losses.parts["task"] is losses.total
+    assert losses.parts == {"task": losses.total}
 
 
 @pytest.mark.parametrize("direction", ["paper", "code"])
 def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     model, images = varied_model(0.5), bright_and_dark()
-    weights = {
-        "alpha_ponder": 0.25,
-        "alpha_distr": 0.5,
-        "target_depth": 3.0,
-        "kl_direction": direction,
-    }
-    losses = AdaptiveLoss(**weights, task=TaskLoss(0.1))(model, images, LABELS)
+    settings = {"alpha_ponder": 0.25, "alpha_distr": 0.5, "target_depth": 3.0}
+    loss = AdaptiveLoss(**settings, kl_direction=direction, task=TaskLoss(0.1))
+    losses = loss(model, images, LABELS)
     parts = losses.parts
     expected = parts["task"] + 0.25 * parts["ponder"] + 0.5 * parts["distr"]
     torch.testing.assert_close(losses.total, expected)
     _, trace = model.forward_with_trace(images)
     target = target_distribution(3.0, 1.0, layers=6)
-    divergence = distribution_loss(halting_distribution(trace.halting_scores), target, direction)
-    assert parts["task"].item() == pytest.approx(
-        TaskLoss(0.1)(model, images, LABELS).total.item(), rel=1e-5
-    )
-    assert parts["ponder"].item() == pytest.approx(trace.ponder.mean().item())
-    assert parts["distr"].item() == pytest.approx(divergence.item())
-    assert parts["depth"].item() == pytest.approx(trace.depth.double().mean().item())
-    assert min(parts["distr"], parts["ponder"], parts["task"]) > 0.01
+    expected = {
+        "task": TaskLoss(0.1)(model, images, LABELS).total,
+        "ponder": trace.ponder.mean(),
+        "distr": distribution_loss(halting_distribution(trace.halting_scores), target, direction),
+        "depth": trace.depth.double().mean(),
+    }
+    torch.testing.assert_close(parts, expected, check_dtype=False)
+    assert min(parts.values()) > 0.01
 
 
 # --- in other people's loops ----------------------------------------------------------------------
@@ -133,41 +97,34 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-def wrapped(model, wrapper):
-    if wrapper == "DDP":
-        return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    return (
-        nn.DataParallel(model)
-        if wrapper == "DataParallel"
-        else torch.compile(model, backend="eager")
-    )
+WRAPPERS = {
+    "DDP": partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True),
+    "DataParallel": nn.DataParallel,
+    "compile": partial(torch.compile, backend="eager"),
+}
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
-@pytest.mark.parametrize("wrapper", ["DDP", "DataParallel", "compile"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(
     wrapper, execution, one_process
 ):
-    totals, gradients = [], []
-    for wrap in (False, True):
+    found = []
+    for wrap in (lambda model: model, WRAPPERS[wrapper]):
         model = varied_model(0.5, execution=execution).train()
         loss = AdaptiveLoss(alpha_ponder=0.25, target_depth=3.0)
-        called = wrapped(model, wrapper) if wrap else model
-        total = loss(called, bright_and_dark(), LABELS).total
+        wrapped = wrap(model)
+        total = loss(wrapped, bright_and_dark(), LABELS).total
         total.backward()
-        totals.append(total.detach())
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*totals)
-    torch.testing.assert_close(*gradients)
+        found.append([total.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32(execution):
     """As accelerate prepares a model."""
-    model, images = (
-        varied_model(0.5, execution=execution).float().train(),
-        bright_and_dark().float(),
-    )
+    model = varied_model(0.5, execution=execution).float().train()
+    images = bright_and_dark().float()
     loss, half = AdaptiveLoss(target_depth=3.0), torch.autocast("cpu", torch.bfloat16)
     whole = loss(model, images, LABELS)
     with half:
@@ -183,9 +140,8 @@ def test_a_model_without_halting_scores_is_refused_in_one_line(name):
     model = timm.create_model("deit_nano")
     if name == "adapted":
         model = avit_lib.adapt(model, bright_and_dark().float(), saved=0.2)
-    with pytest.raises(UserError, match="needs the halting scores of an A-ViT") as error:
+    with pytest.raises(UserError, match=r"\A[^\n]*needs the halting scores of an A-ViT[^\n]*\Z"):
         AdaptiveLoss()(model, bright_and_dark().float(), LABELS)
-    assert "\n" not in str(error.value)
 
 
 # --- at the extremes ------------------------------------------------------------------------------
@@ -195,28 +151,13 @@ def test_a_model_without_halting_scores_is_refused_in_one_line(name):
 @pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1), (-30.0, None)])
 def test_gradients_are_finite_at_the_extremes(direction, beta, depth):
     model = varied_model(0.5, beta=beta).float()
-    losses = AdaptiveLoss(kl_direction=direction, target_depth=3.0)(
-        model, bright_and_dark().float(), LABELS
-    )
+    loss = AdaptiveLoss(kl_direction=direction, target_depth=3.0)
+    losses = loss(model, bright_and_dark().float(), LABELS)
     losses.total.backward()
     assert depth is None or losses.parts["depth"].item() == depth
     assert losses.total.isfinite()
-    assert all(
-        parameter.grad.isfinite().all()
-        for parameter in model.parameters()
-        if parameter.grad is not None
-    )
-
-
-def test_the_ponder_term_alone_makes_tokens_halt_sooner():
-    model, images = varied_model(0.5), bright_and_dark()
-    bias = model.patch_embed.proj.bias
-    _, trace = model.forward_with_trace(images)
-    ponder_loss(trace.ponder).backward()
-    with torch.no_grad():
-        bias -= 0.1 * bias.grad.sign() * (torch.arange(len(bias)) == 0)  # channel 0 only
-        _, after = model.forward_with_trace(images)
-    assert after.ponder.mean() < trace.ponder.mean()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_distillation_by_hand():
@@ -225,20 +166,8 @@ def test_distillation_by_hand():
     expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
     assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
     two = distillation_loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]), 2.0)
-    assert two.item() == pytest.approx(
-        expected / 2, rel=1e-5
-    )  # the mean over images; the second agrees
-
-
-def test_distillation_pulls_towards_the_teacher_alike_at_every_temperature():
-    teacher = torch.tensor([[0.3, -0.1, 0.2]])
-    sizes = []
-    for temperature in (1.0, 4.0, 16.0):
-        student = torch.zeros(1, 3, requires_grad=True)
-        distillation_loss(student, teacher, temperature).backward()
-        assert torch.equal(student.grad.sign(), torch.tensor([[-1.0, 1.0, -1.0]]))
-        sizes.append(student.grad.norm().item())
-    assert max(sizes) < 1.3 * min(sizes)
+    # The mean over images; the second agrees.
+    assert two.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
@@ -246,25 +175,17 @@ def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
     model, images = varied_model(0.5), bright_and_dark()
     other = varied_model(0.0, beta=-3.0)
     tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25, temperature=2.0))
-    objectives = (
-        [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks] if adaptive else tasks
-    )
-    alone, taught = (objective(model, images, LABELS) for objective in objectives)
+    if adaptive:
+        tasks = [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks]
+    alone, taught = (task(model, images, LABELS) for task in tasks)
     expected = distillation_loss(model(images), other(images), 2.0)
-    assert (
-        taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5)
-        and expected > 1e-3
-    )
+    assert expected > 1e-3
+    assert taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert taught.total.item() == pytest.approx((alone.total + 0.25 * expected).item(), rel=1e-5)
     assert "distillation" not in alone.parts
     taught.total.backward()
     assert all(parameter.grad is None for parameter in other.parameters())
     assert model.head.weight.grad.abs().sum() > 0
-
-
-def test_ramp():
-    assert [ramp(progress, 0.5) for progress in (0.0, 0.125, 0.5, 0.75, 1.0)] == [0, 0.25, 1, 1, 1]
-    assert ramp(0.0, 0.0) == 1
 
 
 def test_the_ponder_weight_grows_with_progress():

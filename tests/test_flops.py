@@ -1,0 +1,56 @@
+"""FLOPs by hand and against torch's own counter."""
+
+import pytest
+import timm
+import torch
+
+from avit_lib.evaluation.speed import synthetic_workload
+from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
+from avit_lib.halting import HaltingTrace
+from avit_lib.peers.tome import TokenMerging
+
+
+def flops(depth):
+    """Those of an A-ViT whose tokens halt at ``depth`` [B, N]."""
+    model = timm.create_model("avit_nano")
+    return flops_of(model, HaltingTrace(torch.tensor(depth), None, None, None)).tolist()
+
+
+def test_of_a_plain_transformer():
+    model = timm.create_model("deit_tiny_patch16_224").eval()
+    images = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        logits, trace = trace_model(model, images)
+        assert torch.equal(logits, model(images))
+    assert (trace.depth == 12).all() and trace.depth.shape == (2, 197)
+    assert trace.halting_scores is None
+    assert flops_of(model, trace).tolist() == 2 * [plain_flops(model, 197)]
+    assert plain_flops(model, 197) == pytest.approx(1.3e9, rel=0.05)  # the paper
+    assert counted_flops(model, images) == pytest.approx(plain_flops(model, 197), rel=5e-3)
+
+
+def test_by_hand():
+    # D = 16, MLP 32, 16 patches of 7 x 7, 10 classes
+    linear = 16 * 48 + 16 * 16 + 2 * 16 * 32
+    by_layer = [n * linear + 2 * n * n * 16 for n in (17, 5)]
+    assert flops([[2] * 5 + [1] * 12]) == [sum(by_layer) + 16 * 3 * 49 * 16 + 10 * 16]
+
+
+def test_layers_after_the_class_token_halted_cost_nothing():
+    first, second = flops([[2] + [4] * 16, [2] * 17])
+    assert first == second
+
+
+def test_what_is_counted_is_what_the_depth_predicts():
+    workload = synthetic_workload("avit_nano", batch=8, mean_depth=2.5)
+    model, images = workload.adaptive, workload.images
+    predicted = flops_of(model, trace_model(model, images)[1])
+    assert counted_flops(model, images) == pytest.approx(predicted.mean().item(), rel=1e-6)
+    assert (predicted < counted_flops(workload.plain, images)).all()
+
+
+@pytest.mark.parametrize("r", [0, 1, 4, 100])
+def test_of_token_merging(r):
+    model, images = TokenMerging(timm.create_model("deit_nano"), r), torch.randn(2, 3, 28, 28)
+    predicted = flops_of(model, trace_model(model, images)[1]).tolist()
+    assert predicted == 2 * [pytest.approx(counted_flops(model, images), rel=1e-6)]
