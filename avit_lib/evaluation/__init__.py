@@ -1,10 +1,8 @@
-"""What measures any classifier: accuracy with intervals (``metrics``), FLOPs (``flops``), time
-(``speed``), memory.
+"""What measures any classifier: accuracy with intervals (``metrics``), depth maps, time.
 
 May import the method and ``data``; neither ``training`` nor ``study``.
 """
 
-from avit_lib.evaluation.flops import counted_flops, flops_per_image
 from avit_lib.evaluation.metrics import (
     Predictions,
     bootstrap_intervals,
@@ -17,8 +15,6 @@ from avit_lib.evaluation.metrics import (
 __all__ = [
     "Predictions",
     "bootstrap_intervals",
-    "counted_flops",
-    "flops_per_image",
     "metrics",
     "paired_difference",
     "predict",
