@@ -1,108 +1,80 @@
-"""The command that measures everything, and what it leaves."""
+"""The script that measures DeiT, masked and packed A-ViT, and what it leaves."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from avit_lib import cli
-from avit_lib.evaluation import speed
-from avit_lib.study import benchmark
-from avit_lib.study.benchmark import cost_table
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "resnet18"], "no A-ViT is called 'resnet18'"),
-        (["--depth", "13"], "between 1 and 12"),
         (["--model", "avit_nano", "--depth", "5"], "between 1 and 4"),
         (["--batch", "0"], "positive"),
-        (["--repeats", "0"], "positive"),
-        (["--limit", "-1"], "positive"),
-        (["--task", "sleeping"], 'Invalid value "sleeping" for --task'),
     ],
 )
-def test_the_command_names_what_it_cannot_measure(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    assert cli.main(["benchmark", *arguments]) == 2
+def test_what_cannot_be_measured_is_named_in_one_line(benchmark, arguments, message, capsys):
+    assert benchmark.main(arguments) == 2
     assert message in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
 
 
-def test_the_command_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
+def test_synthetic_halting_has_the_stated_depth_and_a_spread(benchmark):
+    workload = benchmark.synthetic_workload(
+        "avit_nano", 64, 2.5, image_spread=0.5, token_spread=0.5
+    )
+    depth = workload.adaptive.forward_with_trace(workload.images)[1].depth
+    assert depth[:, 1:].double().mean() == pytest.approx(2.5, abs=0.2)
+    assert depth[:, 1:].double().mean(dim=1).std() > 0.2
+    assert (depth[:, 0] == 4).all()
+
+
+def test_it_leaves_tables_and_figures(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     monkeypatch.setattr(
-        benchmark, "peak_memory", lambda *_: 1.0
+        benchmark,
+        "measure_memory",
+        lambda plan: pd.DataFrame(
+            {
+                "task": "inference",
+                "precision": "float32",
+                "batch": 4,
+                "model": benchmark.MODELS,
+                "of_deit": 1,
+            }
+        ),
     )  # in processes that know no small model
-    seeds, workload = set(), speed.synthetic_workload
-    monkeypatch.setattr(
-        speed, "synthetic_workload", lambda *a, seed=0: seeds.add(seed) or workload(*a, seed=seed)
-    )
-    small = [
-        "--model",
-        "avit_nano",
-        "--batch",
-        "1",
-        "4",
-        "--repeats",
-        "1",
-        "--depth",
-        "2",
-        "--seed",
-        "3",
-    ]
-    assert (
-        cli.main(
-            [
-                "benchmark",
-                *small,
-                "--precision",
-                "float32",
-                "--task",
-                "inference",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    short = benchmark.interleave
+    monkeypatch.setattr(benchmark, "interleave", lambda *a, **k: short(*a, **k, minimum=0.0))
+    small = "--model avit_nano --batch 1 4 --repeats 1 --depth 2 --precision float32 --device cpu"
+    assert benchmark.main([*small.split(), "--task", "inference"]) == 0
     folder = tmp_path / "benchmark"
-    page = (folder / "README.md").read_text()
-    tables = {
-        "speed_cpu",
-        "overhead_cpu",
-        "depth_sweep_cpu",
-        "layers_cpu",
-        "memory_cpu",
-        "summary_cpu",
-    }
-    pictures = {"throughput_cpu", "speedup_cpu", "layers_cpu"}
-    assert {
-        path.stem for path in (folder / "tables").glob("*.csv")
-    } == tables  # without training none of its cost
-    assert {path.stem for path in (folder / "figures").glob("*.png")} == pictures
-    assert all(f"### {name.replace('_', ' ')}\n" in page for name in tables | pictures)
-    table = pd.read_csv(folder / "tables" / "speed_cpu.csv")
-    assert table["model"].tolist() == ["DeiT", "A-ViT masked", "A-ViT packed"] * 2
-    assert table["batch"].tolist() == [1] * 3 + [4] * 3 and set(table["rounds"]) == {1}
-    assert (table.loc[table["model"] == "A-ViT packed", "flops_ratio"] > 1).all() and seeds == {3}
-    shown = capsys.readouterr().out
-    assert "| A-ViT packed |" in shown and f"tables and figures: {folder / 'README.md'}" in shown
-    assert "synthetic halting" in page
+    names = {"speed", "overhead", "depth_sweep", "layers", "memory", "summary"}
+    assert {path.stem for path in folder.glob("tables/*.csv")} == {f"{name}_cpu" for name in names}
+    drawn = {path.stem for path in folder.glob("figures/*.png")}
+    assert drawn == {"throughput_cpu", "speedup_cpu", "layers_cpu"}
+    table = pd.read_csv(folder / "tables" / "speed_cpu.csv").set_index(["batch", "model"])
+    assert list(table.index) == [(batch, model) for batch in (1, 4) for model in benchmark.MODELS]
+    assert (table.xs("A-ViT packed", level="model")["flops_ratio"] > 1).all()
 
 
-def test_the_cost_of_imagenet_follows_from_the_fastest_batch():
-    speeds = pd.DataFrame(
-        {
-            "task": ["training", "training", "training", "inference"],
-            "precision": "float32",
-            "batch": [8, 64, 64, 256],
-            "model": ["DeiT", "DeiT", "A-ViT packed", "DeiT"],
-            "images_per_second": [10.0, 1271.167, 2542.334, 1e9],
-        }
-    )
-    table = cost_table(speeds).set_index("model")
+def test_the_cost_of_imagenet_follows_from_the_fastest_batch(benchmark):
+    speeds = {"model": ["DeiT", "DeiT", "A-ViT"], "images_per_second": [10.0, 1271.167, 2542.334]}
+    speeds = pd.DataFrame({"task": "training", "precision": "float32", **speeds})
+    table = benchmark.estimate_cost(speeds).set_index("model")
     hours = 1_271_167 * 100 / 1271.167 / 3600
     assert table.loc["DeiT", "hours on 1"] == pytest.approx(hours, abs=0.05)
-    assert table.loc["A-ViT packed", "hours on 4"] == pytest.approx(hours / 8, abs=0.05)
+    assert table.loc["A-ViT", "hours on 4"] == pytest.approx(hours / 8, abs=0.05)

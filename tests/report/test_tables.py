@@ -1,115 +1,74 @@
-"""The tables, on predictions made by hand."""
+"""The tables, on predictions made by hand and on small models."""
 
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from conftest import four_runs, varied_model
+from conftest import four_runs, random_images, varied_model
 from msgspec.structs import replace
-from PIL import Image
 
-from avit_lib.data.datasets import folder_images
-from avit_lib.evaluation import Predictions
-from avit_lib.study import get_profile, tables
+from avit_lib.evaluation import Predictions, predict
+from avit_lib.flops import plain_flops
+from avit_lib.report import tables
 
-SMOKE = four_runs()
-NAMES = [run.name for run in SMOKE.runs]
 LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
 
 
-def test_evaluation_table_compares_with_the_plain_model():
-    profile = replace(SMOKE, merging=())
-    model = timm.create_model("avit_nano")
-    labels = torch.arange(10)
-    logits = torch.eye(10)
-    shallow = Predictions(
-        logits.roll(1, 0), labels, torch.ones(10, 17, dtype=torch.long), torch.zeros(10, 4, 17), 4
+@pytest.fixture
+def study():
+    """A study of two plain models alike and two that halt, whose batch is larger than its data."""
+    profile = replace(four_runs(), recalibrated={"avit": (2.0,)})
+    torch.manual_seed(0)
+    plain, adaptive = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
+    models = {run.name: adaptive if run.halting else plain for run in profile.runs}
+    images = random_images(6)
+    data = SimpleNamespace(validation=images)
+    return SimpleNamespace(
+        profile=profile, load=models.get, data=data, test=images, device="cpu", seed=0
     )
-    full = Predictions(logits, labels, torch.full((10, 17), 4), torch.zeros(10, 4, 17), 4)
-    study = SimpleNamespace(profile=profile, load=lambda name: model)
-    table = tables.evaluation_table(
-        study, dict(zip(NAMES, (full, full, shallow, full), strict=True))
-    )
-    assert list(table.columns) == [
-        "model",
-        "method",
-        "init",
-        "accuracy",
-        "accuracy_low",
-        "accuracy_high",
-        "accuracy_macro",
-        "accuracy_macro_low",
-        "accuracy_macro_high",
-        "f1_macro",
-        "f1_macro_low",
-        "f1_macro_high",
-        "mean_depth",
-        "mean_executed_depth",
-        "gflops_per_image",
-        "flops_saved",
+
+
+def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
+    full = plain_flops(study.load("deit"), 17)
+    labels, depth = torch.arange(10), torch.full((10, 17), 3)
+    right = Predictions(torch.eye(10), labels, depth, None, torch.full((10,), full), 4)
+    wrong = Predictions(torch.eye(10).roll(1, 0), labels, depth, None, right.flops / 4, 4)
+    found = dict.fromkeys([run.name for run in study.profile.runs], right)
+    found |= {"avit": wrong, "ToMe, r = 2": right, "Adaptive merging, 9% saved": right}
+    table = tables.evaluation_table(study, found, [*found][4:]).set_index("model")
+    assert list(table.index) == [*LABELS, *[*found][4:]]
+    assert table["method"].tolist() == ["plain", "plain", "paper", "paper", "peer", "ours"]
+    assert table["accuracy"].tolist() == [1, 1, 0, 1, 1, 1]
+    assert table["flops_saved"].tolist() == pytest.approx([0, 0, 0.75, 0, 0, 0])
+    assert table["mean_depth"].fillna(0).tolist() == [3, 3, 3, 3, 0, 3]
+    macro = [name for name in table if "macro" in name]
+    assert macro == [
+        f"{of}_macro{end}" for of in ("accuracy", "f1") for end in ("", "_low", "_high")
     ]
-    assert list(table["model"]) == [run.label for run in profile.runs]
-    assert list(table["accuracy"]) == [1, 1, 0, 1]
-    assert list(table["mean_depth"]) == [4, 4, 1, 4]
-    assert table["flops_saved"][0] == table["flops_saved"][3] == 0
-    assert (
-        0.5 < table["flops_saved"][2] < 0.75
-    )  # three layers of four, less patch embedding and head
-    assert (table["accuracy_low"] <= table["accuracy"]).all() and (
-        table["accuracy"] <= table["accuracy_high"]
-    ).all()
+
+
+def test_models_that_need_no_training_save_what_they_are_named_after(study):
+    models = tables.merged_models(study)
+    saved = [
+        tables.measure(study, predict(one, study.test))["flops_saved"] for one in models.values()
+    ]
+    assert list(models) == ["ToMe, r = 2", f"Adaptive merging, {saved[0]:.0%} saved"]
+    assert saved[1] == pytest.approx(saved[0], abs=0.02)
+    assert saved[0] > 0.1
+    ((label, deeper),) = tables.recalibrated_models(study, "avit").items()
+    assert label == "A-ViT, depth 2"
+    assert predict(deeper, study.test).depth.double().mean() == pytest.approx(2, abs=0.2)
 
 
 @pytest.mark.usefixtures("one_round")
-def test_speed_of_masked_models_is_told_apart_and_images_may_be_files(tmp_path):
-    plain, model = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
-    for label in ("ant", "bee"):
-        (tmp_path / label).mkdir()
-        for number in range(3):
-            Image.new("L", (28, 28), 40 * number).save(tmp_path / label / f"{number}.png")
-    files = folder_images(tmp_path, 28)
-    load = {"deit": plain, "deit_longer": plain, "avit": model, "avit_finetuned": model}.get
-    study = SimpleNamespace(profile=SMOKE, load=load, device="cpu", test=files, seed=0)
-    assert [tables.test_images(study, most).shape for most in (1, 9)] == [
-        (1, 3, 28, 28),
-        (6, 3, 28, 28),
-    ]
+def test_the_focus_is_timed_masked_too_and_one_architecture_once(study):
+    plain, model = study.load("deit"), study.load("avit")
     table = tables.speed_table(study, {"another": plain}, {"turned": model})
-    trained = [
-        "DeiT",
-        "A-ViT",
-        "A-ViT fine-tuned",
-        "A-ViT fine-tuned, masked",
-    ]  # the focus alone is masked, too
-    assert list(table["model"]) == [
-        *trained,
-        *trained,
-        "another",
-        "turned",
-        *["DeiT trained longer"] * 2,
-    ]
-    assert table["batch"].tolist() == [1] * 4 + [6] * 6 + [
-        1,
-        6,
-    ]  # at most all test images, fewer than a batch
-    assert (table.loc[table["model"] == "DeiT", "speedup"] == 1).all()
-    alike, longer = (table[table["model"] == label].drop(columns="model") for label in LABELS[:2])
-    assert longer.to_numpy().tolist() == alike.to_numpy().tolist()  # one architecture is timed once
-
-
-def test_a_hundred_classes_of_one_or_a_few_images():
-    profile, model = get_profile("caltech101"), timm.create_model("avit_nano", num_classes=101)
-    labels = torch.cat(
-        [torch.arange(101), torch.arange(50), torch.arange(50)]
-    )  # half of them have a single image
-    logits = torch.nn.functional.one_hot(
-        (labels + (torch.arange(201) % 10 == 0)) % 101, 101
-    ).float()
-    found = Predictions(logits, labels, torch.full((201, 17), 4), torch.zeros(201, 4, 17), 4)
-    study = SimpleNamespace(profile=replace(profile, merging=()), load=lambda name: model)
-    names = [run.name for run in profile.runs]
-    table = tables.evaluation_table(study, dict.fromkeys(names, found))
-    assert (table["accuracy"] - 180 / 201).abs().max() < 1e-6
-    assert (table["accuracy_macro_low"] < table["accuracy_macro"]).all()
-    assert (table["accuracy_macro"] < table["accuracy_macro_high"]).all()
+    trained = ["DeiT", "A-ViT", "A-ViT fine-tuned", "A-ViT fine-tuned, masked"]
+    alike = ["DeiT trained longer"] * 2
+    assert table["model"].tolist() == [*trained, *trained, "another", "turned", *alike]
+    assert table["batch"].tolist() == [1] * 4 + [6] * 6 + [1, 6]
+    deit, longer = (table[table["model"] == label].drop(columns="model") for label in LABELS[:2])
+    assert longer.to_numpy().tolist() == deit.to_numpy().tolist()
+    assert (deit["speedup"] == 1).all()
