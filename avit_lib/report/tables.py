@@ -20,7 +20,7 @@ from avit_lib.evaluation.speed import throughput
 from avit_lib.flops import flops_of, plain_flops, trace_model
 from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
-from avit_lib.starts import calibrated_beta
+from avit_lib.starts import calibrate_beta
 from avit_lib.study import Run, Study
 
 DIFFERENCE = ["difference", "low", "high"]
@@ -84,7 +84,7 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
 def recalibrate(model: AViT, images: Tensor, depth: float) -> AViT:
     """A copy of ``model`` whose beta gives a mean ``depth`` in layers on ``images``."""
     deeper = deepcopy(model)
-    deeper.beta = calibrated_beta(model, images, model.gamma, model.eps, depth)
+    deeper.beta = calibrate_beta(model, images, model.gamma, model.eps, depth)
     return deeper
 
 
