@@ -25,8 +25,7 @@ from avit_lib.data.images import batch_transform
 from avit_lib.evaluation import speed
 from avit_lib.losses import Losses
 from avit_lib.model import AViT
-from avit_lib.report import figures, tables
-from avit_lib.study import get_profile
+from avit_lib.study import figures, get_profile, tables
 from avit_lib.study.settings import Profile
 from avit_lib.training import read_json
 
@@ -205,7 +204,7 @@ def public_names(module: ModuleType) -> set[str]:
 @pytest.fixture
 def one_round(monkeypatch):
     """Timings take one short round."""
-    monkeypatch.setattr(speed, "interleave", partial(speed.interleave, minimum=0.01))
+    monkeypatch.setattr(speed, "interleaved", partial(speed.interleaved, minimum=0.01))
     for name in ("ROUNDS", "FEWER_ROUNDS"):
         monkeypatch.setattr(tables, name, 1)
     gc.freeze()  # what is there need not be looked through before each timing
