@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from avit_lib.errors import UserError
+from avit_lib.evaluation import speed
 from avit_lib.evaluation.allocator import buffers_kept
-from avit_lib.evaluation.speed import Step, compare, infer, interleave, read_clock
+from avit_lib.evaluation.speed import Step, infer, read_clock
 from avit_lib.flops import counted_flops
 from avit_lib.halting import executed_depth
 from avit_lib.losses import AdaptiveLoss, TaskLoss
@@ -50,8 +51,8 @@ SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is sat
 SWEEP = (0.25, 0.4, 0.6, 0.75, 0.9)  # mean depths, as shares of the layers
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training
 COST_CAPTION = (
-    "Hours of training in the imagenet profile on several devices like this one, at the batch size "
-    "that is fastest here, as if they lost nothing by working together; evaluation not counted."
+    "Hours of one training of the imagenet profile on several devices like this one, at the batch "
+    "size that is fastest here, as if they lost nothing by working together; evaluation not counted."
 )
 
 
@@ -215,7 +216,7 @@ def time_workload(
     """
     workload = cast(workload, task, precision)
     steps = {name: make_step(workload, name, task, precision) for name in models}
-    table = compare(steps, len(workload.images), plan.repeats, plan.limit)
+    table = speed.compare(steps, len(workload.images), plan.repeats, plan.limit)
     plain, packed = count_flops(workload)
     flops = np.where(table["model"] == "A-ViT packed", packed, plain)
     ratio = plain / flops
@@ -286,7 +287,8 @@ def sweep_depths(plan: Plan) -> pd.DataFrame:
         steps.setdefault("DeiT", infer(workload.plain, workload.images))
         steps[f"{depth}"] = infer(workload.adaptive, workload.images)
         flops.append(count_flops(workload))
-    deit, *packed = interleave(steps, plan.repeats, limit=plan.limit * len(depths)).values()
+    samples = speed.interleave(steps, plan.repeats, limit=plan.limit * len(depths))
+    deit, *packed = samples.values()
     ratios = np.array(deit) / np.array(packed)  # [depths, rounds]
     low, speedup, high = np.percentile(ratios, (25, 50, 75), axis=1)
     plain, left = np.array(flops).T
@@ -399,12 +401,13 @@ def summarise(speeds: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 
 
 def estimate_cost(speeds: pd.DataFrame) -> pd.DataFrame:
-    """Hours that the imagenet profile takes, from the images/s of training."""
+    """Hours that the longest run of the imagenet profile takes, from the images/s of training."""
     profile = get_profile("imagenet")
     images = IMAGENET_IMAGES - 1000 * profile.data.validation_per_class
     by_model = speeds.query("task == 'training'").groupby(["model", "precision"], sort=False)
     table = by_model["images_per_second"].max().reset_index()
-    hours = images * profile.runs[0].training.epochs / table["images_per_second"] / 3600
+    epochs = max(run.training.epochs for run in profile.runs)
+    hours = images * epochs / table["images_per_second"] / 3600
     return table.assign(**{f"hours on {count}": (hours / count).round(1) for count in (1, 4, 8)})
 
 
