@@ -51,8 +51,9 @@ SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is sat
 SWEEP = (0.25, 0.4, 0.6, 0.75, 0.9)  # mean depths, as shares of the layers
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training
 COST_CAPTION = (
-    "Hours of one training of the imagenet profile on several devices like this one, at the batch "
-    "size that is fastest here, as if they lost nothing by working together; evaluation not counted."
+    "Hours of one training of the imagenet profile on several devices like this one, at the "
+    "batch size that is fastest here, as if they lost nothing by working together; evaluation "
+    "not counted."
 )
 
 
