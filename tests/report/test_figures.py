@@ -19,13 +19,11 @@ def evaluated(**columns):
 
 def test_a_model_without_a_column_has_no_line_in_its_panel():
     history = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [2, 1, 0.5], "depth": [6, 5, 5]})
-    histories = {"DeiT": history[["epoch", "train_loss"]], "A-ViT": history}
+    histories = {"DeiT": history.drop(columns="depth"), "A-ViT": history}
     figure = figures.learning_curves(histories, {"train_loss": "loss", "depth": "depth [layers]"})
     assert_labels_on_the_page({"learning_curves": figure})
-    loss, depth = figure.axes
-    assert [line.get_label() for line in loss.lines] == ["DeiT", "A-ViT"]
-    assert [line.get_label() for line in depth.lines] == ["A-ViT"]
-    np.testing.assert_array_equal(depth.lines[0].get_xydata(), [(1, 6), (2, 5), (3, 5)])
+    drawn = [[line.get_label() for line in axis.lines] for axis in figure.axes]
+    assert drawn == [["DeiT", "A-ViT"], ["A-ViT"]]
 
 
 def test_accuracy_stands_with_its_interval_and_merged_models_on_a_curve():
