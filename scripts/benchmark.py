@@ -373,7 +373,7 @@ def read_peak(gpu: bool) -> int:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
     if status.exists():
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
     import resource  # here, because Windows has none
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -28,11 +28,13 @@ def buffers_kept() -> Iterator[None]:
 
 def environment_thresholds() -> tuple[int, int]:
     """From how many bytes glibc maps a buffer, and gives back free memory, by the environment."""
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    sizes = [
-        int(os.environ.get(name) or str(size), 0) for name, size in zip(names, GROWN, strict=True)
-    ]
-    return tuple(size if size < 2**31 else -1 for size in sizes)  # mallopt takes an int; -1: never
+    mmap = _read_size("MALLOC_MMAP_THRESHOLD_", GROWN[0])
+    return mmap, _read_size("MALLOC_TRIM_THRESHOLD_", GROWN[1])
+
+
+def _read_size(name: str, default: int) -> int:
+    size = int(os.environ.get(name) or str(default), 0)
+    return size if size < 2**31 else -1  # mallopt takes an int; -1: never
 
 
 def _set_thresholds(mmap: int, trim: int) -> None:

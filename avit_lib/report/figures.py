@@ -205,5 +205,5 @@ def label_points(
             note.set_position(place)
             extent = note.get_window_extent()
             covered[place] = extent.count_overlaps(markers), extent.count_overlaps(lines)
-        note.set_position(min(PLACES, key=covered.get))
+        note.set_position(min(PLACES, key=covered.__getitem__))
         markers.append(note.get_window_extent())

@@ -4,7 +4,7 @@ One row a model, fractions 0 to 1.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
-from avit_lib.evaluation.speed import throughput
 from avit_lib.flops import flops_of, plain_flops, trace_model
 from avit_lib.model import AViT
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.starts import calibrate_beta
-from avit_lib.study import Run, Study
+from avit_lib.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
-ROUNDS, FEWER_ROUNDS = 5, 3  # of timing, interleaved
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 NO_DEPTH = {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # of a peer: r says it all
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
@@ -118,10 +116,10 @@ def evaluation_table(
         facts = {"model": run.label, "method": run.method, "init": run.init}
         rows.append(facts | with_intervals(study, predictions[run.name]))
     for label in others:
-        row = {"model": label, "method": untrained_method(label)}
-        row |= {"init": f"{study.profile.plain.name}, not trained"}
-        row |= with_intervals(study, predictions[label])
-        rows.append(row | NO_DEPTH if row["method"] == "peer" else row)
+        method, init = untrained_method(label), f"{study.profile.plain.name}, not trained"
+        facts = {"model": label, "method": method, "init": init}
+        depth = NO_DEPTH if method == "peer" else {}
+        rows.append(facts | with_intervals(study, predictions[label]) | depth)
     return pd.DataFrame(rows)
 
 
@@ -139,48 +137,6 @@ def with_intervals(study: Study, predictions: Predictions) -> dict[str, float]:
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
     return row | values
-
-
-def speed_table(
-    study: Study,
-    others: Mapping[str, nn.Module] | None = None,
-    recalibrated: Mapping[str, nn.Module] | None = None,
-) -> pd.DataFrame:
-    """``throughput`` on test images, one row a model and batch size.
-
-    Trained models run packed, at batch sizes up to that of training; the focus also masked, as the
-    paper executes it. Plain ones of one architecture compute the same: one is timed for all. The
-    ``others`` run at the largest batch size, and so do the ``recalibrated``, in fewer rounds.
-    """
-    profile = study.profile
-    models, alike = {}, {}
-    for run in profile.runs:
-        timed = _find_twin(profile.runs, run)
-        if timed is run:
-            models[run.label] = (study.load(run.name), "packed")
-        else:
-            alike[run.label] = timed.label
-    focus = profile.run(profile.focus).label
-    models[f"{focus}, masked"] = (models[focus][0], "masked")
-    most = min(profile.plain.training.batch_size, len(study.test))
-    few = [batch for batch in ((1,) if profile.smoke else (1, 8)) if batch < most]
-    measured = [throughput(models, test_images(study, batch), ROUNDS) for batch in few]
-    models |= {label: (model, "packed") for label, model in (others or {}).items()}
-    measured.append(throughput(models, test_images(study, most), ROUNDS))
-    if recalibrated:
-        beside = {profile.plain.label: models[profile.plain.label]}
-        beside |= {label: (model, "packed") for label, model in recalibrated.items()}
-        measured.append(throughput(beside, test_images(study, most), FEWER_ROUNDS)[1:])
-    table = pd.concat(measured, ignore_index=True)
-    copies = [table[table["model"] == timed].assign(model=label) for label, timed in alike.items()]
-    return pd.concat([table, *copies], ignore_index=True)
-
-
-def _find_twin(runs: Iterable[Run], run: Run) -> Run:
-    """The run whose speed is that of ``run``: of plain ones the first of the same architecture."""
-    if run.method != "plain":
-        return run
-    return next(one for one in runs if (one.method, one.model) == ("plain", run.model))
 
 
 def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:

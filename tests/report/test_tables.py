@@ -57,16 +57,3 @@ def test_models_that_need_no_training_save_what_they_are_named_after(study):
     ((label, deeper),) = tables.recalibrated_models(study, "avit").items()
     assert label == "A-ViT, depth 2"
     assert predict(deeper, study.test).depth.double().mean() == pytest.approx(2, abs=0.2)
-
-
-@pytest.mark.usefixtures("one_round")
-def test_the_focus_is_timed_masked_too_and_one_architecture_once(study):
-    plain, model = study.load("deit"), study.load("avit")
-    table = tables.speed_table(study, {"another": plain}, {"turned": model})
-    trained = ["DeiT", "A-ViT", "A-ViT fine-tuned", "A-ViT fine-tuned, masked"]
-    alike = ["DeiT trained longer"] * 2
-    assert table["model"].tolist() == [*trained, *trained, "another", "turned", *alike]
-    assert table["batch"].tolist() == [1] * 4 + [6] * 6 + [1, 6]
-    deit, longer = (table[table["model"] == label].drop(columns="model") for label in LABELS[:2])
-    assert longer.to_numpy().tolist() == deit.to_numpy().tolist()
-    assert (deit["speedup"] == 1).all()
