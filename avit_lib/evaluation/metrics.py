@@ -60,7 +60,7 @@ def predict(
         for images, labels in bar:
             logits, trace = trace_model(model, images.to(device))
             scores = getattr(trace, "halting_scores", None)
-            scores = torch.zeros(0) if scores is None else scores
+            scores = torch.zeros(0) if scores is None else scores  # so that parts can be joined
             part = (logits.float(), labels, trace.depth, scores, flops_of(model, trace))
             parts.append([one.cpu() for one in part])
     model.train(was_training)
