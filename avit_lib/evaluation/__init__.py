@@ -1,5 +1,4 @@
-"""What measures any classifier: accuracy with intervals (``metrics``), time (``speed``),
-memory.
+"""What measures any classifier: accuracy with intervals (``metrics``), depth maps, time.
 
 May import the method and ``data``; neither ``training`` nor ``study``.
 """

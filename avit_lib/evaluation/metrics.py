@@ -7,15 +7,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from scipy import stats
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 from tqdm.auto import tqdm
 
-from avit_lib.backbone import TokensLeave
 from avit_lib.data import Images, loader
 from avit_lib.errors import fitting_memory
-from avit_lib.evaluation.flops import flops_per_image
+from avit_lib.flops import flops_of, trace_model
 from avit_lib.halting import executed_depth
 
 
@@ -25,8 +22,9 @@ class Predictions:
 
     logits: Tensor  # [n, K]
     labels: Tensor  # [n]
-    depth: Tensor  # [n, N], every token to its own halting; of a plain transformer L everywhere
-    halting_scores: Tensor  # [n, L, N]; of a model that does not halt 0 everywhere
+    depth: Tensor  # [n, N], every token to its own end; of a plain transformer L everywhere
+    halting_scores: Tensor | None  # [n, L, N]; None: the model does not halt
+    flops: Tensor  # [n], of plain inference
     layers: int  # L
 
     @property
@@ -49,102 +47,64 @@ class Predictions:
 def predict(
     model: nn.Module, data: Images, batch_size: int = 250, device: str | torch.device = "cpu"
 ) -> Predictions:
-    """Run ``model`` in evaluation mode over ``data``; raises UserError when memory is too small for
-    ``batch_size``.
+    """Run ``model`` in evaluation mode over ``data``.
+
+    Raises UserError when memory is too small for ``batch_size``.
     """
     was_training = model.training
     model.to(device).eval()
-    layers, tokens = len(model.blocks), model.patch_embed.num_patches + model.num_prefix_tokens
-    outputs = []
+    batches = loader(data, batch_size)
+    bar = tqdm(batches, desc="predicting", unit="batch", leave=False, disable=None)
+    parts = []
     with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
-        batches = tqdm(
-            loader(data, batch_size), desc="predicting", unit="batch", leave=False, disable=None
-        )
-        for images, labels in batches:
-            depth, scores = (
-                torch.full((len(images), tokens), layers),
-                torch.zeros(len(images), layers, tokens),
-            )
-            if isinstance(model, TokensLeave):
-                logits, trace = model.forward_with_trace(images.to(device))
-                depth, scores = trace.depth, getattr(trace, "halting_scores", scores)
-            else:
-                logits = model(images.to(device))
-            outputs.append((logits.float().cpu(), labels, depth.cpu(), scores.cpu()))
+        for images, labels in bar:
+            logits, trace = trace_model(model, images.to(device))
+            scores = getattr(trace, "halting_scores", None)
+            scores = torch.zeros(0) if scores is None else scores  # so that parts can be joined
+            part = (logits.float(), labels, trace.depth, scores, flops_of(model, trace))
+            parts.append([one.cpu() for one in part])
     model.train(was_training)
-    return Predictions(*(torch.cat(part) for part in zip(*outputs, strict=True)), layers)
+    logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
+    halting_scores = scores if len(scores) else None
+    return Predictions(logits, labels, depth, halting_scores, flops, len(model.blocks))
 
 
-def classification_metrics(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """Accuracy, mean per-class accuracy (over the classes that have images) and macro F1, fractions
-    between 0 and 1.
+def metrics(predictions: Predictions) -> dict[str, float]:
+    """The figures of one model: accuracies and F1 (0 to 1), depths in layers, GFLOPs per image.
+
+    ``accuracy_macro`` is the mean over the classes that have images, ``f1_macro`` over those that
+    have images or are predicted.
     """
-    by_class = multiclass_accuracy(predicted, labels, classes, average="none")
-    return {
-        "accuracy": multiclass_accuracy(predicted, labels, classes, average="micro").item(),
-        "accuracy_macro": by_class[labels.unique()].mean().item(),
-        "f1_macro": multiclass_f1_score(predicted, labels, classes, average="macro").item(),
+    cells, classes = _cells(predictions)
+    return _accuracies(cells, classes) | {
+        "mean_depth": predictions.depth.float().mean().item(),
+        "mean_executed_depth": executed_depth(predictions.depth).float().mean().item(),
+        "gflops_per_image": predictions.flops.mean().item() / 1e9,
     }
-
-
-def metrics(model: VisionTransformer, predictions: Predictions) -> dict[str, float]:
-    """The figures of one model: classification metrics, mean depth in layers, GFLOPs per image."""
-    values = classification_metrics(
-        predictions.predicted, predictions.labels, predictions.logits.shape[1]
-    )
-    values["mean_depth"] = predictions.depth.float().mean().item()
-    values["mean_executed_depth"] = executed_depth(predictions.depth).float().mean().item()
-    values["gflops_per_image"] = flops_per_image(model, predictions.depth).mean().item() / 1e9
-    return values
-
-
-def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
-    """The binomial standard error of an ``accuracy``, a fraction or an array of them, over that
-    many ``images``.
-    """
-    return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
 def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro."""
-    classes = predictions.logits.shape[1]
-    cell = (predictions.labels * classes + predictions.predicted).numpy()
+    cells, classes = _cells(predictions)
 
-    def figures(
-        chosen: np.ndarray,
-    ) -> np.ndarray:  # as ``classification_metrics``, and a thousand times faster
-        confusion = np.bincount(cell[chosen], minlength=classes**2).reshape(
-            classes, classes
-        )  # true classes in rows
-        hits, true, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-        there = (
-            true > 0
-        )  # small classes are absent from some resamples: that is no mistake of the model
-        met = (
-            true + predicted > 0
-        )  # as torchmetrics: a class neither there nor predicted does not count
-        f1 = 2 * hits[met] / (true + predicted)[met]
-        return np.array(
-            [hits.sum() / confusion.sum(), (hits[there] / true[there]).mean(), f1.mean()]
-        )
+    def resample(chosen: np.ndarray) -> np.ndarray:
+        return np.array([*_accuracies(cells[chosen], classes).values()])
 
-    found = _bootstrap(figures, len(cell), seed)
-    return dict(
-        zip(("accuracy", "accuracy_macro", "f1_macro"), map(tuple, found.tolist()), strict=True)
-    )
+    ends = _bootstrap(resample, len(cells), seed).tolist()
+    return dict(zip(_accuracies(cells, classes), map(tuple, ends), strict=True))
 
 
 def paired_difference(
     first: Predictions, second: Predictions, per_class: bool = False
 ) -> tuple[float, float, float]:
-    """(Mean per-class) accuracy of ``first`` minus that of ``second``: difference, low and high end
-    (95 %), paired.
+    """Accuracy of ``first`` minus that of ``second``: difference, low and high end (95 %).
+
+    Paired by image, so that what is hard for both cancels; with ``per_class`` the mean over
+    classes. Raises ValueError when the images differ.
     """
     if not torch.equal(first.labels, second.labels):
         raise ValueError("the two models were evaluated on different images")
-    gain = (
-        first.correct.long() - second.correct.long()
-    ).numpy()  # of each image: what is hard for both cancels
+    gain = (first.correct.long() - second.correct.long()).numpy()
     labels = first.labels.numpy() if per_class else np.zeros_like(gain)
 
     def mean(chosen: np.ndarray) -> np.ndarray:
@@ -152,16 +112,42 @@ def paired_difference(
         sums = np.bincount(labels[chosen], weights=gain[chosen])
         return (sums[images > 0] / images[images > 0]).mean(keepdims=True)
 
-    return (mean(np.arange(len(gain))).item(), *_bootstrap(mean, len(gain), seed=0)[0].tolist())
+    low, high = _bootstrap(mean, len(gain), seed=0)[0].tolist()
+    return mean(np.arange(len(gain))).item(), low, high
+
+
+def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
+    """The binomial standard error of an ``accuracy``, or of an array of them, over ``images``."""
+    return (accuracy * (1 - accuracy) / images) ** 0.5
+
+
+def _cells(predictions: Predictions) -> tuple[np.ndarray, int]:
+    """Where each image [n] stands in the confusion matrix of K x K cells, and K."""
+    classes = predictions.logits.shape[1]
+    return (predictions.labels * classes + predictions.predicted).numpy(), classes
+
+
+def _accuracies(cells: np.ndarray, classes: int) -> dict[str, float]:
+    """Accuracy, mean per-class accuracy and macro F1 of images [n] in these cells."""
+    confusion = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
+    hits = np.diag(confusion)
+    true = confusion.sum(axis=1)
+    either = true + confusion.sum(axis=0)  # images of a class, and predictions of it
+    return {
+        "accuracy": float(hits.sum() / len(cells)),
+        "accuracy_macro": float((hits[true > 0] / true[true > 0]).mean()),
+        "f1_macro": float((2 * hits[either > 0] / either[either > 0]).mean()),
+    }
 
 
 def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int) -> np.ndarray:
-    """Percentile intervals [k, 2] of k figures, which ``statistic`` gives for the indices of
-    resampled images.
-    """
-    options = dict(
-        n_resamples=1000, vectorized=False, method="percentile", rng=np.random.default_rng(seed)
+    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices."""
+    found = stats.bootstrap(
+        (np.arange(images),),
+        statistic,
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
     )
-    return np.stack(
-        stats.bootstrap((np.arange(images),), statistic, **options).confidence_interval, axis=-1
-    )
+    return np.stack(found.confidence_interval, axis=-1)

@@ -1,8 +1,7 @@
-"""Pictures of images and of what becomes of their tokens: arrays or CPU tensors in, a matplotlib
-Figure out.
+"""Pictures of images and of what becomes of their tokens.
 
-B images [B, C, H, W], grey or colour, 0..1; depth [B, N] in layers, of the class token and then of
-a grid of patches of R rows and K columns.
+Arrays or CPU tensors in, a matplotlib Figure out. B images [B, C, H, W], grey or colour, 0..1;
+depth [B, N] in layers, of the class token and then of a grid of patches of R rows and K columns.
 """
 
 import textwrap
@@ -14,23 +13,17 @@ from matplotlib.colors import BoundaryNorm, Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
-from avit_lib.study.figures import WIDTH, legible, subplots
+from avit_lib.report.figures import WIDTH, legible, subplots
 
 DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
-VEIL = (
-    0.20,
-    0.38,
-    0.70,
-)  # what covers halted tokens: a colour, so that it shows on black and on white
+VEIL = (0.20, 0.38, 0.70)  # covers halted tokens: a colour, so that it shows on black and on white
 
-Row = tuple[
-    str, np.ndarray, list[str]
-]  # its name, pictures [B, H, W, 3], and titles above them, if any
+# Its name, pictures [B, H, W, 3], and titles above them, if any.
+Row = tuple[str, np.ndarray, list[str]]
 
 
 def mosaic(rows: list[Row], layers: int = 0) -> Figure:
-    """Rows of pictures, their names on the left; with the key of depth maps, if there are
-    ``layers``.
+    """Rows of pictures, their names on the left; with ``layers``, the key of depth maps below.
 
     Names and titles are drawn as they are written: no part of them is a formula.
     """
@@ -41,6 +34,7 @@ def mosaic(rows: list[Row], layers: int = 0) -> Figure:
         lines = max((1 + title.count("\n") for title in titles), default=0)
         height += side * len(pictures[0]) / len(pictures[0][0]) + 0.2 * lines
     figure, axes = subplots(len(rows), columns, height, "compressed")
+    size = 9 if columns <= 8 else 8
     for axis in axes.flat:
         bare(axis)
     for (name, pictures, titles), row in zip(rows, axes, strict=True):
@@ -49,16 +43,19 @@ def mosaic(rows: list[Row], layers: int = 0) -> Figure:
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
-            width, parts = max(8, 100 // columns), legible(title.replace("_", " ")).split("\n")
-            # A long word stays whole, unless it would cover the next picture's.
-            wrapped = [
-                textwrap.fill(part, width, break_long_words=len(part) > 3 * width) for part in parts
-            ]
-            size = 9 if columns <= 8 else 8
-            axis.set_title("\n".join(wrapped), fontsize=size, parse_math=False)
+            words = _wrap(legible(title.replace("_", " ")), max(8, 100 // columns))
+            axis.set_title(words, fontsize=size, parse_math=False)
     if layers:
         _depth_key(figure, axes, layers)
     return figure
+
+
+def _wrap(words: str, width: int) -> str:
+    """Lines of ``width``; a long word stays whole, unless it would cover the next picture's."""
+    lines = words.split("\n")
+    return "\n".join(
+        textwrap.fill(line, width, break_long_words=len(line) > 3 * width) for line in lines
+    )
 
 
 def bare(axis: mpl.axes.Axes) -> None:
@@ -66,17 +63,6 @@ def bare(axis: mpl.axes.Axes) -> None:
     axis.set(xticks=[], yticks=[])
     axis.grid(False)
     axis.spines[:].set_visible(False)
-
-
-def samples(images: ArrayLike, labels: ArrayLike, classes: tuple[str, ...]) -> Figure:
-    """Images [B, C, H, W] with labels [B], a row for each class among them."""
-    pictures, labels = rgb(images), np.asarray(labels)
-    return mosaic(
-        [
-            (classes[label].replace("_", " "), pictures[labels == label], [])
-            for label in np.unique(labels)
-        ]
-    )
 
 
 def depth_maps(
@@ -87,11 +73,11 @@ def depth_maps(
     columns: int = 10,
     grid: tuple[int, int] | None = None,
 ) -> Figure:
-    """In four rows: images, depth maps, images veiled the more the earlier a token halted, what the
-    last layer sees.
+    """In four rows: images, depth maps, images veiled by depth, what the last layer sees.
 
-    More than ``columns`` images go on in four further rows. Veils span the depths shown but for the
-    outer 2 percent at either end. ``grid`` is (R, K); default: that of square patches.
+    A token is veiled the more the earlier it halted; veils span the depths shown but for the outer
+    2 percent at either end. More than ``columns`` images go on in four further rows. ``grid`` is
+    (R, K); default: that of square patches.
     """
     grid = grids(depth, grid or np.shape(images)[2:])
     shallowest, deepest = np.percentile(grid, (2, 98))
@@ -130,22 +116,8 @@ def depths_beside(
     return mosaic(rows, layers)
 
 
-def depth_extremes(
-    groups: dict[str, tuple[ArrayLike, ArrayLike, list[str]]], layers: int
-) -> Figure:
-    """For each named group: images [B, C, H, W] with titles [B] above the depth maps of their
-    tokens [B, N].
-    """
-    rows = []
-    for name, (images, depth, titles) in groups.items():
-        maps = coloured(grids(depth, np.shape(images)[2:]), layers)
-        rows += [(name, rgb(images), titles), ("depth", maps, [])]
-    return mosaic(rows, layers)
-
-
 def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
-    """What a layer still computes on, the tokens halted before it veiled, with the share of patches
-    above each picture.
+    """What a layer still computes on, the share of patches above it; halted tokens are veiled.
 
     At most seven layers, from the last that computes all patches of these images to the deepest
     reached.
@@ -153,10 +125,8 @@ def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
     grid = grids(depth, np.shape(images)[2:])
     rows = []
     for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
-        shares = (grid >= layer).mean(axis=(1, 2))
-        rows.append(
-            (f"layer {layer}", veiled(images, grid < layer), [f"{share:.0%}" for share in shares])
-        )
+        shares = [f"{share:.0%}" for share in (grid >= layer).mean(axis=(1, 2))]
+        rows.append((f"layer {layer}", veiled(images, grid < layer), shares))
     return mosaic(rows)
 
 
@@ -172,16 +142,12 @@ def grids(depth: ArrayLike, shape: tuple[int, int] = (1, 1)) -> np.ndarray:
 
 
 def coloured(grid: np.ndarray, layers: int) -> np.ndarray:
-    """Depths [B, R, K] as colours [B, R, K, 3], in every figure from the first layer to the
-    last.
-    """
+    """Depths [B, R, K] as colours [B, R, K, 3]; in every figure from layer 1 to the last."""
     return mpl.colormaps[DEPTH_COLOURS](Normalize(1, layers)(grid))[..., :3]
 
 
 def rgb(images: ArrayLike) -> np.ndarray:
-    """Images [B, C, H, W] as RGB [B, H, W, 3]; grey becomes colour, so that veils know one case
-    only.
-    """
+    """Images [B, C, H, W] as RGB [B, H, W, 3]; grey becomes colour."""
     pixels = np.clip(np.asarray(images, dtype=float), 0, 1).transpose(0, 2, 3, 1)
     return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 
@@ -202,11 +168,10 @@ def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
 def _depth_key(figure: Figure, axes: np.ndarray, layers: int) -> None:
     """The key of depth maps, below them: one colour a layer."""
     shown = np.arange(1, layers + 1)
-    norm = BoundaryNorm(np.append(shown, shown[-1] + 1) - 0.5, len(shown))
-    key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(len(shown)))
-    bar = figure.colorbar(
-        key, ax=axes, orientation="horizontal", shrink=0.7, aspect=45, pad=0.015, ticks=shown
-    )
+    norm = BoundaryNorm(np.arange(layers + 1) + 0.5, layers)
+    key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(layers))
+    look = {"orientation": "horizontal", "shrink": 0.7, "aspect": 45, "pad": 0.015}
+    bar = figure.colorbar(key, ax=axes, ticks=shown, **look)
     bar.set_label(f"depth [layers of {layers}]")
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)

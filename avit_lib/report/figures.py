@@ -1,0 +1,209 @@
+"""The theme of all figures, and the charts drawn in several places.
+
+Data in, Figure out, neither shown nor written.
+"""
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib import rc_params_from_file
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+from matplotlib.typing import ColorType
+from numpy.typing import ArrayLike
+
+WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
+INK, MUTED = "#222222", "#707070"
+PALETTE = sns.color_palette("colorblind")
+AVIT_COLOURS = {  # by a word of the label
+    "halting trained": PALETTE[3],
+    "halting held": PALETTE[1],
+    "ImageNet": PALETTE[5],
+    "": PALETTE[2],
+}
+OTHER_COLOURS = {
+    "ToMe": PALETTE[4],
+    "merging trained": INK,
+    "Adaptive": PALETTE[7],
+    "longer": PALETTE[9],
+    "": PALETTE[0],
+}
+CURVES = {  # marker, line, what is varied and stands beside the points
+    "ToMe": ("s", ":", "r"),
+    "Adaptive merging": ("D", "-.", "FLOPs saved"),
+    "Adaptive merging trained": ("P", "-", "FLOPs saved"),
+}
+BY_BETA = ("o", "--", "mean depth")
+# Where words stand beside their point, in points right and up of it.
+PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20), (9, -3), (-27, -3)]
+HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
+
+
+class NotebookFigure(Figure):
+    """A figure, unknown to pyplot, that a notebook shows as PNG when a cell ends in it."""
+
+    def _repr_png_(self) -> bytes:
+        png = io.BytesIO()
+        self.savefig(png, format="png", bbox_inches="tight", facecolor="white")
+        return png.getvalue()
+
+
+@cache
+def theme() -> dict[str, Any]:
+    """The settings of matplotlib in ``theme.mplstyle``, of its fonts those that this system has."""
+    path = Path(__file__).with_name("theme.mplstyle")
+    settings = rc_params_from_file(path, use_default_template=False)
+    # A font that is missing would warn at every word.
+    settings["font.family"] = [one for one in settings["font.family"] if one in get_font_names()]
+    return settings
+
+
+def subplots(
+    rows: int = 1, columns: int = 1, height: float = 3.2, layout: str = "constrained", **kwargs
+):
+    """An empty figure, ``height`` inches high, and its axes [rows, columns].
+
+    Sets the theme for good: every tick and label that is added later reads it.
+    """
+    sns.set_theme(style="whitegrid", palette="colorblind", rc=theme())
+    figure = NotebookFigure(figsize=(WIDTH, height), dpi=100, layout=layout)
+    if layout == "constrained":
+        figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def legible(words: str) -> str:
+    """``words``, escaped (such as \\u732b) where no font can draw them or they are not UTF-8."""
+    paths = [findfont(FontProperties(family=[one])) for one in theme()["font.family"]]
+    known = {ord("\n")}.union(*(get_font(path).get_charmap() for path in paths))
+    return "".join(one if ord(one) in known else ascii(one)[1:-1] for one in words)
+
+
+def model_colour(label: str) -> ColorType:
+    """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
+    kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
+    return next(colour for word, colour in kinds.items() if word in label)
+
+
+def percent(axis: Axes, which: str = "y") -> None:
+    """Write the fractions of an axis as percentages."""
+    getattr(axis, f"{which}axis").set_major_formatter(lambda share, _: f"{100 * share:.6g}%")
+
+
+def legend_above(figure: Figure, axis: Axes) -> Figure:
+    """``figure`` with the legend of ``axis`` above it, in as many lines as it takes."""
+    handles, labels = axis.get_legend_handles_labels()
+    for rows in range(1, len(labels) + 1):
+        columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
+        characters = sum(max(map(len, column)) + 7 for column in columns)
+        if characters <= 110:  # what fits beside each other
+            break
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(columns))
+    return figure
+
+
+def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) -> Figure:
+    """A panel for each history column in ``panels`` (column: axis label), a line for each model."""
+    figure, axes = subplots(1, len(panels), 2.9)
+    for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
+        for model, history in histories.items():
+            if column in history:
+                look = {"marker": "o", "color": model_colour(model), "label": model}
+                axis.plot(history["epoch"], history[column], **look)
+        axis.set(xlabel="epoch", ylabel=label)
+        if "accuracy" in column:
+            percent(axis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    return legend_above(figure, axes[0, 0])
+
+
+def curve(
+    axis: Axes,
+    name: str,
+    x: ArrayLike,
+    value: ArrayLike,
+    low: ArrayLike,
+    high: ArrayLike,
+    label: str,
+) -> None:
+    """A curve in the look of the model ``name``, with a bar ``low`` to ``high`` at each point."""
+    colour, (marker, line, _) = model_colour(name), CURVES.get(name, BY_BETA)
+    axis.plot(x, value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
+    axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.45)
+
+
+def accuracy_against(
+    table: pd.DataFrame,
+    x: str,
+    xlabel: str,
+    accuracy: str = "accuracy",
+    points: pd.DataFrame | None = None,
+) -> Figure:
+    """Column ``accuracy`` of the evaluation ``table``, with its interval, against column ``x``.
+
+    What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of
+    each model at several depths; beside a point of a curve stands its r, share of FLOPs saved or
+    mean depth.
+    """
+    figure, [[axis]] = subplots(height=5.0)
+    rows, notes = pd.concat([table, points]).drop_duplicates("model"), []
+    for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
+        part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
+        ends = part[f"{accuracy}_low"], part[f"{accuracy}_high"]
+        several = len(part) > 1
+        label = f"{name}, by {varied}" if several else name
+        curve(axis, name, part[x], part[accuracy], *ends, label)
+        for row in part.itertuples() if several else ():
+            beside = {
+                "r": row.model.split()[-1],
+                "mean depth": f"{row.mean_depth:.1f}",
+                "FLOPs saved": f"{row.flops_saved:.0%}",
+            }
+            point = getattr(row, x), getattr(row, accuracy)
+            notes.append((beside[varied], point, model_colour(name)))
+    axis.margins(x=0.07)
+    mean = "accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy"
+    axis.set(xlabel=xlabel, ylabel=mean)
+    percent(axis)
+    legend_above(figure, axis)
+    label_points(figure, axis, notes, rows[[x, accuracy]].to_numpy())
+    return figure
+
+
+def label_points(
+    figure: Figure, axis: Axes, notes: list[tuple[str, ArrayLike, ColorType]], points: ArrayLike
+) -> None:
+    """Write each note (words, point, colour) beside its point, covering as little as can be.
+
+    Of its places it takes the one that covers the fewest notes and ``points`` [P, 2], and of
+    equally good ones that which covers least of the axis' lines.
+    """
+    look = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
+    written = [
+        axis.annotate(words, point, PLACES[0], color=colour, **look)
+        for words, point, colour in notes
+    ]
+    figure.draw_without_rendering()  # places in pixels are known only now
+    markers = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axis.get_lines()]
+    lines = [
+        Bbox.from_bounds(x - 1, y - 1, 2, 2)
+        for path in paths
+        for x, y in path.interpolated(50).vertices
+    ]
+    for note in written:
+        covered = {}
+        for place in PLACES:
+            note.set_position(place)
+            extent = note.get_window_extent()
+            covered[place] = extent.count_overlaps(markers), extent.count_overlaps(lines)
+        note.set_position(min(PLACES, key=covered.__getitem__))
+        markers.append(note.get_window_extent())

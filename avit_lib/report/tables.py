@@ -1,0 +1,170 @@
+"""The tables that compare the models of a study: predictions in, DataFrame out.
+
+One row a model, fractions 0 to 1.
+"""
+
+import math
+from collections.abc import Iterable
+from copy import deepcopy
+from pathlib import Path
+
+import msgspec
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from avit_lib.adaptive import Adaptive, adapt
+from avit_lib.data import Images
+from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
+from avit_lib.flops import flops_of, plain_flops, trace_model
+from avit_lib.model import AViT
+from avit_lib.peers.tome import TokenMerging
+from avit_lib.starts import calibrate_beta
+from avit_lib.study import Study
+
+DIFFERENCE = ["difference", "low", "high"]
+MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
+ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
+NO_DEPTH = {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # of a peer: r says it all
+PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
+# What others published of DeiT-T on ImageNet's validation images.
+IMAGENET = PUBLISHED.pop("imagenet")
+
+
+# --- models that need no training -----------------------------------------------------------------
+
+
+def merged_models(study: Study) -> dict[str, nn.Module]:
+    """The plain model with ToMe, the bar for a model that learns to halt, and adapted, by label.
+
+    ``adaptive.adapt`` saves as much as each ToMe, its thresholds set on 256 validation images.
+    """
+    plain = study.load(study.profile.plain.name)
+    peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
+    if not peers:
+        return {}
+    return peers | adapted_like(plain, peers.values(), validation_images(study, 256))
+
+
+@torch.inference_mode()
+def adapted_like(
+    plain: nn.Module, peers: Iterable[nn.Module], images: Tensor
+) -> dict[str, Adaptive]:
+    """``plain`` adapted on ``images`` so that it saves as many FLOPs as each of its ``peers``."""
+    adapted = {}
+    for peer in peers:
+        trace = trace_model(peer, images[:1])[1]
+        share = 1 - flops_of(peer, trace).item() / plain_flops(plain, trace.depth.shape[1])
+        adapted[f"{ADAPTED}, {share:.0%} saved"] = adapt(plain, images, share)
+    return adapted
+
+
+def untrained_method(label: str) -> str:
+    """Whose one of ``merged_models`` is: "peer" or "ours"."""
+    return "ours" if label.startswith(ADAPTED) else "peer"
+
+
+def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
+    """The model of a run at the other depths or budgets that the profile names, by label.
+
+    Nothing is trained: beta is set on 64 validation images, thresholds are set on 256.
+    """
+    run, models = study.profile.run(name), {}
+    model, pixels = study.load(run.name), validation_images(study, 64 if run.halting else 256)
+    for depth in study.profile.recalibrated.get(name, ()):
+        models[f"{run.label}, depth {depth:g}"] = recalibrate(model, pixels, depth)
+    for saved in study.profile.budgets.get(name, ()):
+        cheaper = models[f"{run.label}, {saved:.0%} saved"] = deepcopy(model)
+        cheaper.calibrate(pixels, saved)
+    return models
+
+
+def recalibrate(model: AViT, images: Tensor, depth: float) -> AViT:
+    """A copy of ``model`` whose beta gives a mean ``depth`` in layers on ``images``."""
+    deeper = deepcopy(model)
+    deeper.beta = calibrate_beta(model, images, model.gamma, model.eps, depth)
+    return deeper
+
+
+def test_images(study: Study, most: int) -> Tensor:
+    """Test images [B, C, H, W], at ``most`` so many, drawn by the seed from all classes."""
+    return _draw(study, study.test, most)
+
+
+def validation_images(study: Study, most: int) -> Tensor:
+    """Validation images [B, C, H, W], at ``most`` so many, drawn by the seed."""
+    return _draw(study, study.data.validation, most)
+
+
+def _draw(study: Study, data: Images, most: int) -> Tensor:
+    chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(study.seed))[:most]
+    return data[chosen][0].to(study.device)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def evaluation_table(
+    study: Study, predictions: dict[str, Predictions], others: Iterable[str] = ()
+) -> pd.DataFrame:
+    """One row a model: accuracies and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
+
+    First the trained ones; ``others`` are the labels of ``merged_models``.
+    """
+    rows = []
+    for run in study.profile.runs:
+        facts = {"model": run.label, "method": run.method, "init": run.init}
+        rows.append(facts | with_intervals(study, predictions[run.name]))
+    for label in others:
+        method, init = untrained_method(label), f"{study.profile.plain.name}, not trained"
+        facts = {"model": label, "method": method, "init": init}
+        depth = NO_DEPTH if method == "peer" else {}
+        rows.append(facts | with_intervals(study, predictions[label]) | depth)
+    return pd.DataFrame(rows)
+
+
+def measure(study: Study, predictions: Predictions) -> dict[str, float]:
+    """The metrics of a model, and the share of FLOPs that it saves against the plain one."""
+    values = metrics(predictions)
+    plain = study.load(study.profile.plain.name)
+    full = plain_flops(plain, predictions.depth.shape[1]) / 1e9
+    return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
+
+
+def with_intervals(study: Study, predictions: Predictions) -> dict[str, float]:
+    """What a model is ``measure``d; after what has a 95 % interval its ends, _low and _high."""
+    values, row = measure(study, predictions), {}
+    for name, (low, high) in bootstrap_intervals(predictions).items():
+        row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
+    return row | values
+
+
+def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
+    """The evaluation (with speed) and difference tables in words: percentages with intervals."""
+    table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
+
+    def with_interval(name: str) -> pd.Series:
+        columns = evaluation[[name, f"{name}_low", f"{name}_high"]]
+        return percentages(columns, "{:.1f} ({:.1f} to {:.1f})")
+
+    table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
+    for plain, part in differences.set_index("model").groupby("minus", sort=False):
+        words = percentages(part[MACRO_DIFFERENCE], "{:+.2f} ({:+.2f} to {:+.2f})")
+        table[f"minus {plain} [points]"] = table["model"].map(words).fillna("")
+    table["accuracy [%]"] = with_interval("accuracy")
+    table["macro F1 [%]"] = with_interval("f1_macro")
+    forms = {
+        "mean depth [layers]": ("mean_depth", "{:.2f}"),
+        "GFLOPs per image": ("gflops_per_image", "{:.4f}"),
+        "FLOPs saved": ("flops_saved", "{:.1%}"),
+        "images/s": ("images_per_second", "{:.0f}"),
+        "speed-up": ("speedup", "{:.2f}"),
+    }
+    for words, (column, form) in forms.items():
+        table[words] = evaluation[column].map(form.format).replace("nan", "")
+    return table
+
+
+def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:
+    """Each row of ``fractions`` in words, as percentages: ``form`` has a place for each column."""
+    return pd.Series([form.format(*row) for row in 100 * fractions.to_numpy()], fractions.index)

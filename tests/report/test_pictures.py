@@ -1,0 +1,132 @@
+"""Pictures of tokens: each shows every patch in its place, veiled as deep as it went."""
+
+import numpy as np
+import pytest
+from conftest import assert_labels_on_the_page
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from avit_lib.report import pictures
+
+BLACK, WHITE = np.zeros((1, 3, 28, 28)), np.ones((1, 3, 28, 28))
+CORNERS = [0, 0, -1, -1], [0, -1, 0, -1]  # of four patches in reading order
+
+
+def show_rows(figure):
+    """What each row of a figure shows, in order: its name, and the arrays and titles in it."""
+    found = []
+    for axis in figure.axes:
+        if axis.get_subplotspec() and axis.get_subplotspec().colspan.start == 0:
+            found.append((axis.get_ylabel(), [], []))
+        if axis.images:
+            found[-1][1].append(axis.images[0].get_array())
+            found[-1][2].append(axis.get_title())
+    return found
+
+
+def show(figure, name):
+    """What the one picture in the row of this name shows."""
+    (picture,) = next(arrays for row, arrays, _ in show_rows(figure) if row == name)
+    return picture
+
+
+def test_every_picture_draws_with_its_labels_on_the_page():
+    images, depth = np.ones((5, 1, 32, 64)), np.arange(5)[:, None] + np.arange(129) % 8 + 1
+    names = [f"some_class_{number} 7.5" for number in range(5)]
+    beside = {"one\nstart": (depth, names), "another\nstart": (depth, [])}
+    drawn = {
+        "depth_maps": pictures.depth_maps(images, depth, 12, names),
+        "depths_beside": pictures.depths_beside(images, names, beside, 12, columns=3),
+        "halting_progress": pictures.halting_progress(images, depth),
+    }
+    assert_labels_on_the_page(drawn)
+
+
+def test_maps_show_patches_in_reading_order_without_the_class_token_also_if_not_square():
+    depth, images = np.concatenate([[99], np.arange(1, 129)])[None], np.ones((1, 3, 32, 64))
+    figure = pictures.depth_maps(images, depth, 128)
+    expected = pictures.coloured(np.arange(1, 129).reshape(8, 16), 128)
+    np.testing.assert_array_equal(show(figure, "depth"), expected)
+    unveiled = (show(figure, "in the\nlast layer") == 1).all(axis=-1)
+    assert unveiled[28:, 60:].all()  # the last patch, of 4 x 4 pixels
+    assert unveiled.sum() == 16
+
+
+@pytest.mark.parametrize("depth", [1, 4, 12])
+def test_a_depth_has_the_same_colour_in_every_figure_and_in_the_key(depth):
+    maps = {"depth": (np.array([[12, depth, 5, 5, 5]]), [])}
+    figure = pictures.depths_beside(BLACK, [""], maps, 12)
+    FigureCanvasAgg(figure).draw()
+    key = figure.axes[-1].collections[-1]
+    expected = key.cmap(key.norm([depth, 5]))[:, :3]
+    np.testing.assert_allclose(show(figure, "depth")[0], expected, atol=0.01)
+    labels = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+    assert labels == [*map(str, range(1, 13))]
+
+
+def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
+    depth = np.arange(145)[None]
+    assert pictures.grids(depth).shape == (1, 12, 12)
+    assert pictures.grids(depth, (48, 192)).shape == (1, 6, 24)
+    assert show(pictures.depth_maps(BLACK, depth, 144, grid=(6, 24)), "depth").shape == (6, 24, 3)
+    with pytest.raises(ValueError, match="reshape"):
+        pictures.grids(depth[:, :129])  # 128 patches are no square
+
+
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [
+        ("cost $5 and $6.jpg", "cost $5 and $6.jpg"),
+        (r"bad$\foo$.jpg", r"bad$\foo$.jpg"),
+        ("caf\udce9.jpg", r"caf\udce9.jpg"),  # as Python names a file that is not UTF-8
+        ("\U000e1234", r"\U000e1234"),  # which no font has
+    ],
+)
+def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
+    figure = pictures.mosaic([(name, pictures.rgb(BLACK), [name])])
+    FigureCanvasAgg(figure).draw()
+    for words in (figure.axes[0].yaxis.label, figure.axes[0].title):
+        assert words.get_text() == drawn
+        assert not words.get_parse_math()
+    assert not any("Glyph" in str(warning.message) for warning in recwarn)
+
+
+def test_a_name_too_long_for_its_place_is_broken():
+    figure = pictures.mosaic([("", [BLACK[0, 0]] * 2, ["x" * 240, "stegosaurus"])])
+    long, short = (axis.get_title() for axis in figure.axes)
+    assert max(map(len, long.split("\n"))) <= 50
+    assert short == "stegosaurus"
+
+
+def test_more_images_go_on_in_further_rows_with_their_titles():
+    images = np.linspace(0, 1, 3)[:, None, None, None] * WHITE
+    maps = {"one": (np.ones((3, 5)), ["0.1", "0.2", "0.3"]), "other": (np.ones((3, 5)), [])}
+    figure = pictures.depths_beside(images, ["an_ant\n1.0", "bee", "cat"], maps, 4, columns=2)
+    found = show_rows(figure)[:6]
+    assert [row for row, *_ in found] == ["image", "one", "other"] * 2
+    titles = [words for *_, words in found]
+    assert titles[:2] == [["an ant\n1.0", "bee"], ["0.1", "0.2"]]
+    assert titles[3:5] == [["cat"], ["0.3"]]
+    assert found[3][1][0].max() == 1  # the third image
+
+
+def test_veils_are_the_thicker_the_earlier_a_token_halted():
+    depth = np.array([[4, 1, 2, 3, 4]])
+    figure = pictures.depth_maps(WHITE, depth, layers=4)
+    by_depth = show(figure, "veiled\nby depth")[CORNERS]
+    thickest = 0.12 + 0.88 * np.array(pictures.VEIL)
+    np.testing.assert_allclose(by_depth[[0, 3]], [thickest, [1, 1, 1]])
+    assert (np.diff(by_depth[:, 0]) > 0).all()
+    last = show(figure, "in the\nlast layer")[CORNERS]
+    np.testing.assert_allclose(last, [thickest] * 3 + [[1, 1, 1]])
+    alike = pictures.depth_maps(WHITE, np.full((1, 5), 3), layers=4)
+    assert (show(alike, "veiled\nby depth") == 1).all()  # no spread, no veil
+
+
+def test_progress_veils_exactly_the_tokens_that_have_halted():
+    found = show_rows(pictures.halting_progress(WHITE, np.array([[4, 1, 2, 3, 4]])))
+    assert [name for name, *_ in found] == [f"layer {layer}" for layer in (1, 2, 3, 4)]
+    untouched = [(array[CORNERS] == 1).all(axis=-1) for _, (array,), _ in found]
+    np.testing.assert_array_equal(untouched, np.triu(np.ones((4, 4))))
+    assert [words for *_, words in found] == [["100%"], ["75%"], ["50%"], ["25%"]]
+    many = show_rows(pictures.halting_progress(WHITE, np.arange(50)[None]))
+    assert len(many) == 7

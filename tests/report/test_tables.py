@@ -1,0 +1,59 @@
+"""The tables, on predictions made by hand and on small models."""
+
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from conftest import four_runs, random_images, varied_model
+from msgspec.structs import replace
+
+from avit_lib.evaluation import Predictions, predict
+from avit_lib.flops import plain_flops
+from avit_lib.report import tables
+
+LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
+
+
+@pytest.fixture
+def study():
+    """A study of two plain models alike and two that halt, whose batch is larger than its data."""
+    profile = replace(four_runs(), recalibrated={"avit": (2.0,)})
+    torch.manual_seed(0)
+    plain, adaptive = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
+    models = {run.name: adaptive if run.halting else plain for run in profile.runs}
+    images = random_images(6)
+    data = SimpleNamespace(validation=images)
+    return SimpleNamespace(
+        profile=profile, load=models.get, data=data, test=images, device="cpu", seed=0
+    )
+
+
+def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
+    labels, depth = torch.arange(10), torch.full((10, 17), 3)
+    full = torch.full((10,), plain_flops(study.load("deit"), 17))
+    right = Predictions(torch.eye(10), labels, depth, None, full, 4)
+    wrong = Predictions(torch.eye(10).roll(1, 0), labels, depth, None, full / 4, 4)
+    others = ["ToMe, r = 2", "Adaptive merging, 9% saved"]
+    names = [run.name for run in study.profile.runs] + others
+    table = tables.evaluation_table(study, dict.fromkeys(names, right) | {"avit": wrong}, others)
+    assert table["model"].tolist() == [*LABELS, *others]
+    assert table["method"].tolist() == ["plain", "plain", "paper", "paper", "peer", "ours"]
+    assert table["accuracy"].tolist() == [1, 1, 0, 1, 1, 1]
+    assert table["flops_saved"].tolist() == pytest.approx([0, 0, 0.75, 0, 0, 0])
+    assert table["mean_depth"].fillna(0).tolist() == [3, 3, 3, 3, 0, 3]
+    ends = [f"{of}{end}" for of in ("accuracy_macro", "f1_macro") for end in ("", "_low", "_high")]
+    assert [name for name in table if "macro" in name] == ends
+
+
+def test_models_that_need_no_training_save_what_they_are_named_after(study):
+    models = tables.merged_models(study)
+    saved = [
+        tables.measure(study, predict(one, study.test))["flops_saved"] for one in models.values()
+    ]
+    assert list(models) == ["ToMe, r = 2", f"Adaptive merging, {saved[0]:.0%} saved"]
+    assert saved[1] == pytest.approx(saved[0], abs=0.02)
+    assert saved[0] > 0.1
+    ((label, deeper),) = tables.recalibrated_models(study, "avit").items()
+    assert label == "A-ViT, depth 2"
+    assert predict(deeper, study.test).depth.double().mean() == pytest.approx(2, abs=0.2)
