@@ -14,7 +14,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avit_lib.backbone import TokensLeave, check_images, is_exporting, is_hooked, why_not_plain
+from avit_lib.backbone import (
+    TokensLeave,
+    check_images,
+    evaluating,
+    is_exporting,
+    is_hooked,
+    why_not_plain,
+)
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, block_flops, fixed_flops, flops_of_depth, plain_flops
 from avit_lib.merging import (
@@ -104,18 +111,17 @@ class Adaptive(TokensLeave):
         if saved == 0:
             self.thresholds.fill_(torch.inf)
             return
-        training, before, wish, reached = self.training, self.thresholds.clone(), saved, False
-        self.eval()
+        before, wish, reached = self.thresholds.clone(), saved, False
         try:
             for _ in range(8):
-                found = self._set_thresholds(images, wish)
+                with evaluating(self):
+                    found = self._set_thresholds(images, wish)
                 report(found)
                 reached = abs(found - saved) <= TOLERANCE
                 if reached:
                     return
                 wish = min(max(wish + saved - found, 0.0), 0.95)
         finally:
-            self.train(training)
             if not reached:  # also after an interruption
                 self.thresholds.copy_(before)
         raise UserError(
@@ -219,7 +225,7 @@ class Adaptive(TokensLeave):
                 gone = (score > threshold).nonzero()[:, 0]
                 parts.append(feed_forward(block, merge(part, gone, partner[gone])))
             merges = math.isfinite(threshold)
-            done += block_flops(self, before, _count_tokens(parts), merges).mean().item()
+            done += block_flops(block, before, _count_tokens(parts), merges).mean().item()
         return 1 - done / plain_flops(self, count)
 
 
@@ -297,12 +303,14 @@ def why_not(model: nn.Module) -> str:
     """Why ``model`` cannot be adapted, in words; empty if it can."""
     if type(model) not in KINDS:
         return "it is no plain VisionTransformer of timm's"
-    if {"forward", "forward_features"} & vars(model).keys():
+    if {"forward", "forward_features", "forward_head"} & vars(model).keys():
         return (
             "its forward was replaced, by torch.compile(model.forward) say; adapt the model first"
         )
     if reason := why_not_plain(model):
         return reason
+    if any(type(block.attn.qkv) is not nn.Linear for block in model.blocks):
+        return "its queries, keys and values come from another layer than nn.Linear"
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         return "it is in half precision; convert it by model.float()"
     return "" if isinstance(model.patch_drop, nn.Identity | None) else "it drops patches at random"

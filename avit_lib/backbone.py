@@ -5,11 +5,12 @@ Two kinds of models stand on it: one whose tokens halt (``model.AViT``) and one 
 follows from that here, so that no inherited method runs the plain transformer instead.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from avit_lib.errors import UserError
 def call(function: Callable, *arguments: Any) -> Any:
     """Call a ``function`` that computes a layer: each layer of each execution goes through here."""
     return function(*arguments)
+
+
+TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
 
 
 class TokensLeave(VisionTransformer):
@@ -148,9 +152,22 @@ class TokensLeave(VisionTransformer):
         return self
 
     def _load_from_state_dict(self, weights: dict[str, Tensor], prefix: str, *args) -> None:
-        for name in self.added:
-            weights.setdefault(f"{prefix}{name}", self._buffers[name])
+        own = {f"{prefix}{name}": self._buffers[name] for name in self.added}
+        if not own.keys() & weights.keys():  # a plain model's
+            weights.update(own)
         super()._load_from_state_dict(weights, prefix, *args)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let ``model`` be in evaluation mode; afterwards each part is in its own mode again."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def is_hooked(part: nn.Module) -> bool:
@@ -189,13 +206,11 @@ def why_not_plain(model: VisionTransformer) -> str:
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
     for block in model.blocks:
-        if type(block) is not Block:
-            return f"its blocks ({type(block).__name__}) are not timm's plain ones"
         attention = block.attn
-        replaced = "forward" in vars(block) or "forward" in vars(attention)
-        if replaced or type(attention) is not Attention:
-            kind = type(attention).__name__
-            return f"the attention of its blocks ({kind}) is not timm's plain one"
+        plain = {block: (Block,), attention: (Attention,), block.mlp: TOKENWISE}
+        for part, kinds in plain.items():
+            if type(part) not in kinds or "forward" in vars(part):
+                return f"a {type(part).__name__} of its blocks is not timm's plain one"
         if getattr(attention, "gate", None) is not None:
             return "its attention is gated"
     return ""

@@ -52,15 +52,16 @@ def flops_of_depth(
     """
     depth, layers = depth.cpu(), len(model.blocks)
     total = torch.full((len(depth),), fixed_flops(model), dtype=torch.float64)
-    for layer, merges in enumerate(merging or [False] * layers, start=1):
+    merging = merging or [False] * layers
+    for layer, (block, merges) in enumerate(zip(model.blocks, merging, strict=True), start=1):
         attended = (depth >= layer).sum(dim=1).double()
         passed = (depth > layer).sum(dim=1).double() if merges else attended
-        total += block_flops(model, attended, passed, merges)
+        total += block_flops(block, attended, passed, merges)
     return total
 
 
 def block_flops(
-    model: VisionTransformer, attended: float | Tensor, passed: float | Tensor, merges: bool = True
+    block: nn.Module, attended: float | Tensor, passed: float | Tensor, merges: bool = True
 ) -> float | Tensor:
     """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP.
 
@@ -68,7 +69,7 @@ def block_flops(
     tokens compared with the other half by keys averaged over heads, and importance, once the width
     of each.
     """
-    block, width = model.blocks[0], model.embed_dim
+    width = block.attn.num_heads * block.attn.head_dim
     first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
     mlp = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
     matching = attended**2 / 4 * block.attn.head_dim + attended * width
@@ -83,7 +84,8 @@ def fixed_flops(model: VisionTransformer) -> float:
 
 def plain_flops(model: VisionTransformer, count: int) -> float:
     """FLOPs of an image of ``count`` tokens, all of which go through all layers."""
-    return fixed_flops(model) + len(model.blocks) * block_flops(model, count, count, merges=False)
+    layers = sum(block_flops(block, count, count, merges=False) for block in model.blocks)
+    return fixed_flops(model) + layers
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:

@@ -41,6 +41,7 @@ def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tupl
     of an image, which follow ``prefix`` other tokens, every second looks for the most similar one
     among those between. All other tokens have similarity -inf.
     """
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # float16 overflows at 256
     keys = keys / _norm(keys).clamp(min=1e-12)[:, None]
     table = pad(keys, layout)[:, prefix:]
     nobody = pad(torch.zeros_like(keys[:, 0]), layout, -torch.inf)[:, prefix:]
@@ -128,11 +129,11 @@ def plan(model: VisionTransformer, count: int, saved: float, spread: float) -> l
 
     def try_scale(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
-        for layer in range(1, layers + 1):
+        for layer, block in enumerate(model.blocks, start=1):
             merges = layer < layers
             share = min(scale * (layer + 1) ** spread, 0.5) if merges else 0.0
             numbers.append(share * (left - model.num_prefix_tokens))
-            done += block_flops(model, left, left - numbers[-1], merges)
+            done += block_flops(block, left, left - numbers[-1], merges)
             left -= numbers[-1]
         return 1 - done / whole, numbers
 

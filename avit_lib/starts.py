@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from avit_lib.backbone import check_images
+from avit_lib.backbone import check_images, evaluating
 from avit_lib.errors import UserError
 from avit_lib.halting import channel_to_halt, halting_score, halting_step, initial_state
 from avit_lib.model import AViT, masked_block
@@ -173,8 +173,13 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             "halting by this target leaves no patch for the last layer; "
             "raise target_depth or target_std"
         )
-    trains = model.training
-    model.eval()
+    with evaluating(model):
+        _write_channel(model, images, halting)
+
+
+def _write_channel(model: AViT, images: Tensor, halting: Tensor) -> None:
+    """``fit_start`` of what it has checked, for a model in evaluation mode."""
+    patches = model.patch_embed.num_patches
     for parameter, index in channel_parameters(model):
         parameter[index] = 0.0
     for block in model.blocks:
@@ -212,7 +217,6 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
         block.mlp.fc2.bias[0] = bias
         tokens[..., 0] += bias
         state, _ = halting_step(state, halting_score(tokens, model.rule), model.rule.eps)
-    model.train(trains)
 
 
 def _solve_ridge(features: Tensor, wish: Tensor) -> Tensor:

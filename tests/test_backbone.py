@@ -9,13 +9,17 @@ import timm
 import torch
 from conftest import bright_and_dark, varied_model
 from safetensors.torch import save_file
+from timm.layers import Mlp
 from timm.models import save_for_hf
 from timm.models.vision_transformer import Block, ParallelThingsBlock
 from torch import nn
 
 from avit_lib.adaptive import Adaptive, adapt
 from avit_lib.errors import UserError
+from avit_lib.flops import counted_flops, flops_of, trace_model
+from avit_lib.merging import stand_in
 from avit_lib.model import AViT, masked_block
+from avit_lib.packed import whole_layout
 
 NAME = "avit_nano"
 
@@ -350,3 +354,63 @@ def test_pretrained_weights_are_found_where_they_lie(tmp_path, monkeypatch, no_n
     save_file(plain.state_dict(), tmp_path / "deit_tiny_patch16_224.fb_in1k.safetensors")
     model = timm.create_model("avit_tiny_patch16_224", pretrained=True, beta=-3.0)
     assert torch.equal(model.head.weight, plain.head.weight) and model.beta == -3.0
+
+
+# --- models that others have changed --------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """An MLP in which the tokens of an image see each other."""
+
+    def __init__(self, mlp: nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.mlp(tokens) + tokens.mean(dim=1, keepdim=True)
+
+
+def test_tokens_that_meet_in_an_mlp_are_masked_or_refused():
+    model = halting()
+    model.blocks[1].mlp = Mixing(model.blocks[1].mlp)
+    model.execution = "masked"
+    masked = model(images())
+    model.execution = "packed"
+    torch.testing.assert_close(model(images()), masked)
+    plain = timm.create_model("deit_nano", depth=5, embed_dim=32).eval()
+    plain.blocks[1].mlp = Mixing(plain.blocks[1].mlp)
+    with refused("a Mixing of its blocks"):
+        adapt(plain, images(), 0.2)
+
+
+def test_blocks_of_different_widths_count_what_they_compute():
+    torch.manual_seed(0)
+    model = timm.create_model("deit_nano", depth=4, embed_dim=32).eval()
+    for block in model.blocks[1:]:
+        block.mlp = Mlp(32, 8)
+    counted = counted_flops(model, images())
+    assert flops_of(*trace_of(model))[0].item() == pytest.approx(counted, rel=1e-6)
+    adaptive = adapt(model, images(), 0.2)
+    found = flops_of(*trace_of(adaptive)).mean().item()
+    assert found / counted == pytest.approx(0.8, abs=0.01)
+
+
+def trace_of(model: nn.Module):
+    return model, trace_model(model, images())[1]
+
+
+def test_a_frozen_part_stays_in_its_mode_after_a_calibration():
+    model = merging().train()
+    model.blocks[0].eval()
+    model.calibrate(images(), 0.2)
+    assert model.training and model.blocks[1].training and not model.blocks[0].training
+
+
+def test_large_keys_in_half_precision_merge_as_in_single():
+    keys = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)) * 300
+    layout = whole_layout(1, 9, keys.device)
+    patches = torch.arange(9) > 0
+    score, partner = stand_in(keys, layout, patches, 1)
+    half_score, half_partner = stand_in(keys.half(), layout, patches, 1)
+    torch.testing.assert_close(half_score, score, atol=2e-3, rtol=0)
+    assert torch.equal(half_partner, partner)

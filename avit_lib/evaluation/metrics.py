@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from avit_lib.backbone import evaluating
 from avit_lib.data import Images, loader
 from avit_lib.errors import fitting_memory
 from avit_lib.flops import flops_of, trace_model
@@ -51,19 +52,18 @@ def predict(
 
     Raises UserError when memory is too small for ``batch_size``.
     """
-    was_training = model.training
-    model.to(device).eval()
+    model.to(device)
     batches = loader(data, batch_size)
     bar = tqdm(batches, desc="predicting", unit="batch", leave=False, disable=None)
     parts = []
-    with fitting_memory(batch_size, "lower batch_size of predict, or use --device cpu"):
+    remedy = "lower batch_size of predict, or use --device cpu"
+    with evaluating(model), fitting_memory(batch_size, remedy):
         for images, labels in bar:
             logits, trace = trace_model(model, images.to(device))
             scores = getattr(trace, "halting_scores", None)
             scores = torch.zeros(0) if scores is None else scores  # so that parts can be joined
             part = (logits.float(), labels, trace.depth, scores, flops_of(model, trace))
             parts.append([one.cpu() for one in part])
-    model.train(was_training)
     logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
     halting_scores = scores if len(scores) else None
     return Predictions(logits, labels, depth, halting_scores, flops, len(model.blocks))

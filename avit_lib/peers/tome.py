@@ -140,7 +140,7 @@ class TokenMerging(nn.Module):
         for block in model.blocks:
             r = limit(self.r, count)
             matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B
-            done += matching + block_flops(model, count, count - r, merges=False)
+            done += matching + block_flops(block, count, count - r, merges=False)
             count -= r
         return torch.full((len(trace.depth),), done, dtype=torch.float64)
 
