@@ -82,3 +82,8 @@ def _fault(path: Path, wanted: str) -> str:
     if content.startswith(POINTER):
         return "a Git LFS pointer"
     return "" if hashlib.sha256(content).hexdigest() == wanted else "damaged"
+
+
+def digest_file(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

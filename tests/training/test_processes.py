@@ -85,7 +85,7 @@ def one_of_several(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with processes.processes():
+    with processes.join_others():
         found = results(folder)
         print("said by one")
         torch.save(found, folder / f"{rank}.pt")
