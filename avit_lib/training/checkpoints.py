@@ -123,12 +123,13 @@ def _download(timm_name: str) -> Path:
     """The weights from timm's hub, always as safetensors, in the hub's cache."""
     repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
-        path = Path(hf_hub_download(repository, "model.safetensors")).resolve()
+        path = Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(no_weights(timm_name)) from error
     # In the cache a file is a link to one named by the SHA-256 that the hub publishes.
-    if re.fullmatch("[0-9a-f]{64}", path.name) and digest_file(path) != path.name:
-        raise UserError(f"{path} is damaged: timm's hub publishes another checksum; delete it")
+    linked = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", linked.name) and digest_file(path) != linked.name:
+        raise UserError(f"{linked} is damaged: timm's hub publishes another checksum; delete it")
     return path
 
 
