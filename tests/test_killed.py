@@ -73,8 +73,9 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 -m avit_lib".split()
-    arguments, pipe = [sys.executable, *torchrun, *command(tmp_path)], subprocess.PIPE
+    torchrun = "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    arguments = [sys.executable, "-m", *torchrun, "-m", "avit_lib", *command(tmp_path)]
+    pipe = subprocess.PIPE
     launcher = subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True)
     wait_for(2, tmp_path, lambda: launcher.poll() is None)  # what is said of the first is said
     workers = psutil.Process(launcher.pid).children()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError
@@ -46,13 +46,17 @@ def describe(path, **changes):
     beside.write_text(json.dumps(found | {"arguments": found["arguments"] | changes}))
 
 
-def assert_refused(load, *words):
+def spoil(path):
+    """Change the last byte of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def assert_refused(load, words):
     """The error is one line that has these words."""
     with pytest.raises(UserError) as error:
         load()
-    assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- what is written is what is read ----
@@ -64,10 +68,8 @@ def test_round_trip_with_what_was_set_after_the_model_was_made(model, tmp_path):
     save_checkpoint(path, model, NAME, ARGUMENTS, epoch=3)
     found, description = load_checkpoint(path)
     assert not found.training and description["epoch"] == 3 and description["model"] == NAME
-    assert found.state_dict().keys() == model.state_dict().keys()
     for key, value in model.state_dict().items():
         assert torch.equal(value, found.state_dict()[key])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.json", "last.safetensors"]
 
 
 def test_an_adapted_model_is_found_again(tmp_path):
@@ -79,7 +81,9 @@ def test_an_adapted_model_is_found_again(tmp_path):
     assert found.importance_weight == 0.5 and (found.thresholds == 0.75).all()
 
 
-@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.safetensors")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(COMMITTED.glob("*.safetensors")), ids=lambda path: path.stem
+)
 def test_committed_models_load(path):
     model, _ = load_checkpoint(path)
     assert model.num_classes == 101
@@ -120,79 +124,62 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(save
 # ---- what is not whole, or something else ----
 
 
-@pytest.mark.parametrize("content", [b"", b"\x80\x02 no tensors\n" * 50, None])
-def test_what_holds_no_weights_is_refused(saved, content):
-    saved.write_bytes(saved.read_bytes()[:-1] if content is None else content)
-    assert_refused(lambda: load_checkpoint(saved), "last.safetensors is not a whole")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("last.safetensors", None, "is missing"),
+        ("last.safetensors", b"", "is not a whole safetensors file"),
+        ("last.safetensors", b"\x80\x02 no tensors" * 50, "is not a whole safetensors file"),
+        ("last.json", None, "is missing"),
+        ("last.json", b"{", "is damaged"),
+        ("last.json", b"\xff", "is damaged"),
+        ("last.json", b"{}", "does not describe a model"),
+    ],
+)
+def test_a_missing_or_damaged_file_is_named(saved, name, content, words):
+    saved.with_name(name).unlink()
+    if content is not None:
+        saved.with_name(name).write_bytes(content)
+    assert_refused(lambda: load_checkpoint(saved), f"{name} {words}")
 
 
 def test_one_changed_byte_is_noticed(saved):
-    content = saved.read_bytes()
-    saved.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    spoil(saved)
     assert_refused(lambda: load_checkpoint(saved), "last.safetensors does not match the checksum")
-
-
-@pytest.mark.parametrize("name", ["last.safetensors", "last.json"])
-def test_a_missing_file_is_named(saved, name):
-    saved.with_name(name).unlink()
-    assert_refused(lambda: load_checkpoint(saved), f"{name} is missing")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), [(b"{", "damaged"), (b"\xff", "damaged"), (b"{}", "describe a model")]
-)
-def test_a_damaged_description_is_named(saved, content, words):
-    saved.with_suffix(".json").write_bytes(content)
-    assert_refused(lambda: load_checkpoint(saved), "last.json", words)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_classes": 6}, "size mismatch for head.weight"),
-        ({"embed_dim": 32}, "size mismatch for cls_token"),
-        ({"depth": 5}, 'Missing key(s) in state_dict: "blocks.4.'),
-        ({"depth": 3}, 'Unexpected key(s) in state_dict: "blocks.3.'),
+        ({"num_classes": 6}, "AViT: size mismatch for head.weight"),
+        ({"depth": 5}, 'AViT: Missing key(s) in state_dict: "blocks.4.'),
+        ({"depth": 3}, 'AViT: Unexpected key(s) in state_dict: "blocks.3.'),
     ],
 )
 def test_weights_of_another_model_are_refused(saved, changes, words):
     other = timm.create_model(NAME, **({"num_classes": 5} | changes))
-    assert_refused(lambda: load_weights(other, saved), "last.safetensors", words)
+    assert_refused(lambda: load_weights(other, saved), words)
     describe(saved, **changes)
-    assert_refused(lambda: load_checkpoint(saved), "last.safetensors", words)
+    assert_refused(lambda: load_checkpoint(saved), words)
 
 
 # ---- pretrained weights, from a folder or timm's hub ----
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A stand-in for the cache of timm's hub: a file named by its checksum, and a link to it."""
-    monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path / "empty"))
-    source = timm.create_model(PUBLISHED, depth=1)
-    save_file(source.state_dict(), tmp_path / "file")
-    blob = tmp_path / hashlib.sha256((tmp_path / "file").read_bytes()).hexdigest()
-    (tmp_path / "file").rename(blob)
-    (tmp_path / "model.safetensors").symlink_to(blob)
-
-    def download(repository, file):
-        assert (repository, file) == (f"timm/{PUBLISHED}", "model.safetensors")
-        return str(tmp_path / file)
-
-    monkeypatch.setattr(checkpoints, "hf_hub_download", download)
-    return source, blob
-
-
-def test_downloaded_weights_are_loaded_if_their_checksum_fits(hub):
-    source, blob = hub
-    model = timm.create_model(PUBLISHED, depth=1, num_classes=3)
+def test_downloaded_weights_are_loaded_if_their_checksum_fits(tmp_path, monkeypatch):
+    """The cache of timm's hub has files named by their checksums, and links to them."""
+    monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
+    source, model = (timm.create_model(PUBLISHED, depth=1, num_classes=n) for n in (1000, 3))
+    content = save(source.state_dict())
+    file, link = tmp_path / hashlib.sha256(content).hexdigest(), tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    link.symlink_to(file)
+    monkeypatch.setattr(checkpoints, "hf_hub_download", lambda repository, name: tmp_path / name)
     load_pretrained(model, PUBLISHED)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    content = blob.read_bytes()
-    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert_refused(
-        lambda: load_pretrained(model, PUBLISHED), str(blob), "hub publishes another checksum"
-    )
+    spoil(file)
+    words = f"{file} is damaged: timm's hub publishes another checksum"
+    assert_refused(lambda: load_pretrained(model, PUBLISHED), words)
 
 
 def test_weights_in_a_folder_keep_a_head_of_another_size(model, tmp_path, monkeypatch):
@@ -210,5 +197,5 @@ def test_without_weights_and_network_both_ways_are_named(tmp_path, monkeypatch, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     model = timm.create_model(PUBLISHED, depth=1)
-    words = ("timm's hub is out of reach", "put the file there")
-    assert_refused(lambda: load_pretrained(model, PUBLISHED), *words)
+    words = "timm's hub is out of reach; work in a clone of the repository, put the file there"
+    assert_refused(lambda: load_pretrained(model, PUBLISHED), words)

@@ -22,32 +22,22 @@ EXECUTIONS = {"masked": -3.0, "packed": -1.0}
 
 
 def train(folder, execution, batch_size=16):
-    """What the loss gave in each step, means over the processes; how many images; the weights."""
+    """The history of a training, and the weights it ends with."""
     seed_everything(0)
     model = timm.create_model(NAME, beta=EXECUTIONS[execution], execution=execution)
     weights = {"alpha_ponder": 0.01, "alpha_distr": 1.0, "target_depth": 2.0}
-    compute = AdaptiveLoss(**weights, task=TaskLoss(0.1), average=processes.mean)
-    steps = []
-
-    def record(model, images, labels, progress):
-        losses = compute(model, images, labels, progress)
-        values = {"total": losses.total, **losses.parts, "images": torch.tensor(len(images) * 1.0)}
-        steps.append({name: processes.mean(value.detach()).item() for name, value in values.items()})
-        return losses
-
+    loss = AdaptiveLoss(**weights, task=TaskLoss(0.1), average=processes.mean)
     config = Training(epochs=2, learning_rate=2e-3, batch_size=batch_size, warmup_epochs=0)
-    description = {"model": NAME, "arguments": {}}
     history = fit(
         model,
         random_images(64),
-        record,
+        loss,
         config,
         folder / execution,
         lambda trained: {"accuracy": 0.0},
-        description=description,
+        description={"model": NAME, "arguments": {}},
     )
-    means = history["train_loss"].tolist()
-    return {"steps": steps, "means": means, "weights": model.state_dict()}
+    return {"history": history.drop(columns="seconds").to_dict("list"), **model.state_dict()}
 
 
 def join_and_compute(rank, port, folder):
@@ -87,18 +77,14 @@ def several(tmp_path_factory):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_losses_and_weights_are_those_of_a_single_process(several, execution, tmp_path):
-    single = train(tmp_path, execution)
-    expected = pd.DataFrame(single["steps"])
-    assert expected["images"].tolist() == [16] * 8
     first, second = (found[execution] for found in several)
-    assert first["steps"] == second["steps"] and first["means"] == second["means"]
-    steps = pd.DataFrame(first["steps"])
-    assert steps.pop("images").tolist() == [16 / PROCESSES] * 8
-    pd.testing.assert_frame_equal(steps, expected.drop(columns="images"), rtol=1e-5)
-    assert first["means"] == pytest.approx(single["means"], rel=1e-5)
-    for name, weights in single["weights"].items():
-        assert torch.equal(first["weights"][name], second["weights"][name])
-        torch.testing.assert_close(first["weights"][name], weights, rtol=1e-3, atol=1e-4)
+    single = train(tmp_path, execution)
+    history = pd.DataFrame(single.pop("history"))
+    assert first["history"] == second["history"]
+    pd.testing.assert_frame_equal(pd.DataFrame(first["history"]), history, rtol=1e-5)
+    for name, weights in single.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", COUNTS)
