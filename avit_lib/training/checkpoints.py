@@ -58,7 +58,7 @@ def load_checkpoint(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint, in evaluation mode; returns it and its description.
 
-    Raises UserError when a file is missing, damaged, or holds another model than its JSON says.
+    Raises UserError when a file is damaged, or holds another model than its JSON says.
     """
     path = Path(path)
     beside = path.with_suffix(".json")
@@ -96,13 +96,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     The weights alone: what decides on the tokens that leave, as gamma does, stays as it is.
     """
     weights = _read_weights(Path(path))
-    for name in getattr(model, "exact", ()):
+    for name in getattr(model, "added", ()):
         weights.pop(name, None)
     _load_strictly(model, weights, path)
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
-    """Load ImageNet weights from ``weights_dir()``/<timm name>.safetensors, else from timm's hub.
+    """Load ImageNet weights from the file that ``places`` has for them, else from timm's hub.
 
     A classification head of another size is left at its initialisation; positions are resampled to
     the model's grid. Raises UserError without weights, or when the checksum of a download is not
@@ -135,11 +135,7 @@ def _download(timm_name: str) -> Path:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
-    if not path.is_file():
-        raise UserError(
-            f"checkpoint {path} is missing or a folder; train it first, or name another"
-        )
-    path.open("rb").close()  # of a file that may not be read safetensors says that it is missing
+    path.open("rb").close()  # what may not be read is told by Python best
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
     except BAD_WEIGHTS:

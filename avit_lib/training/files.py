@@ -58,10 +58,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file; raises UserError when it is missing or damaged."""
+    """Read the object in a JSON file; raises UserError when it is damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; make it again, or name another checkpoint") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again") from None

@@ -119,7 +119,7 @@ def fit(
 
     # What an epoch changes. The learning rate follows from the number of updates.
     model.to(device)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(model.parameters())
     optimizer = create_optimizer_v2(
         model, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -142,8 +142,9 @@ def fit(
     )
     mix = None
     if config.mixup or config.cutmix:  # the loss smooths
-        classes = len(train.classes)
-        mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+        mix = Mixup(
+            config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes)
+        )
     half = config.precision == "bfloat16" and gains_by_bfloat16(device)
 
     for epoch in range(len(records) + 1, config.epochs + 1):
@@ -173,7 +174,7 @@ def fit(
             processes.average_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
             total = losses.total.item()
-            if not (math.isfinite(total) and math.isfinite(norm)):
+            if not math.isfinite(total + norm):
                 raise UserError(
                     f"loss {total:g}, gradient {norm:g} in epoch {epoch}, batch {step + 1}; lower "
                     f"the learning rate and train into another folder, by --output (the "

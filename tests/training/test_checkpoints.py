@@ -127,20 +127,23 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(save
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("last.safetensors", None, "is missing"),
         ("last.safetensors", b"", "is not a whole safetensors file"),
         ("last.safetensors", b"\x80\x02 no tensors" * 50, "is not a whole safetensors file"),
-        ("last.json", None, "is missing"),
         ("last.json", b"{", "is damaged"),
         ("last.json", b"\xff", "is damaged"),
         ("last.json", b"{}", "does not describe a model"),
     ],
 )
-def test_a_missing_or_damaged_file_is_named(saved, name, content, words):
-    saved.with_name(name).unlink()
-    if content is not None:
-        saved.with_name(name).write_bytes(content)
+def test_a_damaged_file_is_named(saved, name, content, words):
+    saved.with_name(name).write_bytes(content)
     assert_refused(lambda: load_checkpoint(saved), f"{name} {words}")
+
+
+@pytest.mark.parametrize("name", ["last.safetensors", "last.json"])
+def test_a_missing_file_is_named(saved, name):
+    saved.with_name(name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        load_checkpoint(saved)
 
 
 def test_one_changed_byte_is_noticed(saved):
