@@ -46,6 +46,10 @@ def join_and_compute(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with processes.join_others():
         found = {execution: train(folder, execution) for execution in EXECUTIONS}
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        parameter.grad = torch.arange(3.0) * rank
+        processes.average_gradients([parameter])
+        found["gradient"] = parameter.grad
         for count in COUNTS:
             own = torch.arange(count)[processes.part(count)]
             found[count] = processes.gather(torch.stack([own, -own], dim=1), count)
@@ -77,6 +81,7 @@ def several(tmp_path_factory):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_losses_and_weights_are_those_of_a_single_process(several, execution, tmp_path):
+    assert [found["gradient"].tolist() for found in several] == [[0.0, 0.5, 1.0]] * 2
     first, second = (found[execution] for found in several)
     single = train(tmp_path, execution)
     history = pd.DataFrame(single.pop("history"))
