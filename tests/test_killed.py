@@ -15,14 +15,15 @@ import torch
 from conftest import assert_same, at_batch, finished_epochs
 
 from avit_lib import cli
-from avit_lib.losses import AdaptiveLoss
+from avit_lib.losses import TaskLoss
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 8
 
 
 def command(folder, epochs=EPOCHS):
-    options = {"--profile": "smoke", "--device": "cpu", "--epochs": epochs, "--output": folder}
+    options = {"--profile": "smoke", "--model": "deit", "--device": "cpu"}
+    options |= {"--epochs": epochs, "--output": folder}
     return ["fit", *(str(word) for option in options.items() for word in option)]
 
 
@@ -61,7 +62,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupt(losses):
         raise KeyboardInterrupt
 
-    at_batch(monkeypatch, AdaptiveLoss, 5, interrupt)  # of three batches an epoch
+    at_batch(monkeypatch, TaskLoss, 5, interrupt)  # of three batches an epoch
     assert cli.main(command(tmp_path / "pieces", 2)) == 130
     assert "run the same command again to resume" in capsys.readouterr().err
     assert cli.main(command(tmp_path / "pieces", 2)) == 0
