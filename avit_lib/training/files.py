@@ -46,8 +46,8 @@ def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
 def read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
     """Read what ``write_state`` wrote; None when the file is damaged."""
     content = path.read_bytes()
-    state, checksum = content[:-32], content[-32:]
-    if hashlib.sha256(state).digest() != checksum:
+    state = content[:-32]
+    if hashlib.sha256(state).digest() != content[-32:]:
         return None
     return torch.load(io.BytesIO(state), map_location=device, weights_only=True)
 

@@ -26,15 +26,16 @@ from avit_lib.training import processes
 from avit_lib.training.checkpoints import save_checkpoint
 from avit_lib.training.files import read_json, read_state, write_atomically, write_state
 
-# The state after the last finished epoch, and the one before it.
-RESUME, PREVIOUS = "resume.pt", "resume_previous.pt"
+RESUME = "resume.pt"  # the state after the last finished epoch
+PREVIOUS = "resume_previous.pt"  # the one before it
 # What is told of an epoch in one line; all is in history.csv.
 _TOLD = ("train_loss", "val_accuracy", "val_mean_depth", "seconds")
 
 # Of model, images, labels and progress 0..1.
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]
 
-Positive, Fraction = Annotated[float, Meta(gt=0, le=1e6)], Annotated[float, Meta(ge=0, lt=1)]
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 
@@ -109,15 +110,15 @@ def fit(
     when memory does not suffice and when the loss is no longer finite: then the checkpoints of the
     last finished epoch stay.
     """
-    device, run = torch.device(device), description | {"seed": seed}
+    device = torch.device(device)
+    run = description | {"seed": seed}
     history = finished_history(output, run, config)
     if history is not None:
         return history
-    _check_images(train, config)
+    _check_trainable(train, config)
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()  # fails now rather than after the first epoch
 
-    # What an epoch changes. The learning rate follows from the number of updates.
     model.to(device)
     parameters = list(model.parameters())
     optimizer = create_optimizer_v2(
@@ -125,13 +126,6 @@ def fit(
     )
     if adjust:
         adjust(optimizer)
-    average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    result = average.module if average else model  # what is evaluated and kept
-    changing = {"model": model, "optimizer": optimizer, "result": result}
-    records = _resume(output, changing, device)
-    processes.barrier()  # until here all processes only read
-    rank, count = processes.rank(), processes.count()
-
     updates = len(loader(train, config.batch_size, shuffle_seed=0))  # an epoch
     schedule = CosineLRScheduler(
         optimizer,
@@ -140,6 +134,13 @@ def fit(
         warmup_lr_init=config.learning_rate * 1e-3,
         t_in_epochs=False,
     )
+    average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
+    result = average.module if average else model  # what is evaluated and kept
+    changing = {"model": model, "optimizer": optimizer, "result": result}
+    records = _resume(output, changing, device)
+    processes.barrier()  # until here all processes only read
+    rank = processes.rank()
+
     mix = None
     if config.mixup or config.cutmix:  # the loss smooths
         mix = Mixup(
@@ -148,11 +149,12 @@ def fit(
     half = config.precision == "bfloat16" and gains_by_bfloat16(device)
 
     for epoch in range(len(records) + 1, config.epochs + 1):
-        started, parts = time.perf_counter(), []
+        started = time.perf_counter()
+        parts = []
         # Of everything random in this epoch, so that resuming needs no stored random state.
         epoch_seed = seed * 10_007 + epoch
         seed_everything(epoch_seed + 1_000_003 * rank)
-        batches = loader(train, config.batch_size, epoch_seed, share=(rank, count))
+        batches = loader(train, config.batch_size, epoch_seed, share=(rank, processes.count()))
         model.train()
         for step, (images, labels) in enumerate(
             tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=None)
@@ -207,7 +209,7 @@ def fit(
     return pd.DataFrame(records)
 
 
-def _check_images(train: Images, config: Training) -> None:
+def _check_trainable(train: Images, config: Training) -> None:
     """Raise UserError for images or batches that nothing can be learned from."""
     if len(train.classes) < 2:
         raise UserError(
@@ -257,7 +259,8 @@ def _resume(output: Path, changing: dict, device: torch.device) -> list[dict]:
 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:
     """Write history.csv and the last checkpoint, which is the best as well if none was better."""
-    history, last = pd.DataFrame(records), records[-1]
+    history = pd.DataFrame(records)
+    last = records[-1]
     write_atomically(output / "history.csv", history.to_csv(index=False).encode())
     best = last["val_accuracy"] >= history["val_accuracy"].max()
     for name in ("best", "last") if best else ("last",):
