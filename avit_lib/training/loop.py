@@ -189,7 +189,8 @@ def fit(
 
         record = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
         for name, value in pd.DataFrame(parts).mean().items():
-            record[f"train_{name}"] = processes.mean(torch.tensor(value)).item()
+            own = torch.tensor(value, dtype=torch.float64)
+            record[f"train_{name}"] = processes.mean(own).item()
         record |= {f"val_{name}": value for name, value in validate(result).items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
         records.append(record)
