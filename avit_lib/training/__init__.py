@@ -1,5 +1,4 @@
-"""Training: one loop for every model (``loop``), files that survive interruptions (``files``,
-``checkpoints``), several processes (``processes``).
+"""Training: one loop for every model, checkpoints, several processes.
 
 May import the method and ``data``; neither ``evaluation`` nor ``study``: the loop is given what
 validates a model.

@@ -1,8 +1,8 @@
 """Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
 
-import hashlib
 import pickle
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from safetensors.torch import save
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from avit_lib.adaptive import Adaptive, without_thresholds
+from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError
-from avit_lib.places import no_weights, weights_file
+from avit_lib.places import digest_file, no_weights, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 # What safetensors and torch raise for files that are damaged or hold something else, such as code.
@@ -24,18 +24,17 @@ BAD_WEIGHTS = (
     SafetensorError,
     pickle.UnpicklingError,
     RuntimeError,
-    OSError,
     EOFError,
     LookupError,
     AttributeError,
     ValueError,
 )
+# Arguments of earlier A-ViTs, with the values of the only kind that is left.
+FORMER_ARGUMENTS = {"class_token_halts": True, "projection": False}
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model called ``name``, untrained; raises UserError when timm knows none of that
-    name.
-    """
+    """The timm model called ``name``, untrained; raises UserError when timm knows none."""
     if not timm.is_model(name):
         raise UserError(f"there is no model {name!r}; timm.list_models() names them all")
     return timm.create_model(name, **arguments)
@@ -44,19 +43,13 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
 def save_checkpoint(
     path: Path, model: nn.Module, name: str, arguments: dict[str, Any], **facts: Any
 ) -> None:
-    """Write ``path`` (.safetensors) and the JSON beside it: the model's timm name and arguments,
-    checksum, facts.
-    """
-    weights = save({key: value.contiguous() for key, value in model.state_dict().items()})
-    write_atomically(path, weights)
-    description = {
-        "model": name,
-        "arguments": arguments,
-        "sha256": hashlib.sha256(weights).hexdigest(),
-        **facts,
-    }
-    if isinstance(model, Adaptive):
-        description["merging"] = {"importance_weight": model.importance_weight.item()}
+    """Write ``path`` (.safetensors), and beside it as JSON what rebuilds the model, and facts."""
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    write_atomically(path, save(weights))
+    description = {"model": name, "arguments": arguments, "sha256": digest_file(path), **facts}
+    importance_weight = getattr(model, "importance_weight", None)
+    if importance_weight is not None:  # its tokens merge
+        description["merging"] = {"importance_weight": importance_weight.item()}
     write_json(path.with_suffix(".json"), description)
 
 
@@ -65,27 +58,27 @@ def load_checkpoint(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model of a checkpoint, in evaluation mode; returns it and its description.
 
-    Raises UserError when a file is missing, damaged, or holds another model than its JSON says.
+    Raises UserError when a file is damaged, or holds another model than its JSON says.
     """
     path = Path(path)
-    description, weights = read_json(path.with_suffix(".json")), _read_weights(path)
+    beside = path.with_suffix(".json")
+    description = read_json(beside)
+    weights = _read_weights(path)
     try:
-        model, checksum = (
-            create_model(description["model"], description["arguments"]),
-            description["sha256"],
-        )
+        arguments = description["arguments"]
+        for former, value in FORMER_ARGUMENTS.items():
+            if arguments.pop(former, value) != value:
+                raise UserError(f"{beside} sets {former}, which is gone; train the model again")
+        model = create_model(description["model"], arguments)
         if "merging" in description:
             model = without_thresholds(model, **description["merging"])
-            weights.setdefault(
-                "importance_weight", model.importance_weight
-            )  # once it stood in the JSON alone
+        checksum = description["sha256"]
     except (KeyError, TypeError) as error:
+        raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
+    if digest_file(path) != checksum:
         raise UserError(
-            f"{path.with_suffix('.json')} does not describe a model ({error}); train it again"
-        ) from None
-    if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
-        raise UserError(
-            f"{path} does not match the checksum beside it: it is damaged or foreign; train it again"
+            f"{path} does not match the checksum beside it: it is damaged or foreign; "
+            f"train it again"
         )
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
@@ -98,19 +91,18 @@ def count_classes(path: Path) -> int | None:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a state dict of the same shape (DeiT into A-ViT, say) into ``model``; raises UserError
-    if it differs.
+    """Load a state dict of the same shape, DeiT into A-ViT say; raises UserError if it differs.
 
-    The weights alone: by what tokens leave, gamma and beta say, stays as the model was made.
+    The weights alone: what decides on the tokens that leave, as gamma does, stays as it is.
     """
-    weights, settings = _read_weights(Path(path)), getattr(model, "added", ())
-    _load_strictly(
-        model, {key: value for key, value in weights.items() if key not in settings}, path
-    )
+    weights = _read_weights(Path(path))
+    for name in getattr(model, "added", ()):
+        weights.pop(name, None)
+    _load_strictly(model, weights, path)
 
 
 def load_pretrained(model: nn.Module, timm_name: str) -> None:
-    """Load ImageNet weights from ``weights_dir()``/<timm name>.safetensors, else from timm's hub.
+    """Load ImageNet weights from the file that ``places`` has for them, else from timm's hub.
 
     A classification head of another size is left at its initialisation; positions are resampled to
     the model's grid. Raises UserError without weights, or when the checksum of a download is not
@@ -134,58 +126,28 @@ def _download(timm_name: str) -> Path:
         path = Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(no_weights(timm_name)) from error
-    published = (
-        path.resolve().name
-    )  # in the cache a file is a link to one named by the SHA-256 that the hub publishes
-    if (
-        re.fullmatch("[0-9a-f]{64}", published)
-        and hashlib.sha256(path.read_bytes()).hexdigest() != published
-    ):
-        raise UserError(
-            f"{path.resolve()} is damaged: timm's hub publishes another checksum; delete it"
-        )
+    # In the cache a file is a link to one named by the SHA-256 that the hub publishes.
+    linked = path.resolve()
+    if re.fullmatch("[0-9a-f]{64}", linked.name) and digest_file(path) != linked.name:
+        raise UserError(f"{linked} is damaged: timm's hub publishes another checksum; delete it")
     return path
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
-    if not path.is_file():
-        raise UserError(
-            f"checkpoint {path} is missing or a folder; train it first, or name another"
-        )
-    path.open("rb").close()  # of a file that may not be read safetensors says that it is missing
+    path.open("rb").close()  # what may not be read is told by Python best
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
-    except BAD_WEIGHTS as error:
-        reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__
+    except BAD_WEIGHTS:
         raise UserError(
-            f"{path} is not a whole safetensors file, nor a state dict that torch saved ({reason}); "
-            f"train or download it again, or save the state_dict() of its model"
+            f"{path} is not a whole safetensors file, nor a state dict that torch saved; train or "
+            f"download it again, or save the state_dict() of its model"
         ) from None
 
 
-def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path | str) -> None:
-    own = model.state_dict()
-    added = {
-        "direction",
-        *getattr(model, "added", ()),
-    }  # which the model itself sets where a plain one's lack them
-    if missing := sorted(own.keys() - weights.keys() - added):
-        raise UserError(
-            f"{path} is of another architecture: it lacks {missing[0]} and {len(missing) - 1} more"
-        )
-    if surplus := sorted(weights.keys() - own.keys()):
-        raise UserError(
-            f"{path} is of another architecture: it has {surplus[0]} and {len(surplus) - 1} more to spare"
-        )
-    for key, value in own.items():
-        found, wanted = list(weights.get(key, value).shape), list(value.shape)
-        if found != wanted:
-            what = "number of classes" if key.startswith("head.") else "shape"
-            raise UserError(f"{path} has another {what}: {key} is {found}, the model's {wanted}")
+def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(
-            f"{path} is of a model that halts otherwise: {str(error).splitlines()[1].strip()}"
-        ) from None
+        reason = textwrap.shorten(str(error), 300)
+        raise UserError(f"{path} is of another model: {reason}") from None

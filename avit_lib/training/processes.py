@@ -1,5 +1,4 @@
-"""One training on several processes, started by ``torchrun`` or ``accelerate launch``; on a single
-one nothing happens.
+"""One training on several processes, started by ``torchrun``; on a single one nothing happens.
 
 Each holds the whole model and computes its share of each batch; all average gradients and means,
 the first one writes.
@@ -8,12 +7,13 @@ the first one writes.
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from avit_lib.errors import UserError
 
@@ -29,9 +29,8 @@ def rank() -> int:
 
 
 @contextmanager
-def processes() -> Iterator[None]:
-    """Join the other processes of this launch, if there are any; only the first one prints while it
-    lasts.
+def join_others() -> Iterator[None]:
+    """Join the other processes of this launch, if there are any; only the first one prints then.
 
     nccl between GPUs, one to a process; gloo between CPUs. Raises UserError when there are fewer
     GPUs than processes.
@@ -39,30 +38,25 @@ def processes() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if 0 < gpus <= local_rank:
+        raise UserError(f"start as many processes as GPUs: {gpus}")
     if gpus:
-        if local_rank >= gpus:
-            raise UserError(
-                f"process {local_rank} has no GPU: there are {gpus}; start as many processes as GPUs"
-            )
         torch.cuda.set_device(local_rank)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as nowhere:
-        silent = rank() > 0
-        with (
-            redirect_stdout(nowhere if silent else sys.stdout),
-            redirect_stderr(nowhere if silent else sys.stderr),
-        ):
+        out, err = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
+        with redirect_stdout(out), redirect_stderr(err):
             yield
-    # After a fault it would wait for the others; then the launcher ends them
+    # After a fault it would wait for the others; then the launcher ends them.
     dist.destroy_process_group()
 
 
 def barrier() -> None:
     """Wait until every process has come here."""
     if count() > 1:
-        with _others_alive():
-            dist.barrier()
+        dist.barrier()
 
 
 def part(images: int) -> Tensor:
@@ -76,12 +70,9 @@ def part(images: int) -> Tensor:
 
 
 def gather(values: Tensor, images: int) -> Tensor:
-    """Put the ``values`` [k, ...] that the processes computed on their ``part`` into the order of
-    the n ``images``.
-    """
+    """The ``values`` [n, ...] of n ``images``, of which each process computed those of its part."""
     parts = [torch.empty_like(values) for _ in range(count())]
-    with _others_alive():
-        dist.all_gather(parts, values.contiguous())
+    dist.all_gather(parts, values.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)[:images]
 
 
@@ -94,34 +85,14 @@ def mean(value: Tensor) -> Tensor:
     if count() == 1:
         return value
     total = value.detach().clone()
-    with _others_alive():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return value + (total / count() - value.detach())
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace the gradient of each parameter by its mean over the processes; every parameter must
-    have one.
-    """
-    if count() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.requires_grad]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    with _others_alive():
-        dist.all_reduce(flat)
-    for gradient, total in zip(
-        gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-    ):
-        gradient.copy_(total.view_as(gradient) / count())
-
-
-@contextmanager
-def _others_alive() -> Iterator[None]:
-    """Says in words when a process that we talk to is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(
-            f"another process of this run has ended ({str(error).splitlines()[0]}); run the same command again: "
-            f"it resumes after the last finished epoch"
-        ) from None
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Replace the gradient of each parameter by its mean over the processes; all must have one."""
+    if count() > 1:
+        gradients = [parameter.grad for parameter in parameters]
+        total = parameters_to_vector(gradients)
+        dist.all_reduce(total)
+        vector_to_parameters(total / count(), gradients)
