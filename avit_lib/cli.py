@@ -95,7 +95,7 @@ class Chosen(Computing):
             check_run(path.stem, tables["runs"], self.model)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Run a command; returns the exit status.
 
     0: done; 2: a fault that the user can mend, told in one line; 130: Ctrl-C.

@@ -5,7 +5,6 @@ run that ``extends`` another run. The sections ``training`` and ``halting`` of a
 its runs, whose own come first.
 """
 
-import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,6 @@ from msgspec import Meta, Struct
 from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
-from avit_lib.losses import TaskLoss, Teacher
 from avit_lib.study.reading import check_run, checked, lay_over, read_profile
 from avit_lib.training import Training
 
@@ -99,11 +97,6 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """The name of the run whose weights it starts from; empty if it starts from none."""
         return "" if self.init == "pretrained" else self.init
 
-    def task_loss(self, teacher: Any = None) -> TaskLoss:
-        """L_task of this run, with the trained model that teaches, if one does."""
-        taught_by = teacher and Teacher(teacher, self.distillation)
-        return TaskLoss(self.training.label_smoothing, taught_by)
-
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One study from data to results; profiles never share a results folder."""
@@ -138,12 +131,6 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         known = {run.name: run for run in self.runs}
         check_run(self.name, known, name)
         return known[name]
-
-    def chain(self, name: str) -> tuple[Run, ...]:
-        """The run called ``name`` after all those that it starts or learns from."""
-        run = self.run(name)
-        needed = [self.chain(need) for need in (run.start, run.teacher) if need]
-        return tuple(dict.fromkeys([*itertools.chain(*needed), run]))
 
     @property
     def plain(self) -> Run:

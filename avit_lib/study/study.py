@@ -15,7 +15,7 @@ from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
 from avit_lib.data import Images, TrainingData, loader, test_data, training_data
 from avit_lib.errors import UserError
-from avit_lib.losses import AdaptiveLoss, target_distribution
+from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher, target_distribution
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Run, get_profile
@@ -76,7 +76,11 @@ class Study:
 
     def train_chain(self, name: str) -> pd.DataFrame:
         """``train`` the runs that one starts or learns from, then itself; returns its history."""
-        return [self.train(run.name) for run in self.profile.chain(name)][-1]
+        run = self.profile.run(name)
+        for needed in dict.fromkeys((run.start, run.teacher)):
+            if needed:
+                self.train_chain(needed)
+        return self.train(name)
 
     def describe(self, run: Run, start: Path | None, teacher: Path | None) -> dict[str, Any]:
         """What the checkpoints of a run depend on; runs that differ in it are different runs.
@@ -138,7 +142,8 @@ class Study:
                 raise UserError(f"{path} knows other classes than the training images")
         taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
         model = self.initial_model(run, start)
-        loss, adjust = run.task_loss(taught_by), None
+        teaching = taught_by and Teacher(taught_by, run.distillation)
+        loss, adjust = TaskLoss(run.training.label_smoothing, teaching), None
         if run.halting:
             model.execution = run.training.execution
             loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
