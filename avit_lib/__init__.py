@@ -21,7 +21,7 @@ if sys.argv[:1] != ["-m"] or "avit_lib" not in sys.orig_argv:
     from avit_lib.halting import HaltingRule, HaltingTrace
     from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
     from avit_lib.model import AViT
-    from avit_lib.starts import calibrated_beta, fit_start, scale_channel_rate
+    from avit_lib.starts import calibrate_beta, fit_start, scale_channel_rate
 
 
 def load(path, device="cpu"):
@@ -46,7 +46,7 @@ __all__ = [
     "Teacher",
     "UserError",
     "adapt",
-    "calibrated_beta",
+    "calibrate_beta",
     "fit_start",
     "load",
     "scale_channel_rate",
