@@ -122,7 +122,7 @@ def working() -> Iterator[ModuleType]:
     from avit_lib import commands
     from avit_lib.training import processes
 
-    with processes.processes():
+    with processes.join_others():
         yield commands
 
 

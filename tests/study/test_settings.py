@@ -111,7 +111,7 @@ def test_sections_for_all_runs_give_way_to_those_of_a_run(read):
         ("data.colour = 1", "data: .*unknown field `colour`"),
         ("training.batch_size = 'two'", "training.batch_size: expected `int`, got `str`"),
         ("runs.avit.training.learning_rate = nan", "runs.avit.training.learning_rate: .*> 0"),
-        ("runs.avit.training.optimizer = 'nobody'", "runs.avit.training: .*optimizer 'nobody'"),
+        ("runs.avit.training.precision = 'float8'", "runs.avit.training.precision: .*'float8'"),
         ("runs.avit.halting.eps = 1.0", "runs.avit.halting.eps: .*< 1"),
         ("recalibrated.avit = [2.0, 0.5]", r"recalibrated\[.*\]: .*>= 1"),
         ("runs.Two.label = 'x'", "runs.Two"),
