@@ -1,7 +1,9 @@
 """A study: what its runs start from, when they are trained again, what is written of them."""
 
 import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,6 +20,7 @@ from avit_lib.flops import plain_flops
 from avit_lib.starts import channel_parameters
 from avit_lib.study import Sentence, Study
 from avit_lib.study.results import Results, to_markdown
+from avit_lib.study.study import released
 
 DATA = TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
 
@@ -97,6 +100,25 @@ def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
     assert not torch.equal(trained.head.weight, start.head.weight)
     found = study.predict(trained, study.data.validation)
     assert found.flops.mean() < plain_flops(trained, found.depth.shape[1])
+
+
+def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "release.py"))
+    study = open_study("licence = ''")
+    with pytest.raises(UserError, match="profile mine has no licence"):
+        script["release"](study)
+    study = open_study("licence = 'MIT'")
+    study.test = random_images(40, seed=2)
+    study.train_chain("avit_finetuned")
+    table = script["release"](study)
+    assert list(table["model"]) == ["DeiT fine-tuned", "A-ViT halting trained"]
+    assert (table["accuracy, as committed"] - table["accuracy, as trained"]).abs().max() <= 0.05
+    model, described = load(released("mine", "avit_finetuned"))
+    assert described["licence"] == "MIT"
+    exact = ("gamma", "beta", "eps")
+    for name, value in study.load("avit_finetuned").state_dict().items():
+        wanted = value if name in exact else value.half().float()
+        assert torch.equal(model.state_dict()[name], wanted), name
 
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):
