@@ -199,8 +199,8 @@ def visualize(
 
     Args:
         output: The .png, .jpg, .webp, .pdf or .svg to write.
-        images: Numbers of test images, or paths of image files. Default: a test image of each of
-            six classes.
+        images: Numbers of test images, or paths of image files. Default: six test images, evenly
+            spread.
     """
     common.check()
     with working() as commands:

@@ -1,4 +1,7 @@
-"""What each command does, when ``cli`` has looked at its arguments."""
+"""What each command does, when ``cli`` has looked at its arguments.
+
+``common`` are the options that several commands take, as ``cli`` declares them.
+"""
 
 import io
 import json
@@ -24,7 +27,7 @@ from avit_lib.evaluation import bootstrap_intervals, metrics
 from avit_lib.evaluation.speed import benchmark_model
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.report import pictures
-from avit_lib.report.tables import ADAPTED, IMAGENET, adapted_like
+from avit_lib.report.tables import IMAGENET, adapted_like
 from avit_lib.study.reading import checked, lay_over
 from avit_lib.study.results import provenance, results_dir, to_markdown
 from avit_lib.study.settings import Run, get_profile
@@ -111,7 +114,7 @@ def test(common, batch_size: int) -> None:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
     found = find_test_images(common, model, run)
     predictions = predict(model, found, training.pick_device(common.device), batch_size)
-    facts = {"images": len(found), **metrics(predictions)}
+    facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
     table = to_markdown(pd.DataFrame([facts]))
     facts["intervals"] = bootstrap_intervals(predictions, common.seed)
     print(json.dumps(facts, indent=1))
@@ -226,13 +229,15 @@ def benchmark(common, name: str, weights: Path | None, saved: float, images: Pat
     device = training.pick_device(common.device)
     folder = images or data.data_dir() / "caltech101"
     pixels = read_some(model, described, folder, common.seed).to(device)
-    arguments = {"img_size": model.patch_embed.img_size, "num_classes": model.num_classes}
-    twin = described["model"].replace("avit_", "deit_", 1)
-    plain = training.create_model(twin, arguments).to(device).eval()
-    if not hasattr(model, "forward_with_trace"):
-        plain = model.to(device)
+    model.to(device)
+    if hasattr(model, "forward_with_trace"):
+        twin = described["model"].replace("avit_", "deit_", 1)
+        shape = {"img_size": model.patch_embed.img_size, "num_classes": model.num_classes}
+        plain = training.create_model(twin, shape).to(device).eval()
+    else:
+        plain = model
         model = make_adaptive(plain, pixels, saved)
-    print(to_markdown(benchmark_model(model.to(device), plain, pixels)))
+    print(to_markdown(benchmark_model(model, plain, pixels)))
 
 
 def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
@@ -240,7 +245,7 @@ def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
 
     ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on
     train/, if it is there; else on ``CALIBRATION`` of the validation images, without their labels.
-    An ``Adaptive`` model is measured as it is. Raises UserError unless there are 1,000 classes.
+    A model whose tokens leave already is measured as it is. Raises UserError unless there are 1,000 classes.
     """
     model, _ = find_model(common.model or "deit_tiny_patch16_224", common.ckpt)
     device = training.pick_device(common.device)
@@ -252,8 +257,8 @@ def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
             f"{folder} has {len(tested.classes)} classes, the model {model.num_classes}; "
             f"ImageNet has {CLASSES:,}, one folder each"
         )
-    if isinstance(model, adaptive.Adaptive):
-        models = {f"{ADAPTED}, as in the file": model}
+    if hasattr(model, "forward_with_trace"):
+        models = {"as in the file": model}
     else:
         source = open_folder(model, train) if train.is_dir() else tested
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(common.seed))
@@ -306,12 +311,9 @@ def visualize(common, output: Path, images: list[str]) -> None:
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
     classes = classes or name_classes(logits.shape[1])
-    titles = [
-        f"{name}\npredicted: {classes[best]}\nmean depth {mean:.1f}"
-        for name, best, mean in zip(
-            names, logits.argmax(dim=1).tolist(), trace.depth.float().mean(dim=1), strict=True
-        )
-    ]
+    said = [f"predicted: {classes[best]}" for best in logits.argmax(dim=1).tolist()]
+    means = [f"mean depth {mean:.1f}" for mean in trace.depth.float().mean(dim=1)]
+    titles = ["\n".join(lines) for lines in zip(names, said, means, strict=True)]
     patches = trace.depth[:, model.num_prefix_tokens :].cpu()
     figure = pictures.depth_maps(
         data.to_pixels(pixels, statistics),

@@ -231,7 +231,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(images, tmp_path, monk
     assert dark.mean().item() == pytest.approx((70 / 255 - 0.5) / 0.5, abs=0.05)
     model = adaptive.adapt(model, pixels, 0.2)
     assert main(["test", "--data", "imagenet", "--images", str(tmp_path), "--device", "cpu"]) == 0
-    assert tables[1]["model"][0] == "Adaptive merging, as in the file"
+    assert tables[1]["model"][0] == "as in the file"
     monkeypatch.setattr(commands, "CLASSES", 1000)
     assert main(["test", "--data", "imagenet", "--images", str(tmp_path)]) == 2
     assert "has 2 classes, the model 2; ImageNet has 1,000" in capsys.readouterr().err

@@ -67,9 +67,9 @@ def lay_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
     """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
     merged = dict(base)
     for name, value in tables.items():
-        below = base.get(name)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        merged[name] = lay_over(below, value) if both else value
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            value = lay_over(base[name], value)
+        merged[name] = value
     return merged
 
 

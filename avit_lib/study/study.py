@@ -143,7 +143,8 @@ class Study:
         taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
         model = self.initial_model(run, start)
         teaching = taught_by and Teacher(taught_by, run.distillation)
-        loss, adjust = TaskLoss(run.training.label_smoothing, teaching), None
+        loss: TaskLoss | AdaptiveLoss = TaskLoss(run.training.label_smoothing, teaching)
+        adjust = None
         if run.halting:
             model.execution = run.training.execution
             loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
