@@ -245,7 +245,8 @@ def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
 
     ``folder`` holds one folder a class, or val/ with those, beside which thresholds are set on
     train/, if it is there; else on ``CALIBRATION`` of the validation images, without their labels.
-    A model whose tokens leave already is measured as it is. Raises UserError unless there are 1,000 classes.
+    A model whose tokens leave already is measured as it is. Raises UserError unless there are
+    1,000 classes.
     """
     model, _ = find_model(common.model or "deit_tiny_patch16_224", common.ckpt)
     device = training.pick_device(common.device)

@@ -143,11 +143,12 @@ class Study:
         taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
         model = self.initial_model(run, start)
         teaching = taught_by and Teacher(taught_by, run.distillation)
-        loss: TaskLoss | AdaptiveLoss = TaskLoss(run.training.label_smoothing, teaching)
+        task = TaskLoss(run.training.label_smoothing, teaching)
+        loss: TaskLoss | AdaptiveLoss = task
         adjust = None
         if run.halting:
             model.execution = run.training.execution
-            loss = AdaptiveLoss(**run.halting.objective, task=loss, average=processes.mean)
+            loss = AdaptiveLoss(**run.halting.objective, task=task, average=processes.mean)
             if run.halting.fitted:
                 adjust = partial(scale_channel_rate, model, rate=run.halting.channel_rate)
 
