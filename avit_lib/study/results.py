@@ -54,7 +54,7 @@ class Results:
         In the Markdown the first line is the caption, the last one names what made it.
         """
         maker = f"notebook {self.source}" if self.source[:1].isdigit() else self.source
-        page = f"{caption}\n\n{to_markdown(frame)}\n\nMade by {maker}.\n"
+        page = f"{' '.join(caption.split())}\n\n{to_markdown(frame)}\n\nMade by {maker}.\n"
         self._write(f"tables/{name}.csv", frame.to_csv(index=False, float_format="%.6g").encode())
         self._write(f"tables/{name}.md", page.encode())
         return frame
@@ -69,7 +69,7 @@ class Results:
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png, caption and source in its metadata."""
         png = io.BytesIO()
-        metadata = {"Description": caption, "Source": self.source}
+        metadata = {"Description": " ".join(caption.split()), "Source": self.source}
         look = {"dpi": FIGURE_DPI, "bbox_inches": "tight", "facecolor": "white"}
         figure.savefig(png, format="png", metadata=metadata, **look)
         self._write(f"figures/{name}.png", png.getvalue())
@@ -94,9 +94,7 @@ class Results:
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:
-    """Where a number comes from: commit and whether the code differed from it, seed, versions,
-    hardware, date.
-    """
+    """Where a number comes from: seed, commit, whether the code differed, versions, hardware."""
     commit, dirty = _git_state()
     return {
         "profile": profile,

@@ -125,7 +125,7 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     results = Results("mine", 3, "04_evaluation")
     frame = pd.DataFrame({"model": ["a"], "accuracy": [0.123456789], "fitted": [True]})
-    assert results.table(frame, "04_short", "What it is.") is frame
+    assert results.table(frame, "04_short", "What\n  it is.") is frame
     page = (tmp_path / "mine" / "tables" / "04_short.md").read_text()
     assert page.startswith("What it is.\n\n| model | accuracy | fitted |\n")
     assert "| a | 0.1235 | yes |" in page
