@@ -1,6 +1,4 @@
-"""What several tests share: small data, a small model whose tokens halt at many depths, what a run
-left, no network.
-"""
+"""What several tests share: small data and models, what a run left, no network."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -9,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
 import timm
@@ -16,6 +15,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from msgspec import structs
+from PIL import Image
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
@@ -25,8 +25,7 @@ from avit_lib.data.images import batch_transform
 from avit_lib.evaluation import speed
 from avit_lib.losses import Losses
 from avit_lib.model import AViT
-from avit_lib.study import figures, get_profile, tables
-from avit_lib.study.settings import Profile
+from avit_lib.study import Profile, get_profile
 from avit_lib.training import read_json
 
 torch.set_num_threads(1)
@@ -54,9 +53,7 @@ def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
 
 
 def four_runs() -> Profile:
-    """The smoke profile with two plain runs and two that halt, under short labels, and nothing
-    besides.
-    """
+    """The smoke profile with two plain runs and two that halt, under short labels."""
     profile = get_profile("smoke")
     labels = {
         "deit": "DeiT",
@@ -84,31 +81,37 @@ def small_profile(tmp_path_factory) -> Iterator[Path]:
         yield path
 
 
+def write_photographs(root: Path, **counts: int) -> Path:
+    """Grey JPEGs of two classes, bright and dark: so many of each in every named part."""
+    generator = np.random.default_rng(0)
+    for part, count in counts.items():
+        for label, brightness in (("bright", 150), ("dark", 20)):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                shape = (30 + number, 40)
+                pixels = generator.integers(brightness, brightness + 100, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{number}.jpg")
+    return root
+
+
 def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:
-    """``count`` 28 x 28 images of noise, the brighter the higher their label; the labels take
-    turns.
-    """
+    """``count`` 28 x 28 images of noise, the brighter the higher their label, which take turns."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 100, (count, 3, 28, 28), dtype=torch.uint8, generator=generator)
-    images += (torch.arange(count) % classes * (150 // classes)).to(torch.uint8)[
-        :, None, None, None
-    ]
-    return Images(
-        images, torch.arange(count) % classes, tuple(map(str, range(classes))), batch_transform(28)
-    )
+    labels = torch.arange(count) % classes
+    images += (labels * (150 // classes)).to(torch.uint8)[:, None, None, None]
+    return Images(images, labels, tuple(map(str, range(classes))), batch_transform(28))
 
 
 def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
-    """A float64 model in evaluation mode in which the brightness of a patch decides how deep it
-    goes.
+    """A float64 model in which the brightness of a patch decides how deep it goes.
 
     Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel``
     for the class token.
     """
     torch.manual_seed(0)
-    model = (
-        small_model("avit", **({"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs)).double().eval()
-    )
+    settings = {"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs
+    model = small_model("avit", **settings).double().eval()
     with torch.no_grad():
         weight = model.patch_embed.proj.weight
         weight[0] = 1 / weight[0].numel()
@@ -119,9 +122,7 @@ def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
 
 
 def bright_and_dark(patch: int = 7) -> torch.Tensor:
-    """Images [4, 3, 28, 28]: patches of random brightness (two images), all very bright, all very
-    dark.
-    """
+    """Images [4, 3, 28, 28]: two of patches of random brightness, one all bright, one all dark."""
     generator = torch.Generator().manual_seed(1)
     side = 28 // patch
     brightness = torch.randn(4, 1, side, side, generator=generator, dtype=torch.float64) * 2
@@ -133,11 +134,8 @@ def bright_and_dark(patch: int = 7) -> torch.Tensor:
 
 def finished_epochs(folder: Path) -> int:
     """How many epochs the history of a run in ``folder`` has so far."""
-    return (
-        len((folder / "history.csv").read_text().splitlines()) - 1
-        if (folder / "history.csv").is_file()
-        else 0
-    )
+    history = folder / "history.csv"
+    return len(history.read_text().splitlines()) - 1 if history.is_file() else 0
 
 
 def content(folder: Path) -> dict:
@@ -153,9 +151,7 @@ def content(folder: Path) -> dict:
 
 def assert_same(folder: Path, whole: Path) -> None:
     """The runs in both folders left the same."""
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        path.name for path in whole.iterdir()
-    )
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
     assert content(folder) == content(whole)
 
 
@@ -175,38 +171,32 @@ def at_batch(
 
 
 def assert_labels_on_the_page(drawn: dict[str, Figure]) -> None:
-    """Every one of some named figures draws, cuts nothing off, is as wide as all, and is unknown to
-    pyplot.
-    """
+    """Every figure draws, cuts nothing off, is as wide as all, and is unknown to pyplot."""
+    from avit_lib.report import figures
+
     for name, figure in drawn.items():
         FigureCanvasAgg(figure).draw()
         page, taken = figure.bbox_inches, figure.get_tightbbox()
-        assert taken.x0 > -0.05 and taken.y0 > -0.05, (
-            f"{name} is cut off at the left or bottom: {taken}"
-        )
-        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, (
-            f"{name} is cut off: {taken} on {page}"
-        )
+        assert min(taken.x0, taken.y0) > -0.05, f"{name} is cut off at the left or bottom: {taken}"
+        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off"
         assert figure.get_figwidth() == figures.WIDTH, name
     assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
 
 
 def public_names(module: ModuleType) -> set[str]:
     """What a module defines for others."""
-    found = {
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", "") == module.__name__
-    }
-    return {name for name in found if not name.startswith("_")}
+    own = {name: getattr(value, "__module__", "") for name, value in vars(module).items()}
+    return {name for name in own if own[name] == module.__name__ and not name.startswith("_")}
 
 
 @pytest.fixture
 def one_round(monkeypatch):
     """Timings take one short round."""
-    monkeypatch.setattr(speed, "interleaved", partial(speed.interleaved, minimum=0.01))
+    from avit_lib.report import tables
+
+    monkeypatch.setattr(speed, "interleave", partial(speed.interleave, minimum=0.01))
     for name in ("ROUNDS", "FEWER_ROUNDS"):
-        monkeypatch.setattr(tables, name, 1)
+        monkeypatch.setattr(tables, name, 1, raising=False)
     gc.freeze()  # what is there need not be looked through before each timing
     yield
     gc.unfreeze()
@@ -215,14 +205,8 @@ def one_round(monkeypatch):
 @pytest.fixture
 def no_network(monkeypatch):
     """Every download fails at once, wherever the tests run."""
-    for name in (
-        "http_proxy",
-        "https_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "all_proxy",
-        "ALL_PROXY",
-    ):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
+        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)

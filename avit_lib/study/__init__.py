@@ -1,15 +1,26 @@
 """What the notebooks and the command line see: one study, from its settings to its results.
 
-``settings`` reads profiles, one TOML file each in ``profiles/``. ``study`` has the data and models
-of one, and trains what is missing or out of date; ``fingerprint`` is the code that a result was
-computed from. ``tables`` and ``figures`` compare models, ``pictures`` show tokens, where several
-places need them; what one notebook alone shows is made in it. ``results`` writes them and pages of
-them, ``notebooks`` runs notebooks; ``sweep`` and ``benchmark`` are commands.
+``reading`` finds profiles, one TOML file each in ``profiles/``, ``settings`` checks them. ``study``
+has the data and models of one, and trains what is missing or of other settings; ``results`` writes
+what was found.
 
-May import every other room; nothing but the command line and the notebooks imports it.
+May import the method, data, training and evaluation; neither report nor the command line.
 """
 
-from avit_lib.study.settings import Profile, Run, get_profile
-from avit_lib.study.study import Study
+from importlib import import_module
 
-__all__ = ["Profile", "Run", "Study", "get_profile"]
+HOMES = {
+    "Profile": "settings",
+    "Run": "settings",
+    "Sentence": "results",
+    "Study": "study",
+    "get_profile": "settings",
+}
+__all__ = ["Profile", "Run", "Sentence", "Study", "get_profile"]
+
+
+def __getattr__(name: str):
+    """Import a name when it is asked for: ``reading`` alone needs no torch."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -1,59 +1,43 @@
-"""A study: what its runs start from, and what their checkpoints keep."""
+"""A study: what its runs start from, when they are trained again, what is written of them."""
 
-import re
+import json
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import random_images
+from matplotlib.figure import Figure
 from msgspec import structs
+from PIL import Image
 
-from avit_lib import training
-from avit_lib.adaptive import Adaptive
+from avit_lib import load
 from avit_lib.data import TrainingData
 from avit_lib.errors import UserError
-from avit_lib.evaluation import metrics, predict
 from avit_lib.flops import plain_flops
 from avit_lib.starts import channel_parameters
-from avit_lib.study.settings import Halting, Run
-from avit_lib.study.study import initial_model, train_run
-from avit_lib.training import Training, load_checkpoint
+from avit_lib.study import Sentence, Study
+from avit_lib.study.results import Results, to_markdown
+from avit_lib.study.study import released
 
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def run(monkeypatch):
-    monkeypatch.setattr(
-        training, "load_pretrained", lambda *_: None
-    )  # there are none of a small model
-    halting = Halting(
-        beta=-2.5,
-        alpha_ponder=1e-3,
-        target_depth=2.5,
-        target_std=10.0,
-        start="class_attention",
-        channel_rate=0.0,
-    )
-    settings = Training(
-        epochs=2, learning_rate=1e-3, batch_size=16, weight_decay=0.0, execution="packed"
-    )
-    return Run(
-        name="fitted",
-        label="fitted",
-        model="avit_nano",
-        init="pretrained",
-        pretrained="any",
-        training=settings,
-        halting=halting,
-    )
+DATA = TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
 
 
 @pytest.fixture
-def data():
-    return TrainingData(
-        random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28
-    )
+def open_study(small_profile, tmp_path, monkeypatch):
+    """Makes a study of small models on images of noise, whose profile has some lines more."""
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path / "results"))
+
+    def open_study(text="", data=DATA):
+        path = tmp_path / "mine.toml"
+        path.write_text(f"extends = '{small_profile}'\ntraining.weight_decay = 0.0\n{text}\n")
+        study = Study(str(path), device="cpu")
+        study.data = data
+        return study
+
+    return open_study
 
 
 def channels(model):
@@ -61,97 +45,115 @@ def channels(model):
     return [parameter[index].detach().clone() for parameter, index in channel_parameters(model)]
 
 
-def test_a_run_starts_fitted_and_keeps_it(run, data, tmp_path):
-    unfitted_run = structs.replace(
-        run, halting=structs.replace(run.halting, start="beta", channel_rate=1.0)
-    )
-    start = initial_model(run, data, None, 0, CPU)
-    plain = initial_model(unfitted_run, data, None, 0, CPU)
-    history = train_run(run, data, tmp_path, None, None, 0, CPU)
-    assert len(history) == 2
-    trained = load_checkpoint(tmp_path / "last.safetensors", CPU)[0]
-    kept, after, unfitted = (channels(model) for model in (start, trained, plain))
-    assert all(map(torch.equal, kept, after))
-    assert not all(map(torch.equal, kept, unfitted))
+def test_a_training_is_kept_until_its_settings_or_images_change(open_study, capsys):
+    study = open_study()
+    with pytest.raises(UserError, match="has not been trained to the end in profile mine: run"):
+        study.load("avit_finetuned")
+    history = study.train_chain("avit_finetuned")
+    assert "train_distillation" in history and sorted(
+        path.name for path in study.checkpoints.iterdir()
+    ) == ["avit_finetuned", "deit"]
+    before = study.checkpoint("avit_finetuned").stat().st_mtime_ns
+
+    study = open_study()
+    pd.testing.assert_frame_equal(study.train_chain("avit_finetuned"), history)
+    assert study.checkpoint("avit_finetuned").stat().st_mtime_ns == before
+
+    capsys.readouterr()
+    study = open_study("runs.avit_finetuned.halting.alpha_distr = 0.3")
+    study.train_chain("avit_finetuned")
+    told = capsys.readouterr().out
+    assert told.count("its settings or images changed; training again") == 1
+    assert study.checkpoint("avit_finetuned").stat().st_mtime_ns > before
+
+    other = replace(DATA, split=DATA.split | {"content": {"train": "another digest"}})
+    open_study("runs.avit_finetuned.halting.alpha_distr = 0.3", other).train_chain("avit_finetuned")
+    assert capsys.readouterr().out.count("training again") == 2  # deit, and what starts from it
+
+    known = study.folder("deit") / "last.json"
+    known.write_text(json.dumps(json.loads(known.read_text()) | {"epoch": 1}))
+    with pytest.raises(UserError, match="DeiT fine-tuned has not been trained to the end"):
+        study.checkpoint("deit")  # of two epochs: it was interrupted
 
 
-def test_a_run_that_merges_is_adapted_before_it_is_trained(run, data, tmp_path):
-    merging = structs.replace(run, model="deit_nano", halting=None, saved=0.2)
-    assert (
-        merging.method == "ours" and Run.method.fget(structs.replace(merging, saved=0.0)) == "plain"
-    )
-    start = initial_model(merging, data, None, 0, CPU)
-    train_run(merging, data, tmp_path, None, None, 0, CPU)
-    trained, described = load_checkpoint(tmp_path / "last.safetensors", CPU)
-    assert (
-        isinstance(trained, Adaptive)
-        and trained.importance_weight == described["merging"]["importance_weight"]
-    )
+def test_a_fitted_channel_is_held_or_learns_at_a_rate_of_its_own(open_study, tmp_path):
+    study, steps = open_study(), {}
+    plain = structs.replace(study.profile.run("avit"), training=study.profile.plain.training)
+    fitted = channels(study.initial_model(plain))
+    unfitted = structs.replace(plain, halting=structs.replace(plain.halting, start="beta"))
+    assert not all(map(torch.equal, channels(study.initial_model(unfitted)), fitted))
+    for rate in (0.0, 0.5, 1.0):
+        halting = structs.replace(plain.halting, channel_rate=rate)
+        run = structs.replace(plain, name=f"rate{rate}", halting=halting)
+        training = structs.replace(run.training, epochs=1)
+        study.train_into(tmp_path / run.name, structs.replace(run, training=training), None, None)
+        trained = channels(load(tmp_path / run.name / "last.safetensors")[0])
+        steps[rate] = sum((new - old).abs().sum() for new, old in zip(trained, fitted, strict=True))
+    assert steps[0.0] == 0 and 0.3 < steps[0.5] / steps[1.0] < 0.7
+
+
+def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
+    study = open_study()
+    study.train_chain("merging")
+    start, trained = study.initial_model(study.profile.run("merging")), study.load("merging")
     assert torch.equal(trained.thresholds, start.thresholds) and trained.thresholds.isfinite().any()
     assert not torch.equal(trained.head.weight, start.head.weight)
-    found = predict(trained, data.validation)
-    assert (
-        metrics(trained, found)["gflops_per_image"]
-        < plain_flops(trained, found.depth.shape[1]) / 1e9
-    )
+    found = study.predict(trained, study.data.validation)
+    assert found.flops.mean() < plain_flops(trained, found.depth.shape[1])
 
 
-def test_a_channel_learns_at_a_rate_of_its_own(run, data, tmp_path):
-    """With half the rate it goes about half as far in the first epoch."""
-    start, steps = channels(initial_model(run, data, None, 0, CPU)), []
-    for rate in (0.5, 1.0):
-        halting = structs.replace(run.halting, channel_rate=rate)
-        brief = structs.replace(run.training, epochs=1)
-        train_run(
-            structs.replace(run, halting=halting, training=brief),
-            data,
-            tmp_path / str(rate),
-            None,
-            None,
-            0,
-            CPU,
-        )
-        after = channels(load_checkpoint(tmp_path / str(rate) / "last.safetensors", CPU)[0])
-        steps.append(sum((new - old).abs().sum() for new, old in zip(after, start, strict=True)))
-    assert 0.3 < steps[0] / steps[1] < 0.7
+def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "release.py"))
+    study = open_study("licence = ''")
+    with pytest.raises(UserError, match="profile mine has no licence"):
+        script["release"](study)
+    study = open_study("licence = 'MIT'")
+    study.test = random_images(40, seed=2)
+    study.train_chain("avit_finetuned")
+    table = script["release"](study)
+    assert list(table["model"]) == ["DeiT fine-tuned", "A-ViT halting trained"]
+    assert (table["accuracy, as committed"] - table["accuracy, as trained"]).abs().max() <= 0.05
+    model, described = load(released("mine", "avit_finetuned"))
+    assert described["licence"] == "MIT"
+    exact = ("gamma", "beta", "eps")
+    for name, value in study.load("avit_finetuned").state_dict().items():
+        wanted = value if name in exact else value.half().float()
+        assert torch.equal(model.state_dict()[name], wanted), name
 
 
-def test_weights_that_a_run_lacks_or_cannot_use_are_named(run, data, tmp_path):
-    plain = structs.replace(run, name="plain", model="deit_nano", halting=None)
-    train_run(plain, data, tmp_path / "plain", None, None, 0, CPU)
-    weights, others = (
-        tmp_path / "plain" / "last.safetensors",
-        replace(data, train=random_images(64, classes=3)),
-    )
-    for changes, teacher, images, message in (
-        (
-            {"init": "plain"},
-            None,
-            data,
-            "run 'fitted' starts or learns from run 'plain': name its weights by --ckpt",
-        ),
-        (
-            {"teacher": "plain"},
-            None,
-            data,
-            "learns from run 'plain': name its weights by --teacher",
-        ),
-        ({}, weights, data, "run 'fitted' has no teacher; leave out --teacher"),
-        ({"teacher": "plain"}, weights, others, f"{weights} was trained for other classes"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)) as error:
-            train_run(
-                structs.replace(run, **changes), images, tmp_path / "run", None, teacher, 0, CPU
-            )
-        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
-    taught = structs.replace(run, teacher="plain")
-    assert "train_distillation" in train_run(taught, data, tmp_path / "run", None, weights, 0, CPU)
+def test_results_say_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    results = Results("mine", 3, "04_evaluation")
+    frame = pd.DataFrame({"model": ["a"], "accuracy": [0.123456789], "fitted": [True]})
+    assert results.table(frame, "04_short", "What\n  it is.") is frame
+    page = (tmp_path / "mine" / "tables" / "04_short.md").read_text()
+    assert page.startswith("What it is.\n\n| model | accuracy | fitted |\n")
+    assert "| a | 0.1235 | yes |" in page
+    assert page.endswith("\n\nMade by notebook 04_evaluation.\n")
+    assert results.read("04_short")["accuracy"].item() == 0.123457
+    with pytest.raises(UserError, match=r"other\.csv is missing; run the notebooks before"):
+        results.read("other")
+
+    results.figure(Figure(figsize=(1, 1)), "04_points", "Points.")
+    with Image.open(tmp_path / "mine" / "figures" / "04_points.png") as picture:
+        assert picture.info["Description"] == "Points."
+        assert picture.info["Source"] == "04_evaluation"
+
+    said = results.finding("It is\n  so.", "04_so")
+    assert isinstance(said, Sentence) and said == "It is so."
+    results.metrics({"a": 1}, "evaluation")
+    assert json.loads((tmp_path / "mine" / "metrics" / "evaluation.json").read_text()) == {"a": 1}
+    (origin,) = (tmp_path / "mine" / "provenance").iterdir()
+    facts = json.loads(origin.read_text())
+    assert origin.name == "04_evaluation.json" and facts["seed"] == 3 and facts["seconds"] >= 0
+    assert len(facts["commit"]) == 40 and set(facts["packages"]) >= {"torch", "timm"}
 
 
-def test_a_model_trained_on_other_pictures_of_these_names_is_not_taken_for_this_one(
-    run, data, tmp_path
-):
-    train_run(run, data, tmp_path, None, None, 0, CPU)
-    other = replace(data, split=data.split | {"content": {"train": "another checksum"}})
-    with pytest.raises(UserError, match="holds another run"):
-        train_run(run, other, tmp_path, None, None, 0, CPU)
+def test_numbers_in_markdown_are_short_and_to_the_right():
+    frame = pd.DataFrame({"x": [1.0, float("nan")], "n": [1200, 2], "word": ["a", "b"]})
+    assert to_markdown(frame).splitlines() == [
+        "| x | n | word |",
+        "| ---: | ---: | :--- |",
+        "| 1 | 1200 | a |",
+        "|  | 2 | b |",
+    ]
