@@ -91,7 +91,7 @@ $(STAMPS)/03_train_avit: $(STAMPS)/02_finetune_deit
 $(STAMPS)/04_evaluation: $(STAMPS)/03_train_avit
 $(STAMPS)/05_halting_analysis: $(STAMPS)/03_train_avit
 $(STAMPS)/06_efficiency: $(STAMPS)/03_train_avit
-$(STAMPS)/07_adapt: $(STAMPS)/02_finetune_deit
+$(STAMPS)/07_adapt: $(STAMPS)/04_evaluation
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
@@ -129,7 +129,7 @@ release: setup  ## Write the headline models of PROFILE in half precision, to be
 
 benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
 	@$(BIN)/python scripts/benchmark.py --seed "$(SEED)"
-	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
+	@$(BIN)/python scripts/pages.py --profile benchmark
 
 # Two processes of one thread each: most tests are too small to gain by a second thread.
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
