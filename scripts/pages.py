@@ -190,8 +190,9 @@ def main() -> None:
     page = describe_page(parser.parse_args().profile)
     remove_stale(results_dir(page.name))
     print(f"results: {write_page(page)}")
-    for name in PAGES:
-        stamp_page(project_root() / name)
+    for path in map(project_root().joinpath, PAGES):
+        if path.is_file():
+            stamp_page(path)
 
 
 if __name__ == "__main__":
