@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce train release benchmark test test-browser lint readme lock clean clean-results
+.PHONY: help setup lab reproduce readme train release benchmark test test-browser lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
