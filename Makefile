@@ -81,6 +81,9 @@ ifneq ($(filter reproduce,$(MAKECMDGOALS)),)
 SWEEP := $(shell sed -n 's/^sweep *= *//p' $(dependencies) | head -n 1 | sed 's/\[ *\]//')
 NAMES := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
 NAMES := $(if $(SWEEP),$(NAMES),$(filter-out 08_seeds,$(NAMES)))
+# an executed copy that somebody removed is made again
+$(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMPS)/$(name): missing-copy)))
+.PHONY: missing-copy
 endif
 
 reproduce: $(NAMES:%=$(STAMPS)/%)  ## Train and run what is out of date in PROFILE: in a fresh clone, everything
@@ -97,7 +100,7 @@ $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
 # newer. The executed copy is replaced by a good one only.
 $(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAMP)
-	@echo "notebook $*: $(if $(wildcard $@),newer than its last run: $?,has not run yet)"
+	@echo "notebook $*: $(if $(wildcard $@),since its last run: $?,has not run yet)"
 	@mkdir -p $(COPIES) && touch $@.started
 	@$(BIN)/python -m papermill $< $(COPIES)/$*.running.ipynb --cwd notebooks --kernel python3 \
 		-r PROFILE "$(AS_SEEN_FROM_NOTEBOOKS)" -p SEED $(SEED) --start-timeout 300 --stdout-file - \

@@ -22,7 +22,7 @@ from avit_lib.study.results import results_dir, to_markdown
 from avit_lib.training import read_json, write_atomically
 
 PAGES = ("README.md", "results/README.md", "notebooks/README.md")
-MADE_BY = re.compile(r"^Made by (?:notebook )?`?(?:make )?(\w+)`?\.$", re.MULTILINE)
+MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
@@ -68,10 +68,11 @@ def read_result(path: Path) -> Result:
     """A table (.md), finding (.md) or figure (.png) with its caption and source."""
     if path.suffix == ".png":
         with Image.open(path) as image:
-            return Result(path, image.info.get("Description", ""), image.info.get("Source", ""))
+            source = Path(image.info.get("Source", "")).stem
+            return Result(path, image.info.get("Description", ""), source)
     text = path.read_text()
     made_by = MADE_BY.search(text)
-    source = made_by[1] if made_by else guess_source(path)
+    source = Path(made_by[1]).stem if made_by else guess_source(path)
     body = MADE_BY.sub("", text).strip()
     if path.parent.name == "findings":
         return Result(path, "", source, body)

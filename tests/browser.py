@@ -1,4 +1,4 @@
-"""The notebooks in a real browser, in JupyterLab as `make lab` starts it: opened and run."""
+"""The notebooks in a real browser, in JupyterLab as `make lab` starts it: opened and run.
 
 Not among the tests of `make test`: run by `make test-browser`, which needs chromium and selenium.
 """
