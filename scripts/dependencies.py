@@ -28,7 +28,11 @@ def list_profile_files(profile: str) -> list[Path]:
     while True:
         path = folder / profile if profile.endswith(".toml") else PROFILES / f"{profile}.toml"
         if not path.is_file():
-            sys.exit(f"error: unknown profile {profile!r}: {os.path.relpath(path)} is missing")
+            known = ", ".join(sorted(path.stem for path in PROFILES.glob("*.toml")))
+            sys.exit(
+                f"error: unknown profile {profile!r}; choose from {known}, "
+                "or name a file that ends in .toml"
+            )
         if path in files:
             return files  # they extend each other in a circle: the notebook says so
         files.append(path)
