@@ -72,18 +72,20 @@ def read_result(path: Path) -> Result:
             return Result(path, image.info.get("Description", ""), source)
     text = path.read_text()
     made_by = MADE_BY.search(text)
-    source = Path(made_by[1]).stem if made_by else guess_source(path)
+    source = Path(made_by[1]).stem if made_by else ""
     body = MADE_BY.sub("", text).strip()
     if path.parent.name == "findings":
-        return Result(path, "", source, body)
+        return Result(path, "", source or guess_source(path), body)
     caption, _, rows = body.partition("\n")
     return Result(path, caption, source, rows.strip())
 
 
-def guess_source(path: Path) -> str:
-    """What made a finding, by the first part of its name: 04_avit_held is of 04_evaluation."""
-    prefix = path.stem.split("_")[0]
-    made = sorted((path.parents[1] / "provenance").glob(f"{prefix}*.json"))
+def guess_source(finding: Path) -> str:
+    """What made a finding: what made a table whose name begins alike, as 04_short, 04_avit_held."""
+    folder, prefix = finding.parents[1], finding.stem.split("_")[0]
+    for table in sorted((folder / "tables").glob(f"{prefix}*.md")):
+        return read_result(table).source
+    made = sorted((folder / "provenance").glob(f"{prefix}*.json"))
     return made[0].stem if made else ""
 
 

@@ -64,6 +64,13 @@ def test_a_page_has_what_a_notebook_found(results):
     assert "Packages: torch 2.10." in text
 
 
+def test_a_finding_is_of_what_made_the_tables_of_its_name(results):
+    finding = results / "findings" / "speed_of_all.md"
+    finding.write_text("All are fast.\n")
+    found = SCRIPTS["pages"]["read_result"](finding)
+    assert (found.source, found.body) == ("04_evaluation", "All are fast.")
+
+
 def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
     page = tmp_path / "README.md"
     empty = "a\n<!-- begin smoke/{0} -->\n<!-- end smoke/{0} -->\nb\n"
