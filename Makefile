@@ -1,9 +1,11 @@
-# The whole study from a shell; `make` alone lists what there is.
+# The study as a graph of files. A notebook runs again when its source, the profile, a library file
+# that it uses or a notebook whose results it reads is newer than its last run.
+# `make` alone lists what there is.
 
 PROFILE  ?= caltech24
 SEED     ?= 0
 VENV     ?= .venv
-RUN      ?= avit
+RUN      ?= avit_finetuned
 NPROC    ?= 1
 PYTHON   ?= python3
 PIP_ARGS ?=
@@ -18,9 +20,14 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 4294967296
 # torch's profiler: no lines of its own in a notebook, such as that it found no GPU.
 export KINETO_LOG_LEVEL ?= 6
+# The kernel of this environment, though the user may have others.
+export JUPYTER_PREFER_ENV_PATH = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab reproduce notebooks train sweep release benchmark test test-browser lint readme badges lock clean clean-results
+.DELETE_ON_ERROR:
+.NOTPARALLEL:  # notebooks measure times
+.SECONDEXPANSION:
+.PHONY: help setup lab reproduce readme train release benchmark test test-browser lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -35,10 +42,12 @@ help:  ## List the targets and variables
 	@echo "  PIP_ARGS=$(PIP_ARGS)  more arguments of pip install; without a GPU, for a download of 1 GB in place of 5:"
 	@echo "    PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
 
+# --- the environment ------------------------------------------------------------------------------
+
 setup: $(STAMP)  ## Make .venv with everything the study needs (does nothing when up to date)
 
-# The stamp is written last: a set-up that was cut short does not count as done. The locked versions need
-# Python 3.11; on 3.10 pip chooses within the ranges of pyproject.toml.
+# The stamp is written last: a set-up that was cut short does not count as done. The locked versions
+# need Python 3.11; on 3.10 pip chooses within the ranges of pyproject.toml.
 $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(check_python) && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[notebooks,dev]" \
@@ -53,47 +62,92 @@ define check_python
 endef
 
 lab: setup  ## Open the notebooks in JupyterLab
-	JUPYTER_PREFER_ENV_PATH=1 JUPYTER_CONFIG_PATH=notebooks/.jupyter \
-		$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/01_algorithm.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" notebooks/01_algorithm.ipynb
 
-reproduce: setup  ## Train and run everything of PROFILE from scratch (goes on after an interruption)
-	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)" --fresh
+# --- the notebooks --------------------------------------------------------------------------------
 
-notebooks: setup  ## Run those notebooks of PROFILE whose results are out of date
-	@$(AVIT) notebooks --profile "$(PROFILE)" --seed "$(SEED)"
+RESULTS := $(or $(AVIT_RESULTS),results)/$(basename $(notdir $(PROFILE)))
+COPIES  := $(RESULTS)/notebooks
+STAMPS  := $(RESULTS)/.stamps
+# notebooks run in their own folder
+AS_SEEN_FROM_NOTEBOOKS := $(if $(filter %.toml,$(filter-out /%,$(PROFILE))),../)$(PROFILE)
+
+# $(call dependencies,NOTEBOOK): the profile's files and, with NOTEBOOK, those of the library
+dependencies = $(or $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/dependencies.py "$(PROFILE)" $(1)), \
+	$(error cannot tell what the notebooks of PROFILE=$(PROFILE) depend on))
+
+ifneq ($(filter reproduce,$(MAKECMDGOALS)),)
+# the models of several seeds, only where the profile names some
+SWEEP := $(shell sed -n 's/^sweep *= *//p' $(dependencies) | head -n 1 | sed 's/\[ *\]//')
+NAMES := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
+NAMES := $(if $(SWEEP),$(NAMES),$(filter-out 08_seeds,$(NAMES)))
+# an executed copy that somebody removed is made again
+$(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMPS)/$(name): missing-copy)))
+.PHONY: missing-copy
+endif
+
+reproduce: $(NAMES:%=$(STAMPS)/%)  ## Train and run what is out of date in PROFILE: in a fresh clone, everything
+	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
+
+# What a notebook reads of others: trained models, tables.
+$(STAMPS)/03_train_avit: $(STAMPS)/02_finetune_deit
+$(STAMPS)/04_evaluation: $(STAMPS)/03_train_avit
+$(STAMPS)/05_halting_analysis: $(STAMPS)/03_train_avit
+$(STAMPS)/06_efficiency: $(STAMPS)/03_train_avit
+$(STAMPS)/07_adapt: $(STAMPS)/04_evaluation
+$(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
+
+# A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
+# newer. The executed copy is replaced by a good one only.
+$(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAMP)
+	@echo "notebook $*: $(if $(wildcard $@),since its last run: $?,has not run yet)"
+	@mkdir -p $(COPIES) && touch $@.started
+	@$(BIN)/python -m papermill $< $(COPIES)/$*.running.ipynb --cwd notebooks --kernel python3 \
+		-r PROFILE "$(AS_SEEN_FROM_NOTEBOOKS)" -p SEED $(SEED) --start-timeout 300 --stdout-file - \
+		--log-level WARNING --no-progress-bar 2> $(STAMPS)/$*.log \
+	&& $(BIN)/python scripts/tidy.py $(COPIES)/$*.running.ipynb 2>> $(STAMPS)/$*.log \
+	|| { mv -f $(COPIES)/$*.running.ipynb $(COPIES)/$*.failed.ipynb 2>/dev/null; \
+		echo "error: notebook $* failed: $$(grep . $(STAMPS)/$*.log | tail -n 1); see $(COPIES)/$*.failed.ipynb" >&2; exit 1; }
+	@mv -f $(COPIES)/$*.running.ipynb $(COPIES)/$*.ipynb
+	@rm -f $(COPIES)/$*.failed.ipynb $(STAMPS)/$*.log
+	@mv -f $@.started $@
+
+# Another seed than that of the last run: everything runs again.
+$(STAMPS)/seed:
+	@mkdir -p $(STAMPS) && echo "$(SEED)" > $@
+ifneq ($(SEED),$(shell cat $(STAMPS)/seed 2>/dev/null))
+.PHONY: $(STAMPS)/seed
+endif
+
+readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
+	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
+
+# --- commands -------------------------------------------------------------------------------------
 
 train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
 	@$(LAUNCH) -m avit_lib fit --profile "$(PROFILE)" --seed "$(SEED)" --model "$(RUN)"
 
-sweep: setup  ## Train and test the best runs of PROFILE from several seeds (goes on after an interruption)
-	@$(AVIT) sweep --profile "$(PROFILE)" --seed "$(SEED)"
-
 release: setup  ## Write the headline models of PROFILE in half precision, to be committed
-	@$(AVIT) release --profile "$(PROFILE)" --seed "$(SEED)"
+	@$(BIN)/python scripts/release.py --profile "$(PROFILE)" --seed "$(SEED)"
 
 benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
-	@$(AVIT) benchmark --seed "$(SEED)"
-	@$(AVIT) readme --profile "$(PROFILE)"
+	@$(BIN)/python scripts/benchmark.py --seed "$(SEED)"
+	@$(BIN)/python scripts/pages.py --profile benchmark
 
 # Two processes of one thread each: most tests are too small to gain by a second thread.
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
-	$(MAKE) --no-print-directory reproduce PROFILE=smoke
+	$(MAKE) --no-print-directory reproduce PROFILE=smoke SEED=0
 
 test-browser: setup  ## Run every notebook in JupyterLab in a real browser, if chromium and selenium are there
 	$(BIN)/python -m pytest -rs tests/browser.py
 
-lint: setup  ## Check the style of code and notebooks
+lint: setup  ## Check style, types and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-logo
-
-readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
-	@$(AVIT) readme --profile "$(PROFILE)"
-
-badges: setup  ## Stamp the repository's address (from pyproject.toml) into the notebooks
-	@$(AVIT) badges
+	$(BIN)/mypy
 
 lock:  ## Write requirements.lock from what is installed in .venv
 	@{ echo "# The exact versions the study was tested with, as constraints for pip. Written by \`make lock\`:"; \
@@ -103,10 +157,10 @@ lock:  ## Write requirements.lock from what is installed in .venv
 
 clean:  ## Remove caches, failed notebooks and smoke results
 	rm -rf results/smoke results/*/notebooks/*.failed.ipynb results/*/notebooks/*.running.ipynb
-	rm -rf .pytest_cache .ruff_cache .hypothesis build *.egg-info
-	find avit_lib tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	find avit_lib scripts tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-clean-results:  ## Remove all results of PROFILE (asks for CONFIRM=yes)
+clean-results:  ## Remove all results of PROFILE, trained models too (asks for CONFIRM=yes)
 	@case "$(PROFILE)" in ""|*[!a-z0-9_]*) echo "error: no such profile" >&2; exit 1;; esac
 	@test "$(CONFIRM)" = yes || { echo "this removes results/$(PROFILE), checkpoints too: add CONFIRM=yes" >&2; exit 1; }
 	rm -rf "results/$(PROFILE)"

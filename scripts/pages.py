@@ -1,0 +1,202 @@
+"""Write results/PROFILE/README.md, and renew what other pages show between markers.
+
+    python scripts/pages.py --profile PROFILE
+
+The page of a study has a heading for each notebook, with its findings, links and figures. In
+README.md, results/README.md and notebooks/README.md stands, between markers such as
+``<!-- begin caltech24/04_summary -->``, a table or finding of that name. PROFILE may be benchmark,
+too: what ``make benchmark`` measures belongs to no profile.
+"""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from PIL import Image
+
+from avit_lib.data import project_root
+from avit_lib.study import get_profile
+from avit_lib.study.results import results_dir, to_markdown
+from avit_lib.training import read_json, write_atomically
+
+PAGES = ("README.md", "results/README.md", "notebooks/README.md")
+MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
+MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
+KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
+BENCHMARK_NOTES = (
+    "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, "
+    "the class token in the last. Times depend on how many tokens are left where, not on what the "
+    "weights have learnt.",
+    "Ratios are ratios of medians over interleaved rounds; in the depth sweep, medians of the "
+    "ratios within a round. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
+    "bfloat16 means weights and activations in inference, autocast in training.",
+)
+
+
+class Page(NamedTuple):
+    """What the page of a folder of results says of it."""
+
+    name: str
+    purpose: str
+    command: str
+    notes: tuple[str, ...]
+
+
+class Result(NamedTuple):
+    """A table, finding or figure: its file, what it shows, and what made it."""
+
+    path: Path
+    caption: str
+    source: str
+    body: str = ""  # of a table: its rows; of a finding: its words
+
+
+def describe_page(name: str) -> Page:
+    """The facts for the page of a profile, by name or file, or of the benchmark."""
+    if name == "benchmark":
+        purpose = "DeiT, masked A-ViT and packed A-ViT side by side: interleaved, warmed up, "
+        purpose += "medians and quartiles of rounds"
+        return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
+    profile = get_profile(name)
+    command = f"make reproduce PROFILE={profile.name}"
+    return Page(profile.name, profile.purpose, command, profile.notes)
+
+
+def read_result(path: Path) -> Result:
+    """A table (.md), finding (.md) or figure (.png) with its caption and source."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            source = Path(image.info.get("Source", "")).stem
+            return Result(path, image.info.get("Description", ""), source)
+    text = path.read_text()
+    made_by = MADE_BY.search(text)
+    source = Path(made_by[1]).stem if made_by else ""
+    body = MADE_BY.sub("", text).strip()
+    if path.parent.name == "findings":
+        return Result(path, "", source or guess_source(path), body)
+    caption, _, rows = body.partition("\n")
+    return Result(path, caption, source, rows.strip())
+
+
+def guess_source(finding: Path) -> str:
+    """What made a finding: what made a table whose name begins alike, as 04_short, 04_avit_held."""
+    folder, prefix = finding.parents[1], finding.stem.split("_")[0]
+    for table in sorted((folder / "tables").glob(f"{prefix}*.md")):
+        return read_result(table).source
+    made = sorted((folder / "provenance").glob(f"{prefix}*.json"))
+    return made[0].stem if made else ""
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All findings, tables and figures of a folder of results, each kind by name."""
+    return [
+        read_result(path)
+        for kind, suffix in KINDS.items()
+        for path in sorted((folder / kind).glob(f"*{suffix}"))
+    ]
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove what a notebook made before its last run started: it makes it no longer."""
+    for result in read_results(folder):
+        stamp = folder / ".stamps" / result.source
+        if stamp.is_file() and result.path.stat().st_mtime < stamp.stat().st_mtime:
+            result.path.unlink()
+            result.path.with_suffix(".csv").unlink(missing_ok=True)
+
+
+def write_section(folder: Path, source: str, results: list[Result]) -> list[str]:
+    """The lines on what one notebook found: findings, links, figures."""
+    lines = [f"## {source or 'others'}", ""]
+    for result in results:
+        if result.path.parent.name == "findings":
+            lines += [result.body, ""]
+    links = []
+    if (folder / "notebooks" / f"{source}.ipynb").is_file():
+        links.append(f"[executed notebook](notebooks/{source}.ipynb)")
+    for result in results:
+        if result.path.parent.name == "tables":
+            links.append(f"[{result.path.stem}](tables/{result.path.name})")
+    lines += [", ".join(links), ""] if links else []
+    for result in results:
+        if result.path.parent.name == "figures":
+            lines += [f"![{result.path.stem}](figures/{result.path.name})", "", result.caption, ""]
+    return lines
+
+
+def write_page(page: Page) -> Path:
+    """Write README.md into the folder of results that ``page`` describes."""
+    folder = results_dir(page.name)
+    results = read_results(folder)
+    lines = [f"# Results: {page.name}", "", f"{page.purpose[0].upper()}{page.purpose[1:]}.", ""]
+    lines += [f"Made by `{page.command}`; this page is generated, do not edit it. Each table has a"]
+    lines += ["CSV of the same name beside it.", ""]
+    for source in sorted({result.source for result in results}):
+        lines += write_section(folder, source, [one for one in results if one.source == source])
+    lines += ["## Provenance", "", *list_provenance(folder), ""]
+    lines += [f"- {note}" for note in page.notes]
+    target = folder / "README.md"
+    write_atomically(target, ("\n".join(lines).rstrip() + "\n").encode())
+    return target
+
+
+def list_provenance(folder: Path) -> list[str]:
+    """The lines on where the results of a folder come from: a table, and the packages."""
+    made = {path.stem: read_json(path) for path in sorted((folder / "provenance").glob("*.json"))}
+    columns = ["source", "seed", "commit", "dirty", "date", "python", "hardware", "seconds"]
+    rows = [{"source": source} | facts for source, facts in made.items()]
+    table = pd.DataFrame(rows, columns=columns)
+    table["commit"] = table["commit"].str[:10]
+    packages = {", ".join(map(" ".join, facts["packages"].items())) for facts in made.values()}
+    return [to_markdown(table), "", *(f"Packages: {names}." for names in sorted(packages))]
+
+
+def name_origin(name: str, source: str) -> str:
+    """A line that says by which command, commit and machine a result was made."""
+    facts: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
+    target = "reproduce" if re.match(r"\d\d_", source) else source
+    command = f"make {target} PROFILE={name} SEED={facts['seed']}"
+    if name == "benchmark":
+        command = "make benchmark"
+    commit = facts["commit"][:10]
+    return f"Made by `{command}`, commit {commit}, {facts['date']}, on {facts['hardware']}."
+
+
+def fill_marker(name: str, result: str, shown: str) -> str:
+    """What belongs between the markers of a table or finding; ``shown``, if there is none."""
+    table = results_dir(name) / "tables" / f"{result}.md"
+    finding = results_dir(name) / "findings" / f"{result}.md"
+    if finding.is_file():
+        content = read_result(finding).body
+    elif table.is_file():
+        found = read_result(table)
+        caption = f"\n\n{found.caption}" if name == "benchmark" else ""  # says what was measured
+        content = f"{found.body}{caption}\n\n{name_origin(name, found.source)}"
+    else:
+        return shown
+    return f"<!-- begin {name}/{result} -->\n{content}\n<!-- end {name}/{result} -->"
+
+
+def stamp_page(page: Path) -> None:
+    """Renew what stands between the markers of a page; one without a result stays as it is."""
+    before = page.read_text()
+    after = MARKED.sub(lambda found: fill_marker(found[1], found[2], found[0]), before)
+    if after != before:
+        write_atomically(page, after.encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the pages that show results.")
+    parser.add_argument("--profile", required=True, help="a profile by name or file, or benchmark")
+    page = describe_page(parser.parse_args().profile)
+    remove_stale(results_dir(page.name))
+    print(f"results: {write_page(page)}")
+    for path in map(project_root().joinpath, PAGES):
+        if path.is_file():
+            stamp_page(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""`make reproduce` in a small tree, with a stub for papermill: what runs again, and when."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = {  # name to what it imports
+    "01_algorithm": "from avit_lib import halting",
+    "02_finetune_deit": "from avit_lib.study import Study",
+    "03_train_avit": "from avit_lib.study import Study",
+    "04_evaluation": "from avit_lib.report.tables import summary",
+    "05_halting_analysis": "import avit_lib.report.figures as figures",
+    "06_efficiency": "def late():\n    from avit_lib.report import figures",
+    "07_adapt": "%matplotlib inline\n",  # a cell that is no Python
+    "08_seeds": "import pandas",
+}
+LIBRARY = {
+    "__init__.py": "from avit_lib import halting\n",
+    "halting.py": "",
+    "unused.py": "import avit_lib.halting\n",
+    "study/__init__.py": "from avit_lib.study.study import Study\n",
+    "study/study.py": "class Study: ...\n",
+    "study/profiles/base.toml": 'purpose = "x"\n[runs.a]\nextends = "other"\n',
+    "study/profiles/seeds.toml": 'extends = "base"\nsweep = ["deit"]\nsweep_seeds = [0]\n',
+    "report/__init__.py": "",
+    "report/figures.py": "",
+    "report/tables.py": "def summary():\n    import avit_lib.report.figures\n",
+    "report/theme.mplstyle": "",
+}
+STUB = f"""#!/bin/sh
+if [ "$2" != papermill ]; then
+    case $1 in *dependencies.py) exec {sys.executable} "$@";; esac
+    exit 0
+fi
+echo "papermill $*" >> calls
+cp "$3" "$4"
+grep -q WAIT "$3" && sleep 60
+grep -q raise "$3" || exit 0
+echo "ValueError: no such thing" >&2
+echo >&2
+exit 1
+"""
+EVERY = set(NOTEBOOKS) - {"08_seeds"}  # of a profile that names no sweep
+AFTER_02 = EVERY - {"01_algorithm"}
+WITH_FIGURES = {"04_evaluation", "05_halting_analysis", "06_efficiency", "07_adapt"}
+
+CHANGES = {  # a file to what runs again when it changes
+    "notebooks/01_algorithm.ipynb": {"01_algorithm"},
+    "notebooks/02_finetune_deit.ipynb": AFTER_02,
+    "notebooks/04_evaluation.ipynb": {"04_evaluation", "07_adapt"},
+    "notebooks/draft.ipynb": set(),
+    "avit_lib/halting.py": EVERY,
+    "avit_lib/study/study.py": AFTER_02,
+    "avit_lib/report/figures.py": WITH_FIGURES,
+    "avit_lib/report/theme.mplstyle": WITH_FIGURES,
+    "avit_lib/unused.py": set(),
+    "avit_lib/study/profiles/base.toml": EVERY,
+    "avit_lib/study/profiles/seeds.toml": set(),
+    "README.md": set(),
+}
+
+
+def write_notebook(path: Path, code: str) -> None:
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    for name, code in LIBRARY.items():
+        path = tmp_path / "avit_lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(code)
+    (tmp_path / "notebooks").mkdir()
+    for name, code in NOTEBOOKS.items():
+        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", code)
+    write_notebook(tmp_path / "notebooks" / "draft.ipynb", "")
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "dependencies.py", tmp_path / "scripts")
+    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    (tmp_path / "env" / ".avit-setup").touch()
+    for name in ("MAKEFLAGS", "MAKEOVERRIDES", "AVIT_RESULTS", "PROFILE", "SEED", "VENV"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def reproduce(*arguments: str, profile: str = "base") -> subprocess.CompletedProcess:
+    command = ["make", "reproduce", "VENV=env", f"PROFILE={profile}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def named(done: subprocess.CompletedProcess) -> list[str]:
+    """The notebooks that a run, or a dry one, says it runs."""
+    assert done.returncode == 0, done.stderr
+    lines = [line.removeprefix('echo "') for line in done.stdout.splitlines()]
+    return [line.split()[1].rstrip(":") for line in lines if line.startswith("notebook ")]
+
+
+def touch(path: str) -> None:
+    """As an editor that saves: now, which is later than all stamps."""
+    os.utime(path)
+
+
+def test_a_fresh_clone_runs_everything_in_order_and_then_nothing(tree):
+    dry = reproduce("-n")
+    assert "has not run yet" in dry.stdout and not Path("calls").exists()
+    assert set(named(dry)) == EVERY
+    assert named(reproduce()) == sorted(EVERY)
+    executed = {path.stem for path in Path("results/base/notebooks").iterdir()}
+    assert executed == EVERY
+    assert named(reproduce()) == named(reproduce("-n")) == []
+    Path("results/base/notebooks/05_halting_analysis.ipynb").unlink()
+    assert named(reproduce()) == ["05_halting_analysis"]
+    call = Path("calls").read_text().splitlines()[0]
+    assert "--cwd notebooks --kernel python3 -r PROFILE base -p SEED 0" in call
+
+
+def test_a_change_runs_what_depends_on_it_and_nothing_else(tree):
+    Path("README.md").touch()
+    named(reproduce())
+    for changed, expected in CHANGES.items():
+        touch(changed)
+        dry = reproduce("-n")
+        assert set(named(dry)) == expected, changed
+        assert not expected or f"since its last run: {changed}" in dry.stdout
+        assert set(named(reproduce())) == expected, changed
+
+
+def test_a_profile_depends_on_those_that_it_extends(tree):
+    Path("mine.toml").write_text('extends = "seeds"\n')
+    assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)  # the sweep of seeds, too
+    assert "-r PROFILE ../mine.toml" in Path("calls").read_text()
+    for changed in ("avit_lib/study/profiles/base.toml", "mine.toml"):
+        touch(changed)
+        assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)
+    Path("mine.toml").write_text('extends = "seeds"\nsweep = []\n')
+    assert set(named(reproduce(profile="mine.toml"))) == EVERY
+
+
+def test_another_seed_runs_everything(tree):
+    named(reproduce())
+    assert set(named(reproduce("-n", "SEED=1"))) == EVERY
+    assert set(named(reproduce("SEED=1"))) == EVERY
+    assert named(reproduce("SEED=1")) == []
+    assert set(named(reproduce())) == EVERY
+
+
+def test_a_failing_notebook_says_so_and_leaves_the_last_good_copy(tree):
+    named(reproduce())
+    copies, source = Path("results/base/notebooks"), Path("notebooks/03_train_avit.ipynb")
+    good = (copies / source.name).read_text()
+    write_notebook(source, "raise ValueError")
+    done = reproduce()
+    assert done.returncode != 0
+    failed = copies / "03_train_avit.failed.ipynb"
+    words = f"error: notebook 03_train_avit failed: ValueError: no such thing; see {failed}"
+    assert words in done.stderr.splitlines()
+    assert failed.read_text() == source.read_text()
+    assert (copies / source.name).read_text() == good
+    write_notebook(source, "")
+    assert set(named(reproduce())) == AFTER_02 - {"02_finetune_deit"}
+    assert sorted(copies.glob("*.*.ipynb")) == []
+
+
+def test_a_killed_run_goes_on_where_it_stopped(tree):
+    write_notebook(Path("notebooks/03_train_avit.ipynb"), "WAIT")
+    command = ["make", "reproduce", "VENV=env", "PROFILE=base"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not Path("results/base/notebooks/03_train_avit.running.ipynb").exists():
+        assert running.poll() is None
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not Path("results/base/notebooks/03_train_avit.ipynb").exists()
+    write_notebook(Path("notebooks/03_train_avit.ipynb"), "")
+    assert named(reproduce()) == sorted(AFTER_02 - {"02_finetune_deit"})
+
+
+def test_what_changes_while_a_notebook_runs_is_newer_than_it(tree):
+    python = Path("env/bin/python")
+    python.write_text(STUB.replace('cp "$3"', 'sleep 0.02; touch "$3"; cp "$3"', 1))
+    named(reproduce())
+    python.write_text(STUB)
+    assert set(named(reproduce())) == EVERY
+
+
+def test_an_unknown_profile_is_named(tree):
+    done = reproduce(profile="nonsense")
+    assert done.returncode != 0
+    assert "unknown profile 'nonsense'" in done.stderr.splitlines()[0]
+    assert not Path("results").exists()
+
+
+def test_help_needs_no_environment(tree):
+    shutil.rmtree("env")
+    done = subprocess.run(["make", "PROFILE=nonsense"], capture_output=True, text=True)
+    assert done.returncode == 0 and "reproduce" in done.stdout and not done.stderr

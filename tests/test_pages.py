@@ -1,0 +1,124 @@
+"""`scripts/pages.py` writes pages of results, `scripts/tidy.py` tidies executed notebooks."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image, PngImagePlugin
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
+FACTS = {
+    "profile": "smoke",
+    "seed": 3,
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "date": "2026-01-02 03:04 UTC",
+    "python": "3.11.7",
+    "packages": {"torch": "2.10"},
+    "hardware": "two cores",
+    "seconds": 12.5,
+}
+TABLE = "| model |\n| :--- |\n| DeiT \\| A-ViT |"
+LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """The results of a profile, as its notebooks write them."""
+    folder = tmp_path / "smoke"
+    for kind in ("tables", "findings", "figures", "provenance", "notebooks", ".stamps"):
+        (folder / kind).mkdir(parents=True)
+    made = "Made by notebook 04_evaluation.\n"
+    (folder / "tables" / "speed.md").write_text(f"How fast.\n\n{TABLE}\n\n{made}")
+    (folder / "tables" / "speed.csv").touch()
+    (folder / "findings" / "04_words.md").write_text("It is fast.\n")
+    facts = PngImagePlugin.PngInfo()
+    facts.add_itxt("Description", "Accuracy ± error.")
+    facts.add_text("Source", "04_evaluation")
+    Image.new("RGB", (2, 2)).save(folder / "figures" / "04_points.png", pnginfo=facts)
+    (folder / "provenance" / "04_evaluation.json").write_text(json.dumps(FACTS))
+    (folder / "notebooks" / "04_evaluation.ipynb").touch()
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    return folder
+
+
+def test_a_page_has_what_a_notebook_found(results):
+    page = SCRIPTS["pages"]["write_page"](SCRIPTS["pages"]["describe_page"]("smoke"))
+    text = page.read_text()
+    section = text.partition("## 04_evaluation\n")[2].partition("## Provenance")[0]
+    assert "It is fast." in section
+    assert "[executed notebook](notebooks/04_evaluation.ipynb)" in section
+    assert "[speed](tables/speed.md)" in section
+    assert "![04_points](figures/04_points.png)\n\nAccuracy ± error.\n" in section
+    row = (
+        "| 04_evaluation | 3 | 0123456789 | no | 2026-01-02 03:04 UTC | 3.11.7 | two cores | 12.5 |"
+    )
+    assert row in text
+    assert "Packages: torch 2.10." in text
+
+
+def test_a_finding_is_of_what_made_the_tables_of_its_name(results):
+    finding = results / "findings" / "speed_of_all.md"
+    finding.write_text("All are fast.\n")
+    found = SCRIPTS["pages"]["read_result"](finding)
+    assert (found.source, found.body) == ("04_evaluation", "All are fast.")
+
+
+def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
+    page = tmp_path / "README.md"
+    empty = "a\n<!-- begin smoke/{0} -->\n<!-- end smoke/{0} -->\nb\n"
+    unknown = empty.format("gone").replace("-->\n<", "-->\nkept\n<")
+    page.write_text(empty.format("speed") + empty.format("04_words") + unknown)
+    stamp_page = SCRIPTS["pages"]["stamp_page"]
+    stamp_page(page)
+    once = page.read_text()
+    assert f"a\n<!-- begin smoke/speed -->\n{TABLE}\n\n{LINE}, on two cores.\n<!-- end" in once
+    assert "<!-- begin smoke/04_words -->\nIt is fast.\n<!-- end smoke/04_words -->\nb\n" in once
+    assert once.endswith(unknown)
+    stamp_page(page)
+    assert page.read_text() == once
+    table = results / "tables" / "speed.md"
+    table.write_text(table.read_text().replace("DeiT", "another"))
+    stamp_page(page)
+    assert page.read_text() == once.replace("DeiT", "another")
+
+
+def test_what_a_notebook_makes_no_longer_is_removed(results):
+    stamp = results / ".stamps" / "04_evaluation"
+    stamp.touch()
+    old, new = (results / "tables" / "speed.md", results / "figures" / "04_points.png")
+    os.utime(old, (0, 0))
+    os.utime(new, (stamp.stat().st_mtime + 1,) * 2)
+    os.utime(results / "findings" / "04_words.md", (stamp.stat().st_mtime + 1,) * 2)
+    SCRIPTS["pages"]["remove_stale"](results)
+    assert not old.exists() and not old.with_suffix(".csv").exists()
+    assert new.exists() and (results / "findings" / "04_words.md").exists()
+
+
+def test_an_executed_notebook_is_kept_without_moment_and_machine(tmp_path):
+    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}
+    outputs = [
+        new_output("stream", text=f"wrote {ROOT}/results/x.csv and {Path.home()}/y\n"),
+        new_output("execute_result", data={"text/plain": f"'{ROOT}'", "image/png": "abc"}),
+        new_output("display_data", data=widget),
+    ]
+    cell = new_code_cell(
+        "x", outputs=outputs, metadata={"execution": {"a": "12:00"}, "tags": ["t"]}
+    )
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {"start": "12:00"}, "widgets": {}})
+    path = tmp_path / "x.ipynb"
+    nbformat.write(notebook, path)
+    subprocess.run([sys.executable, ROOT / "scripts" / "tidy.py", path], check=True)
+    tidied = nbformat.read(path, as_version=4)
+    assert tidied.metadata == {}
+    assert tidied.cells[0].metadata == {"tags": ["t"]}
+    printed, shown = tidied.cells[0].outputs
+    assert printed.text == "wrote results/x.csv and ~/y\n"
+    assert shown.data == {"text/plain": "'.'", "image/png": "abc"}
