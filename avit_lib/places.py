@@ -47,8 +47,7 @@ def no_weights(timm_name: str) -> str:
 
 def digest_file(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def check_embedded(place: Path) -> int:
