@@ -133,7 +133,8 @@ def run_masked(
     layer which tokens were active [B, N], and what became of them [B, N, D].
     """
     state = initial_state(halting_score(tokens, rule))
-    representation, scores, weights = 0.0, [], []
+    representation = torch.zeros_like(tokens[:, :1])
+    scores, weights = [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m

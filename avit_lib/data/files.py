@@ -94,8 +94,8 @@ def read_all(read: Callable[[Any], Any], items: Sequence[Any], verb: str) -> lis
             faults.extend(error.args)
 
     with ThreadPool(worker_count()) as threads:  # Pillow lets other threads run while it decodes
-        made = threads.imap(attempt, items, chunksize=16)
-        made = list(tqdm(made, desc=verb, total=len(items), unit="image", disable=None))
+        running = threads.imap(attempt, items, chunksize=16)
+        made = list(tqdm(running, desc=verb, total=len(items), unit="image", disable=None))
     if faults:
         raise Unreadable(*sorted(faults))
     return made
