@@ -51,13 +51,13 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
     return found
 
 
-def chessboard(depth: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+def chessboard(depth: Tensor) -> Tensor:
     """How far depth [B, P] is a chessboard, [B]: |correlation| with the parity of row + column.
 
-    ``grid`` is (rows, columns), by default as many; RuntimeError when P is not their product.
+    The patches form a square; RuntimeError when P is none.
     """
-    rows, columns = grid or [round(depth.shape[1] ** 0.5)] * 2
-    parity = (torch.arange(rows)[:, None] + torch.arange(columns)).flatten() % 2.0
+    rows = torch.arange(round(depth.shape[1] ** 0.5))
+    parity = (rows[:, None] + rows).flatten() % 2.0
     parity = parity - parity.mean()
     depth = depth.float() - depth.float().mean(dim=1, keepdim=True)
     return (depth @ parity).abs() / (depth.norm(dim=1) * parity.norm()).clamp(min=1e-12)

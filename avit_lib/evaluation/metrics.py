@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -141,13 +140,11 @@ def _accuracies(cells: np.ndarray, classes: int) -> dict[str, float]:
 
 
 def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int) -> np.ndarray:
-    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices."""
-    found = stats.bootstrap(
-        (np.arange(images),),
-        statistic,
-        n_resamples=1000,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return np.stack(found.confidence_interval, axis=-1)
+    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices.
+
+    NaN for a single image.
+    """
+    drawn = np.random.default_rng(seed)
+    found = [statistic(drawn.integers(images, size=images)) for _ in range(1000)]
+    ends = np.percentile(found, (2.5, 97.5), axis=0).T
+    return ends if images > 1 else np.full_like(ends, np.nan)

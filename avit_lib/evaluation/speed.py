@@ -1,7 +1,6 @@
 """Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -20,12 +19,11 @@ Step = Callable[[], object]  # what is timed: of inference or training, on a bat
 
 @buffers_kept()
 def interleave(
-    steps: dict[str, Step], repeats: int, minimum: float = 0.2, limit: float = math.inf
+    steps: dict[str, Step], repeats: int, minimum: float = 0.2
 ) -> dict[str, list[float]]:
     """Seconds a call of each of ``steps``, in turns, so that a drift of the machine hits all alike.
 
-    A sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds no
-    round begins, but three are always made.
+    A sample is the mean of as many calls as fill ``minimum`` seconds.
     """
     calls, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
@@ -33,10 +31,7 @@ def interleave(
         if seconds < 10 * minimum:  # the first call warms up
             seconds = _time(step)
         calls[name] = max(1, round(minimum / seconds))
-    started = read_clock()
-    for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
-        if turn >= 3 and read_clock() - started > limit:
-            break
+    for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
         for name, step in steps.items():
             samples[name].append(_time(step, calls[name]))
     return samples
@@ -69,21 +64,19 @@ def infer(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
     return step
 
 
-def compare(
-    steps: dict[str, Step], batch: int, repeats: int, limit: float = math.inf
-) -> pd.DataFrame:
+def compare(steps: dict[str, Step], batch: int, repeats: int) -> pd.DataFrame:
     """The ``steps``, each on ``batch`` images, interleaved: a row each, with median and quartiles.
 
     ``speedup`` is the ratio of medians, against the first: within a round the first may be a minute
     away.
     """
-    samples = interleave(steps, repeats, limit=limit)
+    samples = interleave(steps, repeats)
     table = pd.DataFrame({"model": list(samples), "batch": batch})
     rates = batch / np.array([np.percentile(seconds, (50, 75, 25)) for seconds in samples.values()])
     for column, rate in zip(("", "_low", "_high"), rates.T, strict=True):
         table[f"images_per_second{column}"] = rate
     table["speedup"] = rates[:, 0] / rates[0, 0]
-    return table.assign(rounds=len(next(iter(samples.values()))))
+    return table.assign(rounds=repeats)
 
 
 def throughput(

@@ -41,8 +41,6 @@ def merged_models(study: Study) -> dict[str, nn.Module]:
     """
     plain = study.load(study.profile.plain.name)
     peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
-    if not peers:
-        return {}
     return peers | adapted_like(plain, peers.values(), validation_images(study, 256))
 
 

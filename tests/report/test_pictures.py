@@ -67,7 +67,8 @@ def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
     depth = np.arange(145)[None]
     assert pictures.grids(depth).shape == (1, 12, 12)
     assert pictures.grids(depth, (48, 192)).shape == (1, 6, 24)
-    assert show(pictures.depth_maps(BLACK, depth, 144, grid=(6, 24)), "depth").shape == (6, 24, 3)
+    images = np.zeros((1, 3, 48, 48))
+    assert show(pictures.depth_maps(images, depth, 144, grid=(6, 24)), "depth").shape == (6, 24, 3)
     with pytest.raises(ValueError, match="reshape"):
         pictures.grids(depth[:, :129])  # 128 patches are no square
 
