@@ -30,8 +30,7 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
-SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLE_FORMAT = 254, 258, 339  # tags of a TIFF
+SUBFILE_TYPE, BITS_PER_SAMPLE = 254, 258  # tags of a TIFF
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,10 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
     """
     loaded, jobs = {}, []
     for role, data in parts.items():
-        room = data.images if role == apart else _make_room(data.images)
+        side = decoded_size(data.images.image_size)
+        shape = (len(data), 3, side, side)
+        fits = role != apart and math.prod(shape) <= MEMORY_LIMIT
+        room = torch.empty(shape, dtype=torch.uint8) if fits else data.images
         loaded[role] = replace(data, images=room)
         jobs += [(data.images, room, index) for index in range(len(data))]
     digests = iter(read_all(_read_into, jobs, "reading"))
@@ -98,13 +100,6 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
         for role, data in parts.items()
     }
     return loaded, content
-
-
-def _make_room(files: ImageFiles) -> Tensor | ImageFiles:
-    """Memory for decoded files; ``files`` themselves if it would be too much."""
-    side = decoded_size(files.image_size)
-    shape = (len(files.names), 3, side, side)
-    return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else files
 
 
 def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
@@ -203,9 +198,9 @@ def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
 
 
 def _read(path: Path, draft: bool = False) -> Image.Image:
-    """An image file, upright, as "RGB"; of one beyond the aspect ratio ``WIDEST`` the middle.
+    """An image file, upright, as "RGB", what is transparent laid on white.
 
-    What is transparent is laid on white. A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
+    A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
     try:
         # Not by its name: Pillow then maps a TIFF into memory, and a turned one in grey wrongly.
@@ -213,13 +208,11 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             _refuse_misread(image)
-            ImageOps.exif_transpose(image, in_place=True)
-            most = WIDEST * min(image.size)
-            middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
-            if middle.has_transparency_data:
-                middle = middle.convert("RGBA")
-                middle = Image.alpha_composite(Image.new("RGBA", middle.size, "white"), middle)
-            return middle.convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB")
     except Exception as error:  # of a damaged file: of many types, as its decoder stumbled
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -234,11 +227,7 @@ def _refuse_misread(image: Image.Image) -> None:
     deep = image.mode.startswith(("F", "I")) or re.search(r";16|'RGB', \d{4}", layout)
     if deep or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")
-    if np.max(tags.get(SAMPLE_FORMAT, 1)) == 2:
-        raise ValueError("its pixels have a sign; save it with 8 bits")
     if tags.get(SUBFILE_TYPE, 0) & 1:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
-    if "transparency" in image.info and re.search(r"'L;[24]'", layout):
-        raise ValueError("its transparent colour is read wrongly; save it with 8 bits")
     if image.format == "BMP" and image.mode == "RGBA" and not np.any(image.getchannel("A")):
         raise ValueError("all of it is transparent; save it without transparency")

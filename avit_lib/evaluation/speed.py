@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from avit_lib.errors import UserError
 from avit_lib.evaluation.allocator import buffers_kept
 from avit_lib.flops import flops_of, trace_model
 
@@ -97,15 +96,10 @@ def benchmark_model(
     """What ``model`` gains over its ``plain`` twin on this machine: two rows a batch size.
 
     Columns are those of ``compare`` and flops_saved, on ``images`` [B, C, H, W] that both models
-    take. Raises UserError for fewer images than the largest batch.
+    take; of ``batches`` those that they fill.
     """
-    if len(images) < max(batches):
-        raise UserError(
-            f"a batch of {max(batches)} needs as many images, not {len(images)}; "
-            "choose smaller batches or more images"
-        )
     tables = []
-    for batch in batches:
+    for batch in (batch for batch in batches if batch <= len(images)):
         part = images[:batch]
         table = throughput({"plain": (plain, "packed"), "model": (model, "packed")}, part, rounds)
         full, left = (_mean_flops(one, part) for one in (plain, model))

@@ -43,7 +43,7 @@ CURVES = {  # marker, line, what is varied and stands beside the points
 }
 BY_BETA = ("o", "--", "mean depth")
 # Where words stand beside their point, in points right and up of it.
-PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20)]
+PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12)]
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 

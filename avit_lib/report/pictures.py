@@ -98,38 +98,6 @@ def depth_maps(
     return mosaic(rows, layers, columns)
 
 
-def depths_beside(
-    images: ArrayLike,
-    titles: list[str],
-    maps: dict[str, tuple[ArrayLike, list[str]]],
-    layers: int,
-    columns: int = 8,
-) -> Figure:
-    """Images [B, C, H, W] with titles [B], and below them the depth maps of several models.
-
-    ``maps`` has by name the depth [B, N] of the tokens and words [B] above the maps, if any. More
-    than ``columns`` images go on in further rows.
-    """
-    rows = [("image", rgb(images), titles)]
-    for name, (depth, words) in maps.items():
-        rows.append((name, coloured(grids(depth, np.shape(images)[2:]), layers), words))
-    return mosaic(rows, layers, columns)
-
-
-def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
-    """What a layer still computes on, the share of patches above it; halted tokens are veiled.
-
-    At most seven layers, from the last that computes all patches of these images to the deepest
-    reached.
-    """
-    grid = grids(depth, np.shape(images)[2:])
-    rows = []
-    for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
-        shares = [f"{share:.0%}" for share in (grid >= layer).mean(axis=(1, 2))]
-        rows.append((f"layer {layer}", veiled(images, grid < layer), shares))
-    return mosaic(rows)
-
-
 def grids(depth: ArrayLike, shape: tuple[int, int] = (1, 1)) -> np.ndarray:
     """The depth [B, N] of the patch tokens in their places, [B, R, K] float; no class token.
 

@@ -194,7 +194,8 @@ def fit(
         for name, value in pd.DataFrame(parts).mean().items():
             own = torch.tensor(value, dtype=torch.float64)
             record[f"train_{name}"] = processes.mean(own).item()
-        record |= {f"val_{name}": value for name, value in validate(result).items()}
+        if rank == 0:  # alone: validation images are few
+            record |= {f"val_{name}": value for name, value in validate(result).items()}
         record["seconds"] = round(time.perf_counter() - started, 1)
         records.append(record)
         if rank == 0:
