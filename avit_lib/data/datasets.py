@@ -21,7 +21,6 @@ POOLS = {
     "Caltech101": ("caltech101/101_ObjectCategories", 101, {"BACKGROUND_Google"}),
     "Caltech256": ("caltech256/256_ObjectCategories", 256, {"257.clutter", "greg"}),
 }
-DATASETS = (*POOLS, "ImageNet")
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -29,7 +28,7 @@ Count = Annotated[int, Meta(ge=1)]
 class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which images, and how many of each class go where: the section ``data`` of a profile."""
 
-    dataset: str  # one of DATASETS
+    dataset: Literal["Caltech101", "Caltech256", "ImageNet"]
     image_size: Count  # pixels
     validation_per_class: Count
     # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
@@ -41,10 +40,6 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     augmentation: Literal["none", "standard"] = "none"
 
     def __post_init__(self):
-        if self.dataset not in DATASETS:
-            raise ValueError(
-                f"there is no data set {self.dataset!r}; choose from {', '.join(DATASETS)}"
-            )
         whole = not self.classes and self.train_per_class == self.test_per_class == "all"
         if self.dataset not in POOLS and not whole:
             raise ValueError(

@@ -125,14 +125,13 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     is called alike is told on stderr. Of ``data`` the image size and the augmentation count.
     """
     train, val = folder_images(folder / "train", data.image_size), folder / "val"
-    if os.path.lexists(val):
-        if not val.is_dir():
-            raise UserError(f"{val} is no folder, or a link to none; mend or remove it")
+    if val.is_dir():
         parts = {"train": train, "validation": folder_images(val, data.image_size, train.classes)}
+    elif os.path.lexists(val):
+        raise UserError(f"{val} is no folder, or a link to none; mend or remove it")
     else:
-        alike = {"val", "valid", "validation"}
-        for name in sorted(name for name in os.listdir(folder) if name.lower() in alike):
-            tell(f"{folder / name} is not used: call it val, or a part of train is held out")
+        for name in sorted({"Val", "valid", "validation"} & {*os.listdir(folder)}):
+            tell(f"{folder / name} is not used, and a part of train held out: call it val")
         tenth = int(train.labels.bincount().min()) // 10
         parts = draw(train, seed, partial(hold_out, max(1, tenth)))
     return _load_training(str(folder), seed, parts, data)

@@ -19,8 +19,9 @@ def differing(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, Tens
     The colour is the border's median; whether it has one is [B] bool. The share of pixels of
     another colour is [B, P], of the patches of a ``grid`` (rows, columns), a number being both.
     """
-    edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
-    border = torch.cat(edges, dim=-1)  # [B, C, pixels]
+    outside = torch.ones(images.shape[2:], dtype=torch.bool)
+    outside[1:-1, 1:-1] = False
+    border = images[..., outside]  # [B, C, pixels]
     colour = border.median(dim=-1, keepdim=True).values
     alike = (border - colour).abs().amax(dim=1) <= TOLERANCE
     other = (images - colour[..., None]).abs().amax(dim=1) > TOLERANCE

@@ -102,11 +102,9 @@ def benchmark_model(
     for batch in (batch for batch in batches if batch <= len(images)):
         part = images[:batch]
         table = throughput({"plain": (plain, "packed"), "model": (model, "packed")}, part, rounds)
-        full, left = (_mean_flops(one, part) for one in (plain, model))
+        with torch.inference_mode():
+            full, left = (
+                flops_of(one, trace_model(one, part)[1]).sum().item() for one in (plain, model)
+            )
         tables.append(table.assign(flops_saved=[0.0, 1 - left / full]))
     return pd.concat(tables, ignore_index=True)
-
-
-@torch.inference_mode()
-def _mean_flops(model: nn.Module, images: Tensor) -> float:
-    return flops_of(model, trace_model(model, images)[1]).mean().item()

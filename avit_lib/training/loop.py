@@ -228,18 +228,16 @@ def _check_trainable(train: Images, config: Training) -> None:
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
     """The history of a run that lies finished in ``output``; UserError when another lies there."""
-    last, weights = output / "last.json", output / "last.safetensors"
-    # The first file of a run is best.json, the last one last.safetensors.
-    described = [path for path in (last, output / "best.json") if path.is_file()]
-    others = any((output / name).exists() for name in WRITTEN)
-    if described:
-        found = read_json(described[0])
-        others = found.get("run") != run
-    if others:
+    last, best = output / "last.json", output / "best.json"  # best.json is the first to be written
+    described = next((path for path in (last, best) if path.is_file()), None)
+    found = read_json(described) if described else {"run": run}
+    foreign = not described and any((output / name).exists() for name in WRITTEN)
+    if foreign or found.get("run") != run:
         raise UserError(
             f"{output} holds another run; name another folder, or delete it to start again"
         )
-    if not last.is_file() or not weights.is_file() or found["epoch"] != config.epochs:
+    weights = last.with_suffix(".safetensors")
+    if described != last or found["epoch"] != config.epochs or not weights.is_file():
         return None
     return pd.read_csv(output / "history.csv") if digest_file(weights) == found["sha256"] else None
 
@@ -247,8 +245,8 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:
     """Write history.csv and the last checkpoint, which is the best as well if none was better."""
     history, last = pd.DataFrame(records), records[-1]
-    kind = run["model"], run["arguments"]
     facts = {"run": run, "epoch": last["epoch"], "validation": last}
+    kind = run["model"], run["arguments"]
     if last["val_accuracy"] >= history["val_accuracy"].max():
         save_checkpoint(output / "best.safetensors", model, *kind, **facts)
     write_atomically(output / "history.csv", history.to_csv(index=False).encode())
