@@ -21,12 +21,6 @@ def benchmark():
     return module
 
 
-def test_what_cannot_be_measured_is_named_in_one_line(benchmark, capsys):
-    for wrong, message in (("--model resnet18", "no A-ViT"), ("--batch 0", "must be positive")):
-        assert benchmark.main([*SMALL.split(), *wrong.split()]) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_synthetic_halting_has_the_stated_depth_and_a_spread(benchmark):
     workload = benchmark.synthetic_workload(
         "avit_nano", 64, 2.5, image_spread=0.5, token_spread=0.5

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
 from avit_lib.training import Training, files, fit, load_checkpoint, seed_everything
-from avit_lib.training.loop import PREVIOUS, RESUME
+from avit_lib.training.loop import RESUME
 
 CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)  # of two batches an epoch
 MIXED = replace(CONFIG, ema_decay=0.9, mixup=0.8, cutmix=1.0)
@@ -102,7 +102,7 @@ def test_a_stop_at_any_write(tmp_path, monkeypatch):
             assert_same(folder, whole)
         else:
             break
-    assert at > 15  # three epochs, five files
+    assert at > 12  # three epochs, four files or more
 
 
 @pytest.fixture
@@ -114,22 +114,11 @@ def unfinished(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("end", [b"", b"\0"])
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(unfinished, tmp_path, end, capsys):
+def test_a_damaged_state_is_named_and_nothing_overwritten(unfinished):
     path = unfinished / RESUME
-    path.write_bytes(path.read_bytes()[:-40] + 40 * end)
-    train(unfinished)
-    output = capsys.readouterr().out
-    assert f"{path} is damaged" in output and "going on after epoch 1" in output
-    train(tmp_path / "whole")
-    assert_same(unfinished, tmp_path / "whole")
-
-
-def test_without_a_whole_state_nothing_is_overwritten(unfinished):
-    for name in (RESUME, PREVIOUS):
-        (unfinished / name).write_bytes(b"nothing")
+    path.write_bytes(path.read_bytes()[:-40] + 40 * b"\0")
     before = contents(unfinished)
-    with pytest.raises(UserError, match="no whole state of its run; delete it"):
+    with pytest.raises(UserError, match=f"{path} is damaged; delete"):
         train(unfinished)
     assert contents(unfinished) == before
 
@@ -145,25 +134,30 @@ def test_a_state_that_would_run_code_is_not_run(unfinished, tmp_path):
 def test_the_folder_of_another_run_is_refused(unfinished):
     for _ in ("unfinished", "finished"):
         before = contents(unfinished)
-        for changes in ({"seed": 1}, {"settings": {"label": "another"}}):
-            with pytest.raises(UserError, match="holds another run; name another folder"):
-                train(unfinished, **changes)
+        with pytest.raises(UserError, match="holds another run; name another folder"):
+            train(unfinished, seed=1)
         assert contents(unfinished) == before
         history = train(unfinished)
     again = train(unfinished, watch([], stop_at=1))  # a finished one: nothing is trained
     pd.testing.assert_frame_equal(again, history)
 
 
-@pytest.mark.parametrize("wrong", ["loss", "gradient"])
-def test_what_is_not_finite_keeps_the_last_finished_epoch(tmp_path, wrong):
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "history.csv"])
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b"foreign")
+    with pytest.raises(UserError, match="holds another run; name another folder"):
+        train(tmp_path)
+    assert contents(tmp_path) == {name: b"foreign"}
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_finished_epoch(tmp_path):
     def spoil(model, images, labels, progress):
         losses = LOSS(model, images, labels, progress)
-        added = float("nan") if wrong == "loss" else (0 * losses.total).sqrt()
-        return Losses(losses.total + added, losses.parts) if progress >= 0.5 else losses
+        added = float("nan") if progress >= 0.5 else 0
+        return Losses(losses.total + added, losses.parts)
 
-    with pytest.raises(UserError, match=f"{wrong} nan.* in epoch 2, batch 2; lower") as error:
+    with pytest.raises(UserError, match=r"loss nan.* in epoch 2, batch 2; lower"):
         train(tmp_path / "spoilt", spoil)
-    assert "\n" not in str(error.value)
     with pytest.raises(PowerCut):
         train(tmp_path / "reference", watch([], stop_at=3))
     assert_same(tmp_path / "spoilt", tmp_path / "reference")
@@ -182,14 +176,25 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
     assert contents(path.parent) == {"file.txt": b"old"}
 
 
+def test_a_link_is_written_through_and_a_device_refused(tmp_path):
+    link, target = tmp_path / "link.txt", tmp_path / "elsewhere" / "file.txt"
+    link.symlink_to(target)
+    for content in (b"old", b"new"):
+        files.write_atomically(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{pipe} is no file that can be replaced"):
+        files.write_atomically(pipe, b"new")
+    assert pipe.is_fifo()
+
+
 # ---- what is trained ----
 
 
 def test_history_and_checkpoints(tmp_path):
     config = Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0)
     history = train(tmp_path, config=config, data=random_images(64))
-    losses = {"train_loss", "train_task", "train_ponder", "train_distr", "train_depth"}
-    assert losses | {"epoch", "learning_rate", "val_accuracy", "seconds"} == set(history)
     for falls in ("learning_rate", "train_task"):
         assert history[falls].iloc[-1] < history[falls].iloc[0] - 1e-3
     assert history["val_accuracy"].max() > 0.2  # chance is 0.1
@@ -234,11 +239,9 @@ def test_the_averaged_weights_are_those_evaluated_and_kept(tmp_path):
     assert torch.equal(next(kept.parameters()), evaluated[-1])
 
 
-@pytest.mark.parametrize(("batch_size", "images"), [(15, 16), (64, 13)])
-def test_mixup_of_an_odd_batch_is_refused(batch_size, images, tmp_path):
-    data = TRAIN.select(torch.arange(images))
-    with pytest.raises(UserError, match=rf"a multiple of 2, at most the {images} training images"):
-        train(tmp_path, config=replace(MIXED, batch_size=batch_size), data=data)
+def test_mixup_of_an_odd_batch_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a multiple of 2, at most the 32 training images"):
+        train(tmp_path, config=replace(MIXED, batch_size=15))
 
 
 def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path):
