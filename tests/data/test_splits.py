@@ -22,10 +22,8 @@ ROLES = ("train", "validation", "test")
 
 
 def test_too_few_images_of_a_class():
-    labels = torch.tensor([0, 0, 0, 1])
     with pytest.raises(UserError, match="fewer than the 2"):
-        pick_per_class(labels, 2, torch.Generator())
-    assert pick_per_class(labels, 1, torch.Generator())[1].item() == 3
+        pick_per_class(torch.tensor([0, 0, 0, 1]), 2, torch.Generator())
 
 
 def test_a_folder_without_validation_images_gives_some_up(tmp_path):
@@ -54,11 +52,7 @@ def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     write_images(tmp_path / "val", {"bees": 2})
     found = folder_training_data(tmp_path, COLOUR, seed=0)
     assert len(found.train) == 6 and found.validation.labels.tolist() == [1, 1]
-    assert found.validation.classes == found.train.classes
     assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
-    write_images(tmp_path / "val", {"wasps": 2})
-    with pytest.raises(UserError, match=r"other classes than .*: ants, wasps; rename"):
-        folder_training_data(tmp_path, COLOUR, seed=0)
 
 
 def test_test_images_of_a_folder_are_of_the_classes_of_the_model(tmp_path):
@@ -122,14 +116,11 @@ def test_other_images_than_on_record_are_noticed(caltech, role):
 
 
 def test_only_training_images_are_augmented(caltech):
-    plain, augmented = (
-        data.training_data(replace(COLOUR, augmentation=word), 0) for word in ("none", "standard")
-    )
-    assert plain.split == augmented.split
+    found = data.training_data(replace(COLOUR, augmentation="standard"), 0)
     noise = torch.randint(0, 256, (2, 3, 17, 17), dtype=torch.uint8)
-    parts = (plain.train, augmented.validation, augmented.train)
-    equal = [torch.equal(part.transform(noise), batch_transform(16)(noise)) for part in parts]
-    assert equal == [True, True, False]
+    plain = batch_transform(16)(noise)
+    assert torch.equal(found.validation.transform(noise), plain)
+    assert not torch.equal(found.train.transform(noise), plain)
 
 
 def test_damage_in_any_part_of_a_pool_is_named_before_training(caltech):

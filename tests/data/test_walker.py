@@ -61,17 +61,3 @@ def test_links_are_followed_and_every_file_is_taken_once(tmp_path, capsys):
     # One file is linked in two classes.
     assert data.labels.bincount().tolist() in ([4, 3, 4], [3, 4, 4])
     assert "5 left out" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    write_images(tmp_path, {"ants": 2, "bees": 2})
-    scan = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("bees"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="bees"):
-        find_images(tmp_path)

@@ -3,7 +3,6 @@
 from math import isnan
 
 import pytest
-import timm
 import torch
 from conftest import random_images, varied_model
 
@@ -15,7 +14,7 @@ from avit_lib.evaluation import (
     predict,
     standard_error,
 )
-from avit_lib.flops import counted_flops, plain_flops
+from avit_lib.flops import counted_flops
 from avit_lib.halting import executed_depth
 
 
@@ -77,14 +76,6 @@ def test_predictions_of_a_model_that_halts_are_those_of_its_trace():
     assert executed < values["mean_depth"] == pytest.approx(trace.depth.double().mean().item())
     counted = counted_flops(model, images) / 1e9  # in a packed run
     assert values["gflops_per_image"] == pytest.approx(counted, rel=1e-6)
-
-
-def test_a_plain_transformer_has_full_depth_and_no_scores():
-    model = timm.create_model("deit_nano")
-    found = predict(model, random_images(3))
-    assert found.depth.tolist() == [[4] * 17] * 3
-    assert found.layers == 4 and found.halting_scores is None
-    assert found.flops.tolist() == [plain_flops(model, 17)] * 3
 
 
 def test_bootstrap_intervals_have_the_width_of_the_normal_approximation():

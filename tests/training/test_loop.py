@@ -13,7 +13,7 @@ from conftest import assert_same, finished_epochs, random_images, small_model
 from msgspec.structs import replace
 
 from avit_lib.errors import UserError
-from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
+from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.training import Training, files, fit, load_checkpoint, seed_everything
 from avit_lib.training.loop import RESUME
 
@@ -150,32 +150,6 @@ def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
     assert contents(tmp_path) == {name: b"foreign"}
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_finished_epoch(tmp_path):
-    def spoil(model, images, labels, progress):
-        losses = LOSS(model, images, labels, progress)
-        added = float("nan") if progress >= 0.5 else 0
-        return Losses(losses.total + added, losses.parts)
-
-    with pytest.raises(UserError, match=r"loss nan.* in epoch 2, batch 2; lower"):
-        train(tmp_path / "spoilt", spoil)
-    with pytest.raises(PowerCut):
-        train(tmp_path / "reference", watch([], stop_at=3))
-    assert_same(tmp_path / "spoilt", tmp_path / "reference")
-
-
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file.txt"
-    files.write_atomically(path, b"old")
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(UserError, match=r"file.txt cannot be written \(No space left on device\)"):
-        files.write_atomically(path, b"new")
-    assert contents(path.parent) == {"file.txt": b"old"}
-
-
 def test_a_link_is_written_through_and_a_device_refused(tmp_path):
     link, target = tmp_path / "link.txt", tmp_path / "elsewhere" / "file.txt"
     link.symlink_to(target)
@@ -197,27 +171,23 @@ def test_history_and_checkpoints(tmp_path):
     history = train(tmp_path, config=config, data=random_images(64))
     for falls in ("learning_rate", "train_task"):
         assert history[falls].iloc[-1] < history[falls].iloc[0] - 1e-3
-    assert history["val_accuracy"].max() > 0.2  # chance is 0.1
+    accuracy = history["val_accuracy"]
+    assert accuracy.max() > 0.2  # chance is 0.1
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
-    model, facts = load_checkpoint(tmp_path / "last.safetensors")
-    assert facts["epoch"] == 8 and facts["run"]["seed"] == 0
-    assert validate(model)["accuracy"] == history["val_accuracy"].iloc[-1]
-    best, facts = load_checkpoint(tmp_path / "best.safetensors")
-    assert validate(best)["accuracy"] == history["val_accuracy"].max()
-    assert facts["validation"]["val_accuracy"] == history["val_accuracy"].max()
+    for name, expected in (("last", accuracy.iloc[-1]), ("best", accuracy.max())):
+        model, facts = load_checkpoint(tmp_path / f"{name}.safetensors")
+        assert validate(model)["accuracy"] == expected == facts["validation"]["val_accuracy"]
 
 
 def test_every_epoch_sees_all_images_in_an_order_of_its_own_and_of_the_seed(tmp_path):
-    shown, seeds = [], set()
+    shown = []
 
     def look(model, images, labels, progress):
         shown.append(images.mean(dim=(1, 2, 3)))  # tells them apart
-        seeds.add(torch.initial_seed())
         return LOSS(model, images, labels, progress)
 
     for seed in (0, 1):
         train(tmp_path / str(seed), look, seed=seed)
-    assert len(seeds) == 6  # of Mixup, dropout and augmentation
     orders = torch.cat(shown).reshape(6, len(TRAIN))
     assert (orders.sort().values == orders[0].sort().values).all()
     assert len(orders.unique(dim=0)) == 6

@@ -45,10 +45,6 @@ def join_and_compute(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with processes.join_others():
         found = {execution: train(folder, execution) for execution in EXECUTIONS}
-        parameter = torch.nn.Parameter(torch.zeros(3))
-        parameter.grad = torch.arange(3.0) * rank
-        processes.average_gradients([parameter])
-        found["gradient"] = parameter.grad
         with pytest.raises(UserError, match="a multiple of 2, at most the 64 training images"):
             train(folder / "odd", "masked", batch_size=15)
     torch.save(found, folder / f"{rank}.pt")
@@ -77,7 +73,6 @@ def several(tmp_path_factory):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_losses_and_weights_are_those_of_a_single_process(several, execution, tmp_path):
-    assert [found["gradient"].tolist() for found in several] == [[0.0, 0.5, 1.0]] * 2
     first, second = (found[execution] for found in several)
     single = train(tmp_path, execution)
     history = pd.DataFrame(single.pop("history"))
