@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -220,7 +220,7 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
         raise Unreadable(f"{path} ({reason})") from None
 
 
-def _refuse_misread(image: Image.Image) -> None:
+def _refuse_misread(image: ImageFile.ImageFile) -> None:
     """Raise ValueError for an opened file that Pillow reads, but wrongly."""
     tags, layout = getattr(image, "tag_v2", {}), str(image.tile)
     # Of grey with more than 8 bits nobody knows which is white; of colours Pillow drops the lower.

@@ -83,7 +83,7 @@ def plan_pool(data: Data, count: int) -> dict[str, int]:
 
 def limit(wanted: int | str, most: int) -> int:
     """As many as ``wanted``, a number or "all", but at most ``most``."""
-    return most if wanted == "all" else min(wanted, most)
+    return most if isinstance(wanted, str) else min(wanted, most)
 
 
 def hold_out(per_class: int, count: int) -> dict[str, int]:

@@ -52,7 +52,7 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight", facecolor="white")
+        self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
 
 
@@ -75,8 +75,6 @@ def subplots(
     """
     sns.set_theme(style="whitegrid", palette="colorblind", rc=theme())
     figure = NotebookFigure(figsize=(WIDTH, height), dpi=100, layout=layout)
-    if layout == "constrained":
-        figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 

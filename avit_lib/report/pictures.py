@@ -138,5 +138,4 @@ def _depth_key(figure: Figure, axes: np.ndarray, layers: int) -> None:
     look = {"orientation": "horizontal", "shrink": 0.7, "aspect": 45, "pad": 0.015}
     bar = figure.colorbar(key, ax=axes, ticks=range(1, layers + 1), **look)
     bar.set_label(f"depth [layers of {layers}]")
-    bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)
