@@ -86,8 +86,8 @@ def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tu
     """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro."""
     cells, classes = _cells(predictions)
 
-    def resample(chosen: np.ndarray) -> np.ndarray:
-        return np.array([*_accuracies(cells[chosen], classes).values()])
+    def resample(chosen: np.ndarray) -> list[float]:
+        return [*_accuracies(cells[chosen], classes).values()]
 
     ends = _bootstrap(resample, len(cells), seed).tolist()
     return dict(zip(_accuracies(cells, classes), map(tuple, ends), strict=True))
@@ -106,13 +106,13 @@ def paired_difference(
     gain = (first.correct.long() - second.correct.long()).numpy()
     labels = first.labels.numpy() if per_class else np.zeros_like(gain)
 
-    def mean(chosen: np.ndarray) -> np.ndarray:
+    def mean(chosen: np.ndarray) -> float:
         images = np.bincount(labels[chosen])
         sums = np.bincount(labels[chosen], weights=gain[chosen])
-        return (sums[images > 0] / images[images > 0]).mean(keepdims=True)
+        return float((sums[images > 0] / images[images > 0]).mean())
 
-    low, high = _bootstrap(mean, len(gain), seed=0)[0].tolist()
-    return mean(np.arange(len(gain))).item(), low, high
+    low, high = _bootstrap(mean, len(gain), seed=0).tolist()
+    return mean(np.arange(len(gain))), low, high
 
 
 def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
@@ -139,10 +139,10 @@ def _accuracies(cells: np.ndarray, classes: int) -> dict[str, float]:
     }
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int) -> np.ndarray:
+def _bootstrap(statistic: Callable[[np.ndarray], ArrayLike], images: int, seed: int) -> np.ndarray:
     """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices.
 
-    NaN for a single image.
+    [2] of a single figure; NaN for a single image.
     """
     drawn = np.random.default_rng(seed)
     found = [statistic(drawn.integers(images, size=images)) for _ in range(1000)]

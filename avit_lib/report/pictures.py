@@ -5,6 +5,7 @@ depth [B, N] in layers, of the class token and then of a grid of patches of R ro
 """
 
 import textwrap
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +20,7 @@ DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # covers halted tokens: a colour, so that it shows on black and on white
 
 # Its name, pictures [B, H, W, 3], and titles above them, if any.
-Row = tuple[str, np.ndarray, list[str]]
+Row = tuple[str, np.ndarray, Sequence[str]]
 
 
 def mosaic(rows: list[Row], layers: int = 0, columns: int = 0) -> Figure:
@@ -76,7 +77,7 @@ def depth_maps(
     images: ArrayLike,
     depth: ArrayLike,
     layers: int,
-    titles: list[str] | None = None,
+    titles: Sequence[str] = (),
     columns: int = 10,
     grid: tuple[int, int] | None = None,
 ) -> Figure:
@@ -90,7 +91,7 @@ def depth_maps(
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
     rows = [
-        ("image", rgb(images), titles or []),
+        ("image", rgb(images), titles),
         ("depth", coloured(grid, layers), []),
         ("veiled\nby depth", veiled(images, veil), []),
         ("in the\nlast layer", veiled(images, grid < layers), []),

@@ -28,7 +28,8 @@ from avit_lib.training.checkpoints import save_checkpoint
 from avit_lib.training.files import read_json, read_state, write_atomically, write_state
 
 RESUME = "resume.pt"  # the state after the last finished epoch
-WRITTEN = ("best.safetensors", "last.safetensors", "history.csv")
+# Of what is written after each epoch, best.json is the first and last.safetensors the last.
+WRITTEN = ("last.json", "best.json", "best.safetensors", "last.safetensors", "history.csv")
 
 # Of model, images, labels and progress 0..1.
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]
@@ -224,18 +225,17 @@ def _check_trainable(train: Images, config: Training) -> None:
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
     """The history of a run that lies finished in ``output``; UserError when another lies there."""
-    last, best = output / "last.json", output / "best.json"  # best.json is the first to be written
-    described = next((path for path in (last, best) if path.is_file()), None)
-    found = read_json(described) if described else {"run": run}
-    foreign = not described and any((output / name).exists() for name in WRITTEN)
-    if foreign or found.get("run") != run:
+    there = [name for name in WRITTEN if (output / name).exists()]
+    described = [name for name in there if name.endswith(".json")]
+    found = read_json(output / described[0]) if described else {}
+    if there and found.get("run") != run:
         raise UserError(
             f"{output} holds another run; name another folder, or delete it to start again"
         )
-    weights = last.with_suffix(".safetensors")
-    if described != last or found["epoch"] != config.epochs or not weights.is_file():
+    if not {*WRITTEN} <= {*there} or found["epoch"] != config.epochs:
         return None
-    return pd.read_csv(output / "history.csv") if digest_file(weights) == found["sha256"] else None
+    whole = digest_file(output / "last.safetensors") == found["sha256"]
+    return pd.read_csv(output / "history.csv") if whole else None
 
 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:
