@@ -21,16 +21,6 @@ def benchmark():
     return module
 
 
-def test_synthetic_halting_has_the_stated_depth_and_a_spread(benchmark):
-    workload = benchmark.synthetic_workload(
-        "avit_nano", 64, 2.5, image_spread=0.5, token_spread=0.5
-    )
-    depth = workload.adaptive.forward_with_trace(workload.images)[1].depth
-    assert depth[:, 1:].double().mean() == pytest.approx(2.5, abs=0.2)
-    assert depth[:, 1:].double().mean(dim=1).std() > 0.2
-    assert (depth[:, 0] == 4).all()
-
-
 @pytest.mark.usefixtures("one_round")
 def test_it_leaves_tables_and_figures(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
