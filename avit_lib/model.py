@@ -6,7 +6,7 @@ It has no parameter more than a DeiT or ViT.
 from collections.abc import Callable
 
 import torch
-from timm.layers import is_exportable, is_scriptable
+from timm.layers import is_exportable
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -28,7 +28,7 @@ from avit_lib.halting import (
     initial_state,
 )
 from avit_lib.packed import run_packed
-from avit_lib.places import no_weights, weights_file
+from avit_lib.places import weights_file
 
 
 class AViT(TokensLeave):
@@ -56,19 +56,19 @@ class AViT(TokensLeave):
 
         Raises UserError for what won't go.
         """
-        _check_pooling(kwargs.get("global_pool"))
-        needed = {"class_token": True, "reg_tokens": 0, "patch_drop_rate": 0}
-        refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
-        if refused:
-            raise UserError(
-                f"A-ViT reads its class token and keeps every patch; leave out {', '.join(refused)}"
-            )
         super().__init__(*args, **kwargs)
+        _check_pooling(self.global_pool)
+        one_class_token = self.has_class_token and self.num_prefix_tokens == 1
+        if not one_class_token or not isinstance(self.patch_drop, nn.Identity):
+            raise UserError(
+                "A-ViT reads its one class token and keeps every patch; "
+                "leave out class_token, reg_tokens and patch_drop_rate"
+            )
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't halt in this model: {reason}")
         for name, value in (("gamma", gamma), ("beta", beta), ("eps", eps)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device="cpu"))
-        self.execution = "masked" if is_exportable() or is_scriptable() else execution
+        self.execution = "masked" if is_exportable() else execution
 
     @property
     def rule(self) -> HaltingRule:
@@ -177,20 +177,14 @@ def register(size: str) -> None:
 
     def create(pretrained: bool = False, **kwargs) -> AViT:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | shape | kwargs
-        out_indices = options.pop("out_indices", 3)
-        options["feature_cfg"] = {"out_indices": out_indices, "feature_cls": "getter"}
+        features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
         here = weights_file(published)
         # With a pretrained_cfg of its own, the weights are somebody else's.
         ours = pretrained and isinstance(options.get("pretrained_cfg"), str | None)
         if ours and here.is_file():
             overlay = options.get("pretrained_cfg_overlay") or {}
             options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
-        try:
-            return build_model_with_cfg(AViT, name, pretrained, **options)
-        except OSError as error:
-            if not ours:
-                raise
-            raise UserError(no_weights(published)) from error
+        return build_model_with_cfg(AViT, name, pretrained, feature_cfg=features, **options)
 
     create.__name__ = name
     default_cfgs.update(generate_default_cfgs({f"{name}.fb_in1k": get_pretrained_cfg(published)}))

@@ -69,9 +69,11 @@ def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | No
     return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
 
 
-def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable[..., Tensor]:
+def pick_attention(
+    qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None
+) -> Callable[..., Tensor]:
     """The fastest way to attend for the device and type of ``qkv``."""
-    if qkv.device.type != "cuda":
+    if qkv.device.type != "cuda" or layout.lengths[0] == layout.lengths[-1]:
         return attend_buckets
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     return attend_varlen if half and dropout == 0 and bias is None else attend_padded
@@ -120,7 +122,7 @@ def packed_attention(
         qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0
     bias = None if bias is None else bias.to(qkv.dtype)
-    attended = pick_attention(qkv, dropout, bias)(qkv, layout, dropout, bias)
+    attended = pick_attention(qkv, layout, dropout, bias)(qkv, layout, dropout, bias)
     attended = module.proj_drop(module.proj(module.norm(attended)))
     return tokens + drop_path(block.drop_path1, block.ls1(attended), layout), qkv
 
