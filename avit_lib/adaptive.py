@@ -23,7 +23,7 @@ from avit_lib.backbone import (
     why_not_plain,
 )
 from avit_lib.errors import UserError
-from avit_lib.flops import MergingTrace, block_flops, fixed_flops, flops_of_depth, plain_flops
+from avit_lib.flops import MergingTrace, flops_of_depth, plain_flops
 from avit_lib.merging import (
     IMPORTANCE_WEIGHT,
     SPREAD,
@@ -53,37 +53,24 @@ class Adaptive(TokensLeave):
     spread: float = SPREAD
 
     def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool
+        self, x: Tensor, traced: bool, observe: Callable[[Tensor], None] | None = None
     ) -> tuple[Tensor, MergingTrace]:
         """The normalised tokens [B, N, D] of images [B, C, H, W], and the trace.
 
         A merged token is what stands for it.
         """
-        if not self._merges(x):
-            features = VisionTransformer.forward_features(self, x, attn_mask)
-            depth = torch.full(features.shape[:2], len(self.blocks), device=x.device)
-            return features, MergingTrace(depth)
-        self._check_followed(attn_mask)
         tokens = self.embed(x)
-        packed = self._compute(tokens)
-        features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
-        return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
-
-    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The normalised tokens [B, N, D] of images, and the tokens [B, N, D] after each layer."""
-        tokens, layers = self.embed(x), []
-        if not self._merges(x):
-            for block in self.blocks:
-                tokens = self.run(block, tokens, attn_mask)
-                layers.append(tokens)
-            return self.norm(tokens), layers
-        self._check_followed(attn_mask)
-
-        def observe(packed: Packed) -> None:
-            layers.append(unpack(packed, packed.tokens).view_as(tokens))
-
-        self._compute(tokens, observe)
-        return self.norm(layers[-1]), layers
+        if self._merges(x):
+            self._check_followed()
+            packed = self._compute(tokens, observe)
+            features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
+            return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+            if observe:
+                observe(tokens)
+        depth = torch.full(tokens.shape[:2], len(self.blocks), device=x.device)
+        return self.norm(tokens), MergingTrace(depth)
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of inference on the images traced."""
@@ -130,12 +117,8 @@ class Adaptive(TokensLeave):
             )
         return len(images) > 0 and bool(self.thresholds.isfinite().any())
 
-    def _check_followed(self, attn_mask: Tensor | None) -> None:
+    def _check_followed(self) -> None:
         """Raise UserError where somebody counts on tokens in their places."""
-        if attn_mask is not None:
-            raise UserError(
-                "tokens that merge have no place in an attention mask; leave out attn_mask"
-            )
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't merge any more: {reason}")
         parts = [self.blocks]
@@ -149,9 +132,7 @@ class Adaptive(TokensLeave):
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
-    def _compute(
-        self, tokens: Tensor, observe: Callable[[Packed], None] = lambda packed: None
-    ) -> Packed:
+    def _compute(self, tokens: Tensor, observe: Callable[[Tensor], None] | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
         for layer, threshold in enumerate(self.thresholds.tolist(), start=1):
@@ -160,7 +141,8 @@ class Adaptive(TokensLeave):
             if merges:
                 packed = merge(packed, score > threshold, partner, layer)
             packed = self.run(feed_forward, block, packed)
-            observe(packed)
+            if observe:
+                observe(unpack(packed, packed.tokens).view_as(tokens))
         return packed
 
     def _attend(
@@ -192,9 +174,9 @@ class Adaptive(TokensLeave):
         """
         parts = [pack(self.embed(part), len(self.blocks)) for part in images.split(64)]
         count = parts[0].layout.lengths[0]
-        done, thresholds = fixed_flops(self), []
+        thresholds = []
         for layer, number in enumerate(plan(self, count, wish, self.spread), start=1):
-            block, before = self.blocks[layer - 1], _count_tokens(parts)
+            block = self.blocks[layer - 1]
             found = [self._attend(block, part, merges=True) for part in parts]
             scores = torch.cat([score for _, score, _ in found])
             threshold = _find_threshold(scores, round(number * len(images)))
@@ -202,10 +184,10 @@ class Adaptive(TokensLeave):
                 feed_forward(block, merge(part, score > threshold, partner, layer))
                 for part, score, partner in found
             ]
-            merges = math.isfinite(threshold)
-            done += block_flops(block, before, _count_tokens(parts), merges).mean().item()
             thresholds.append(threshold)
-        return thresholds, 1 - done / plain_flops(self, count)
+        depth = torch.cat([part.depth for part in parts]).view(-1, count)
+        done = flops_of_depth(self, depth, [*map(math.isfinite, thresholds)])
+        return thresholds, 1 - done.mean().item() / plain_flops(self, count)
 
 
 class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
@@ -213,11 +195,6 @@ class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
 
 
 KINDS = {VisionTransformer: Adaptive, VisionTransformerDistilled: AdaptiveDistilled}
-
-
-def _count_tokens(parts: list[Packed]) -> Tensor:
-    lengths = [length for part in parts for length in part.layout.lengths]
-    return torch.tensor(lengths, dtype=torch.float64)
 
 
 def _find_threshold(scores: Tensor, wanted: int) -> float:
@@ -283,4 +260,4 @@ def why_not(model: nn.Module) -> str:
         return reason
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         return "it is in half precision; convert it by model.float()"
-    return "" if isinstance(model.patch_drop, nn.Identity | None) else "it drops patches at random"
+    return ""

@@ -30,9 +30,9 @@ TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
 class TokensLeave(VisionTransformer):
     """A VisionTransformer of timm's whose tokens leave the computation.
 
-    Its two subclasses say how, of images [B, C, H, W], by ``compute_features(x, attn_mask,
-    traced)``: normalised features and, at least if ``traced``, the trace; and by
-    ``compute_layers(x, attn_mask)``: normalised features, and the tokens [B, N, D] after each layer.
+    Its two subclasses say how, by ``compute_features(x, traced, observe)`` of images [B, C, H, W]:
+    normalised features and, at least if ``traced``, the trace. ``observe``, if any, is called after
+    each layer with all tokens [B, N, D]; one that has left stays as its last layer made it.
     """
 
     # Buffers that decide who leaves: float32 whatever the weights are; a plain model lacks them.
@@ -42,14 +42,12 @@ class TokensLeave(VisionTransformer):
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
-    def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, *, with_trace: bool = False
-    ) -> Any:
+    def forward(self, x: Tensor, *, with_trace: bool = False) -> Any:
         """Logits [B, K] of images [B, C, H, W]; with ``with_trace`` the pair of them and the trace.
 
-        ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
+        Raises UserError where somebody counts on tokens that have left.
         """
-        features, trace = self.compute_features(x, attn_mask, with_trace)
+        features, trace = self.compute_features(x, with_trace)
         logits = self.forward_head(features)
         return (logits, trace) if with_trace else logits
 
@@ -57,9 +55,9 @@ class TokensLeave(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
         return self(images, with_trace=True)
 
-    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
-        return self.compute_features(x, attn_mask, traced=False)[0]
+        return self.compute_features(x, traced=False)[0]
 
     def forward_intermediates(
         self,
@@ -70,8 +68,7 @@ class TokensLeave(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
+        attn_mask: None = None,
     ) -> Any:
         """As timm's: tokens after the layers ``indices``, all in their places, and the features.
 
@@ -80,20 +77,19 @@ class TokensLeave(VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
-        taken, _ = feature_take_indices(len(self.blocks), indices)
-        features, layers = self.compute_layers(x, attn_mask)
+        if attn_mask is not None:
+            raise UserError("tokens that leave have no place in a mask; leave out attn_mask")
+        layers = []
+        features, _ = self.compute_features(x, traced=False, observe=layers.append)
+        taken, _ = feature_take_indices(len(layers), indices)
         chosen = [self.norm(layers[one]) if norm else layers[one] for one in sorted(taken)]
         count = self.num_prefix_tokens
-        prefix = [tokens[:, :count] for tokens in chosen] if return_prefix_tokens and count else []
         maps = [tokens[:, count:] for tokens in chosen]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
-        if output_dict:
-            found = {"image_intermediates": maps}
-            found |= {"image_intermediates_prefix": prefix} if prefix else {}
-            return found if intermediates_only else found | {"image_features": features}
-        if prefix:
+        if return_prefix_tokens and count:
+            prefix = [tokens[:, :count] for tokens in chosen]
             maps = list(zip(maps, prefix, strict=True))
         return maps if intermediates_only else (features, maps)
 

@@ -70,9 +70,8 @@ def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Te
     attention = pad(logits, layout, -torch.inf).softmax(dim=1)
     attention = attention.flatten(0, 1).index_select(0, find_slots(layout))  # [T, heads]
     taken = (attention * _norm(value)).mean(dim=1)
-    sums = torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None]
-    sums = taken.new_zeros(len(layout.lengths), 2).index_add(0, layout.segment, sums)
-    mean = sums[:, 0] / sums[:, 1].clamp(min=1)
+    number = pad(patches, layout).sum(dim=1).clamp(min=1)
+    mean = pad(taken * patches, layout).sum(dim=1) / number
     return (taken / mean[layout.segment]).log()
 
 
