@@ -34,9 +34,10 @@ def merge(values: Tensor, stay: Tensor, gone: Tensor, target: Tensor) -> Tensor:
 
     ``stay``, ``gone`` and ``target`` are as ``match`` returns them.
     """
-    joining = values.take_along_dim(gone[..., None], dim=1)
-    target = target[..., None].expand_as(joining)
-    return values.take_along_dim(stay[..., None], dim=1).scatter_add(1, target, joining)
+    stay, gone, target = (
+        places[..., None].expand(-1, -1, values.shape[2]) for places in (stay, gone, target)
+    )
+    return values.gather(1, stay).scatter_add(1, target, values.gather(1, gone))
 
 
 def limit(r: int, count: int) -> int:
