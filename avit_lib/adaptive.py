@@ -115,7 +115,7 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
-        return len(images) > 0 and bool(self.thresholds.isfinite().any())
+        return len(images) > 0 and self.thresholds.isfinite().any()
 
     def _check_followed(self) -> None:
         """Raise UserError where somebody counts on tokens in their places."""

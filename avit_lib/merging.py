@@ -155,7 +155,7 @@ def plan(model: VisionTransformer, count: int, saved: float, spread: float) -> l
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
-    low, high = 0.0, 0.5
+    low, high = 0.0, 0.5 if saved else 0.0  # few merges cost more than they save
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if try_scale(middle)[0] < saved else (low, middle)
