@@ -111,19 +111,17 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     active = torch.ones(tokens.shape[:2], dtype=torch.bool)
     active[:, 5] = False
     block.attn.fused_attn, seen = False, []
-    hook = block.attn.attn_drop.register_forward_hook(lambda *parts: seen.append(parts[-1]))
+    block.attn.attn_drop.register_forward_hook(lambda *parts: seen.append(parts[-1]))
     masked_block(block, tokens, active)
-    hook.remove()
     # [B, heads, P] of the class token, among the patches
     attention = F.normalize(seen[0][:, :, 0, 1:], p=1, dim=-1)
     value = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][:, 1:]
-    heads = value.chunk(block.attn.num_heads, dim=-1)
-    length = torch.stack([part.norm(dim=-1) for part in heads], dim=1)
+    length = value.unflatten(-1, (block.attn.num_heads, -1)).norm(dim=-1).transpose(1, 2)
     found = starts.class_attention(block, tokens, active)
+    torch.testing.assert_close(found, (attention * length).mean(dim=1))
     spared = starts.unimportance(block, tokens, active)
-    assert torch.allclose(found, (attention * length).mean(dim=1), atol=1e-12)
     left = active[:, 1:]
-    assert torch.allclose(spared[left], -found[left].log()) and (found[:, 4] == 0).all()
+    torch.testing.assert_close(spared[left], -found[left].log())
     assert spared.isfinite().all() and (spared[:, 4] > 2 * spared[left].max()).all()
 
 
@@ -166,8 +164,8 @@ def test_a_poor_choice_of_images_gives_a_model_that_computes(pixels):
     [
         ({"proj_bias": False}, HALTING, "takes learned positions, biases"),
         ({"final_norm": False}, HALTING, "and weights in all norms"),
-        ({}, HALTING[1:], "given for 5 layers, the model has 6"),
-        ({}, torch.eye(6)[0], "no patch for the last layer; raise target_depth"),
+        ({}, HALTING[1:], "of 6 layers the last must be left a patch"),
+        ({}, torch.eye(6)[0], "of each image; raise target_depth"),
     ],
 )
 def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halting, message):
@@ -178,11 +176,10 @@ def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize("rate", [0.0, 0.25])
-def test_channel_0_goes_as_far_as_its_rate_says_and_the_rest_as_ever(optimizer, rate):
+def test_channel_0_goes_as_far_as_its_rate_says_and_the_rest_as_ever(rate):
     def step(model, adjust):
-        found = optimizer(model.parameters(), lr=1e-3)
+        found = torch.optim.Adam(model.parameters(), lr=1e-3)
         adjust(model, found)
         logits, trace = model.train().forward_with_trace(images())
         (logits.square().sum() + trace.ponder.sum()).backward()
