@@ -53,7 +53,7 @@ class Adaptive(TokensLeave):
     spread: float = SPREAD
 
     def compute_features(
-        self, x: Tensor, traced: bool, observe: Callable[[Tensor], None] | None = None
+        self, x: Tensor, traced: bool, observe: Callable | None = None
     ) -> tuple[Tensor, MergingTrace]:
         """The normalised tokens [B, N, D] of images [B, C, H, W], and the trace.
 
@@ -132,7 +132,7 @@ class Adaptive(TokensLeave):
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
-    def _compute(self, tokens: Tensor, observe: Callable[[Tensor], None] | None) -> Packed:
+    def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
         for layer, threshold in enumerate(self.thresholds.tolist(), start=1):

@@ -176,11 +176,12 @@ def why_not_plain(model: VisionTransformer) -> str:
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
     for block in model.blocks:
-        attention = block.attn
-        plain = {block: (Block,), attention: (Attention,), block.mlp: TOKENWISE}
+        plain = {block: (Block,)}
+        if type(block) is Block:
+            plain |= {block.attn: (Attention,), block.mlp: TOKENWISE}
         for part, kinds in plain.items():
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"
-        if getattr(attention, "gate", None) is not None:
+        if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
     return ""

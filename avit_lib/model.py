@@ -75,7 +75,7 @@ class AViT(TokensLeave):
         return HaltingRule(self.gamma, self.beta, self.eps)
 
     def compute_features(
-        self, x: Tensor, traced: bool, observe: Callable[[Tensor], None] | None = None
+        self, x: Tensor, traced: bool, observe: Callable | None = None
     ) -> tuple[Tensor, HaltingTrace | None]:
         """The normalised representation [B, 1, D] of images [B, C, H, W], and the trace."""
         tokens = self.embed(x)
@@ -109,7 +109,7 @@ def run_masked(
     tokens: Tensor,
     rule: HaltingRule,
     run: Callable = call,
-    observe: Callable[[Tensor], None] | None = None,
+    observe: Callable | None = None,
 ) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks: representation [B, 1, D] and trace of embedded tokens [B, N, D].
 
