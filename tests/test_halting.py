@@ -1,18 +1,11 @@
-"""Algorithm 1 on bare scores: an independent slow reference, values by hand, its gradients."""
+"""Algorithm 1 on bare scores: an independent slow reference, values by hand."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avit_lib.halting import (
-    HaltingRule,
-    channel_to_halt,
-    executed_depth,
-    halting_score,
-    halting_step,
-    initial_state,
-)
+from avit_lib.halting import HaltingRule, halting_score, halting_step, initial_state
 
 
 @st.composite
@@ -72,36 +65,10 @@ def test_values_by_hand(scores, eps, depth, ponder, weights):
     assert found[:, 0].tolist() == weights
 
 
-def test_gradient_of_ponder():
-    scores = torch.rand(6, 16, generator=torch.Generator().manual_seed(3)) * 0.6
-    scores[-1] = 1.0
-    scores.requires_grad_()
-    states, _ = run(scores, 0.05)
-    assert len(states[-1].depth.unique()) >= 3
-    states[-1].ponder.sum().backward()
-    # rho = N + 1 - sum of h before the halting layer
-    layer = torch.arange(1, 7)[:, None]
-    assert torch.equal(scores.grad, torch.where(layer < states[-1].depth, -1.0, 0.0))
-
-
-def test_the_score_is_the_sigmoid_of_channel_zero_only():
-    tokens = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+def test_the_score_is_the_sigmoid_of_channel_zero():
+    tokens = torch.randn(2, 3, 5)
     rule = HaltingRule(gamma=5.0, beta=-10.0, eps=0.01)
     score = halting_score(tokens, rule)
     torch.testing.assert_close(score, 1 / (1 + torch.exp(-(5 * tokens[..., 0] - 10))))
-    score.sum().backward()
-    assert (tokens.grad[..., 0] > 0).all() and (tokens.grad[..., 1:] == 0).all()
     assert (halting_score(tokens, rule, last=True) == 1).all()
     assert halting_score(tokens.half(), rule).dtype == torch.float32
-
-
-def test_the_least_channel_that_halts():
-    rule = HaltingRule(gamma=2.0, beta=-1.0, eps=0.1)
-    sums = torch.tensor([0.0, 0.3, 0.8], dtype=torch.float64)
-    tokens = channel_to_halt(sums, rule)[:, None]
-    torch.testing.assert_close(sums + halting_score(tokens, rule), torch.full_like(sums, 0.9))
-
-
-def test_executed_depth_ends_with_the_class_token():
-    depth = torch.tensor([[2, 1, 4, 2], [4, 1, 3, 4]])
-    assert executed_depth(depth).tolist() == [[2, 1, 2, 2], [4, 1, 3, 4]]

@@ -89,16 +89,6 @@ def test_every_attention_gives_the_same(attend, monkeypatch):
     assert_same(make_model(gamma=1.0), make_images(6))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_lower_precision_within_its_tolerance(dtype, tolerance):
-    model = make_model(gamma=0.0, beta=-1.0).to(dtype)  # all score 0.27, far from a threshold
-    images = make_images(4).to(dtype)
-    packed, trace = model.forward_with_trace(images)
-    model.execution = "masked"
-    assert (trace.depth == 4).all()
-    torch.testing.assert_close(packed, model(images), rtol=tolerance, atol=tolerance)
-
-
 def test_packed_in_evaluation_masked_in_training(monkeypatch):
     model, images, calls = make_model(), make_images(2), []
     for function in (run_packed, run_masked):
