@@ -23,7 +23,7 @@ from avit_lib.backbone import (
     why_not_plain,
 )
 from avit_lib.errors import UserError
-from avit_lib.flops import MergingTrace, block_flops, fixed_flops, flops_of_depth, plain_flops
+from avit_lib.flops import MergingTrace, flops_of_depth, plain_flops
 from avit_lib.merging import (
     IMPORTANCE_WEIGHT,
     SPREAD,
@@ -34,6 +34,7 @@ from avit_lib.merging import (
     pack,
     plan,
     stand_in,
+    unpack,
 )
 from avit_lib.packed import packed_attention
 
@@ -52,38 +53,24 @@ class Adaptive(TokensLeave):
     spread: float = SPREAD
 
     def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool
+        self, x: Tensor, traced: bool, observe: Callable | None = None
     ) -> tuple[Tensor, MergingTrace]:
         """The normalised tokens [B, N, D] of images [B, C, H, W], and the trace.
 
         A merged token is what stands for it.
         """
-        if not self._merges(x):
-            features = VisionTransformer.forward_features(self, x, attn_mask)
-            depth = torch.full(features.shape[:2], len(self.blocks), device=x.device)
-            return features, MergingTrace(depth)
-        self._check_followed(attn_mask)
         tokens = self.embed(x)
-        packed, into, depth = self._compute(tokens)
-        packed = replace(packed, tokens=self.norm(packed.tokens))
-        trace = MergingTrace(depth.view(tokens.shape[:2]))
-        return _unpack(packed, into).view_as(tokens), trace
-
-    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The normalised tokens [B, N, D] of images, and the tokens [B, N, D] after each layer."""
-        tokens, layers = self.embed(x), []
-        if not self._merges(x):
-            for block in self.blocks:
-                tokens = self.run(block, tokens, attn_mask)
-                layers.append(tokens)
-            return self.norm(tokens), layers
-        self._check_followed(attn_mask)
-
-        def observe(packed: Packed, into: Tensor) -> None:
-            layers.append(_unpack(packed, into).view_as(tokens))
-
-        self._compute(tokens, observe)
-        return self.norm(layers[-1]), layers
+        if self._merges(x):
+            self._check_followed()
+            packed = self._compute(tokens, observe)
+            features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
+            return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+            if observe:
+                observe(tokens)
+        depth = torch.full(tokens.shape[:2], len(self.blocks), device=x.device)
+        return self.norm(tokens), MergingTrace(depth)
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of inference on the images traced."""
@@ -108,22 +95,15 @@ class Adaptive(TokensLeave):
             raise UserError(
                 f"a share of {saved} of the FLOPs cannot be saved; choose one between 0 and {MOST}"
             )
-        if saved == 0:
-            self.thresholds.fill_(torch.inf)
-            return
-        before, wish, reached = self.thresholds.clone(), saved, False
-        try:
-            for _ in range(8):
-                with evaluating(self):
-                    found = self._set_thresholds(images, wish)
-                report(found)
-                reached = abs(found - saved) <= TOLERANCE
-                if reached:
-                    return
-                wish = min(max(wish + saved - found, 0.0), 0.95)
-        finally:
-            if not reached:  # also after an interruption
-                self.thresholds.copy_(before)
+        wish = saved
+        for _ in range(8):
+            with evaluating(self):
+                thresholds, found = self._find_thresholds(images, wish)
+            report(found)
+            if abs(found - saved) <= TOLERANCE:
+                self.thresholds = thresholds
+                return
+            wish = min(max(wish + saved - found, 0.0), 0.95)
         raise UserError(
             f"{saved:.0%} of the FLOPs are out of reach for this model: "
             f"the last try saved {found:.0%}"
@@ -135,21 +115,15 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
-        return len(images) > 0 and bool(self.thresholds.isfinite().any())
+        return len(images) > 0 and self.thresholds.isfinite().any()
 
-    def _check_followed(self, attn_mask: Tensor | None) -> None:
+    def _check_followed(self) -> None:
         """Raise UserError where somebody counts on tokens in their places."""
-        if attn_mask is not None:
-            raise UserError(
-                "tokens that merge have no place in an attention mask; leave out attn_mask"
-            )
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't merge any more: {reason}")
         parts = [self.blocks]
         for block in self.blocks:
-            attention = block.attn
-            parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
-            parts += [block.drop_path1, block.drop_path2]
+            parts += [block, block.attn, block.attn.attn_drop]
         if any(map(is_hooked, parts)):
             raise UserError(
                 "a hook on a block would never be called, since tokens merge inside of it; "
@@ -158,47 +132,34 @@ class Adaptive(TokensLeave):
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
-    def _compute(
-        self,
-        tokens: Tensor,
-        observe: Callable[[Packed, Tensor], None] = lambda packed, into: None,
-    ) -> tuple[Packed, Tensor, Tensor]:
-        """What is left of tokens [B, N, D]; of each [B * N], what it is part of, and its depth.
-
-        ``observe`` is told the first two after each layer.
-        """
-        packed, count = pack(tokens), tokens.shape[1]
-        into = packed.layout.index
-        depth = torch.full_like(into, len(self.blocks))
-        for layer, threshold in enumerate(self.thresholds.tolist()):
-            block, merges = self.blocks[layer], math.isfinite(threshold)
-            packed, score, partner = self.run(self._attend, block, packed, count, merges)
+    def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
+        """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
+        packed = pack(tokens, len(self.blocks))
+        for layer, threshold in enumerate(self.thresholds.tolist(), start=1):
+            block, merges = self.blocks[layer - 1], math.isfinite(threshold)
+            packed, score, partner = self.run(self._attend, block, packed, merges)
             if merges:
-                gone, index = (score > threshold).nonzero()[:, 0], packed.layout.index
-                depth[index[gone]] = layer + 1
-                joins = torch.arange(len(into), device=into.device)
-                joins[index[gone]] = index[partner[gone]]
-                into = joins[into]
-                packed = merge(packed, gone, partner[gone])
+                packed = merge(packed, score > threshold, partner, layer)
             packed = self.run(feed_forward, block, packed)
-            observe(packed, into)
-        return packed, into, depth
+            if observe:
+                observe(unpack(packed, packed.tokens).view_as(tokens))
+        return packed
 
     def _attend(
-        self, block: nn.Module, packed: Packed, count: int, scores: bool
+        self, block: nn.Module, packed: Packed, merges: bool
     ) -> tuple[Packed, Tensor | None, Tensor | None]:
-        """Tokens after attention; with ``scores`` that of each [T], and the row [T] of its partner.
+        """Tokens after attention; if it ``merges`` their scores [T], and rows [T] of partners.
 
-        ``count`` are the tokens of an image in the first layer. One of score -inf may not merge.
+        One of score -inf may not merge.
         """
         layout, prefix = packed.layout, self.num_prefix_tokens
         # ToMe's proportional attention: a token counts as often as tokens are in it.
-        merged = len(packed.tokens) < count * len(layout.lengths)
-        bias = packed.size.log() if merged else None
+        bias = packed.size.log() if len(packed.size) < len(packed.into) else None
         tokens, qkv = packed_attention(block, packed.tokens, layout, bias)
         packed = replace(packed, tokens=tokens)
-        if not scores:
+        if not merges:
             return packed, None, None
+        count = len(packed.into) // len(layout.lengths)  # tokens of an image in the first layer
         patches = layout.index % count >= prefix
         # Heads are summed: the cosine of their mean is the same.
         score, partner = stand_in(sum(qkv[:, 1].unbind(1)), layout, patches, prefix)
@@ -206,27 +167,27 @@ class Adaptive(TokensLeave):
             score = score - self.importance_weight * importance(qkv, packed.size, layout, patches)
         return packed, score, partner
 
-    def _set_thresholds(self, images: Tensor, wish: float) -> float:
-        """Set the thresholds that save about ``wish`` of the FLOPs; returns the share really saved.
+    def _find_thresholds(self, images: Tensor, wish: float) -> tuple[list[float], float]:
+        """Thresholds that save about ``wish`` of the FLOPs, and the share that they really save.
 
         In each layer as many tokens merge, over all images together, as ``plan`` says.
         """
-        parts = [pack(self.embed(part)) for part in images.split(64)]
+        parts = [pack(self.embed(part), len(self.blocks)) for part in images.split(64)]
         count = parts[0].layout.lengths[0]
-        done = fixed_flops(self)
-        for layer, number in enumerate(plan(self, count, wish, self.spread)):
-            block, before = self.blocks[layer], _count_tokens(parts)
-            found = [self._attend(block, part, count, scores=True) for part in parts]
+        thresholds = []
+        for layer, number in enumerate(plan(self, count, wish, self.spread), start=1):
+            block = self.blocks[layer - 1]
+            found = [self._attend(block, part, merges=True) for part in parts]
             scores = torch.cat([score for _, score, _ in found])
             threshold = _find_threshold(scores, round(number * len(images)))
-            self.thresholds[layer] = threshold
-            parts = []
-            for part, score, partner in found:
-                gone = (score > threshold).nonzero()[:, 0]
-                parts.append(feed_forward(block, merge(part, gone, partner[gone])))
-            merges = math.isfinite(threshold)
-            done += block_flops(block, before, _count_tokens(parts), merges).mean().item()
-        return 1 - done / plain_flops(self, count)
+            parts = [
+                feed_forward(block, merge(part, score > threshold, partner, layer))
+                for part, score, partner in found
+            ]
+            thresholds.append(threshold)
+        depth = torch.cat([part.depth for part in parts]).view(-1, count)
+        done = flops_of_depth(self, depth, [*map(math.isfinite, thresholds)])
+        return thresholds, 1 - done.mean().item() / plain_flops(self, count)
 
 
 class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
@@ -234,18 +195,6 @@ class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
 
 
 KINDS = {VisionTransformer: Adaptive, VisionTransformerDistilled: AdaptiveDistilled}
-
-
-def _unpack(packed: Packed, into: Tensor) -> Tensor:
-    """The tokens [B * N, D] in their places, each merged one as what stands for it."""
-    row = torch.empty_like(into)
-    row[packed.layout.index] = torch.arange(len(packed.tokens), device=into.device)
-    return packed.tokens[row[into]]
-
-
-def _count_tokens(parts: list[Packed]) -> Tensor:
-    lengths = [length for part in parts for length in part.layout.lengths]
-    return torch.tensor(lengths, dtype=torch.float64)
 
 
 def _find_threshold(scores: Tensor, wanted: int) -> float:
@@ -309,8 +258,6 @@ def why_not(model: nn.Module) -> str:
         )
     if reason := why_not_plain(model):
         return reason
-    if any(type(block.attn.qkv) is not nn.Linear for block in model.blocks):
-        return "its queries, keys and values come from another layer than nn.Linear"
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):
         return "it is in half precision; convert it by model.float()"
-    return "" if isinstance(model.patch_drop, nn.Identity | None) else "it drops patches at random"
+    return ""

@@ -28,38 +28,26 @@ TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
 
 
 class TokensLeave(VisionTransformer):
-    """A VisionTransformer of timm's whose tokens leave the computation; see its two subclasses."""
+    """A VisionTransformer of timm's whose tokens leave the computation.
+
+    Its two subclasses say how, by ``compute_features(x, traced, observe)`` of images [B, C, H, W]:
+    normalised features and, at least if ``traced``, the trace. ``observe``, if any, is called after
+    each layer with all tokens [B, N, D]; one that has left stays as its last layer made it.
+    """
 
     # Buffers that decide who leaves: float32 whatever the weights are; a plain model lacks them.
     added: tuple[str, ...] = ()
-
-    def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool
-    ) -> tuple[Tensor, Any]:
-        """Normalised features of images [B, C, H, W], and, at least if ``traced``, the trace."""
-        raise NotImplementedError
-
-    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Normalised features of images [B, C, H, W], and the tokens [B, N, D] after each layer."""
-        raise NotImplementedError
 
     def embed(self, images: Tensor) -> Tensor:
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        with_trace: bool = False,
-    ) -> Any:
+    def forward(self, x: Tensor, *, with_trace: bool = False) -> Any:
         """Logits [B, K] of images [B, C, H, W]; with ``with_trace`` the pair of them and the trace.
 
-        ``attn_mask`` as timm's. Raises UserError where this model can't do what timm's does.
+        Raises UserError where somebody counts on tokens that have left.
         """
-        _check_flags(x, is_causal)
-        features, trace = self.compute_features(x, attn_mask, with_trace)
+        features, trace = self.compute_features(x, with_trace)
         logits = self.forward_head(features)
         return (logits, trace) if with_trace else logits
 
@@ -67,12 +55,9 @@ class TokensLeave(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
         return self(images, with_trace=True)
 
-    def forward_features(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
-        _check_flags(x, is_causal)
-        return self.compute_features(x, attn_mask, traced=False)[0]
+        return self.compute_features(x, traced=False)[0]
 
     def forward_intermediates(
         self,
@@ -83,34 +68,28 @@ class TokensLeave(VisionTransformer):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        attn_mask: None = None,
     ) -> Any:
         """As timm's: tokens after the layers ``indices``, all in their places, and the features.
 
         A token that has left stays as its last layer made it. All layers are computed, also with
         ``stop_early``: the features need them.
         """
-        _check_flags(x, is_causal)
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
-        taken, _ = feature_take_indices(len(self.blocks), indices)
-        features, layers = self.compute_layers(x, attn_mask)
-        chosen = [tokens for layer, tokens in enumerate(layers) if layer in taken]
-        if norm:
-            chosen = [self.norm(tokens) for tokens in chosen]
+        if attn_mask is not None:
+            raise UserError("tokens that leave have no place in a mask; leave out attn_mask")
+        layers = []
+        features, _ = self.compute_features(x, traced=False, observe=layers.append)
+        taken, _ = feature_take_indices(len(layers), indices)
+        chosen = [self.norm(layers[one]) if norm else layers[one] for one in sorted(taken)]
         count = self.num_prefix_tokens
-        prefix = [tokens[:, :count] for tokens in chosen] if return_prefix_tokens and count else []
         maps = [tokens[:, count:] for tokens in chosen]
         if output_fmt == "NCHW":
             grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
             maps = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in maps]
-        if output_dict:
-            found = {"image_intermediates": maps}
-            found |= {"image_intermediates_prefix": prefix} if prefix else {}
-            return found if intermediates_only else found | {"image_features": features}
-        if prefix:
+        if return_prefix_tokens and count:
+            prefix = [tokens[:, :count] for tokens in chosen]
             maps = list(zip(maps, prefix, strict=True))
         return maps if intermediates_only else (features, maps)
 
@@ -131,10 +110,6 @@ class TokensLeave(VisionTransformer):
                 return True
             parts += [child for child in part._modules.values() if child is not None]
         return False
-
-    def __prepare_scriptable__(self) -> None:
-        """What torch.jit.script asks first."""
-        raise UserError(f"torch.jit.script {_CANNOT_FOLLOW}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.added:
@@ -179,12 +154,7 @@ def is_hooked(part: nn.Module) -> bool:
 def check_images(images: Tensor, least: int = 1) -> None:
     """Raise UserError unless ``images`` are finite numbers [B, C, H, W], at ``least`` so many."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():
-        what = type(images).__name__
-        if isinstance(images, Tensor):
-            what = f"{images.dtype} {list(images.shape)}"
-        raise UserError(
-            f"images are needed as one tensor of floats [B, C, H, W], normalised; this is {what}"
-        )
+        raise UserError("images are needed as one tensor of floats [B, C, H, W], normalised")
     if len(images) < least:
         raise UserError(f"{len(images)} images are too few; take some hundred")
     if not images.isfinite().all():
@@ -206,21 +176,12 @@ def why_not_plain(model: VisionTransformer) -> str:
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
     for block in model.blocks:
-        attention = block.attn
-        plain = {block: (Block,), attention: (Attention,), block.mlp: TOKENWISE}
+        plain = {block: (Block,)}
+        if type(block) is Block:
+            plain |= {block.attn: (Attention,), block.mlp: TOKENWISE}
         for part, kinds in plain.items():
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"
-        if getattr(attention, "gate", None) is not None:
+        if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
     return ""
-
-
-_CANNOT_FOLLOW = "can't follow tokens that leave; use torch.export, or forward_intermediates"
-
-
-def _check_flags(x: Tensor, is_causal: bool) -> None:
-    if isinstance(x, torch.fx.Proxy):
-        raise UserError(f"torch.fx {_CANNOT_FOLLOW}")
-    if is_causal:
-        raise UserError("the class token attends to all patches; leave out is_causal")

@@ -70,16 +70,21 @@ def block_flops(
     of each.
     """
     width = block.attn.num_heads * block.attn.head_dim
-    first = block.attn.qkv.weight.numel() + block.attn.proj.weight.numel()
-    mlp = sum(layer.weight.numel() for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
+    linear = attended * linear_flops(block.attn) + passed * linear_flops(block.mlp)
     matching = attended**2 / 4 * block.attn.head_dim + attended * width
-    return attended * first + 2 * attended**2 * width + passed * mlp + merges * matching
+    return linear + 2 * attended**2 * width + merges * matching
+
+
+def linear_flops(module: nn.Module) -> int:
+    """FLOPs of all linear layers in ``module``, for one token."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def fixed_flops(model: VisionTransformer) -> float:
     """FLOPs of an image outside of the layers: patch embedding and head."""
-    head = model.head.weight.numel() if isinstance(model.head, nn.Linear) else 0
-    return float(model.patch_embed.proj.weight.numel() * model.patch_embed.num_patches + head)
+    embedding = model.patch_embed
+    return float(embedding.proj.weight.numel() * embedding.num_patches + linear_flops(model.head))
 
 
 def plain_flops(model: VisionTransformer, count: int) -> float:

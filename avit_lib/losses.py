@@ -63,22 +63,14 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
     return (p * (p.clamp_min(tiny).log() - q.clamp_min(tiny).log())).sum()
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T, mean over images, of logits [B, K].
+def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student), mean over images, of logits [B, K].
 
-    From section 2 of arXiv 1503.02531.
+    From section 2 of arXiv 1503.02531, at temperature 1.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def ramp(progress: float, duration: float) -> float:
-    """A factor that grows from 0 to 1 while ``progress`` goes from 0 to ``duration``.
-
-    Both are fractions of a training, 0..1. If ``duration`` is 0, it is 1 from the start.
-    """
-    return min(1.0, progress / duration) if duration > 0 else 1.0
+    student = F.log_softmax(logits.float(), dim=1)
+    teacher = F.log_softmax(teacher_logits.float(), dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,6 @@ class Teacher:
 
     model: nn.Module
     alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
-    temperature: float = 1.0  # T
 
 
 @dataclass(frozen=True)
@@ -115,7 +106,7 @@ class TaskLoss:
             return Losses(task, {"task": task})
         with torch.no_grad():
             taught = self.teacher.model(images)
-        distillation = distillation_loss(logits, taught, self.teacher.temperature)
+        distillation = distillation_loss(logits, taught)
         total = task + self.teacher.alpha * distillation
         return Losses(total, {"task": task, "distillation": distillation})
 
@@ -167,7 +158,9 @@ class AdaptiveLoss:
         task = self.task.of_logits(logits, images, labels)
         ponder = ponder_loss(trace.ponder)
         distr = distribution_loss(found, target, self.kl_direction)
-        alpha_ponder = self.alpha_ponder * ramp(progress, self.ponder_ramp)
+        alpha_ponder = self.alpha_ponder
+        if progress < self.ponder_ramp:
+            alpha_ponder *= progress / self.ponder_ramp
         total = task.total + alpha_ponder * ponder + self.alpha_distr * distr
         depth = trace.depth.float().mean()
         return Losses(total, task.parts | {"ponder": ponder, "distr": distr, "depth": depth})

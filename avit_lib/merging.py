@@ -70,9 +70,8 @@ def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Te
     attention = pad(logits, layout, -torch.inf).softmax(dim=1)
     attention = attention.flatten(0, 1).index_select(0, find_slots(layout))  # [T, heads]
     taken = (attention * _norm(value)).mean(dim=1)
-    sums = torch.stack([taken, torch.ones_like(taken)], dim=1) * patches[:, None]
-    sums = taken.new_zeros(len(layout.lengths), 2).index_add(0, layout.segment, sums)
-    mean = sums[:, 0] / sums[:, 1].clamp(min=1)
+    number = pad(patches, layout).sum(dim=1).clamp(min=1)
+    mean = pad(taken * patches, layout).sum(dim=1) / number
     return (taken / mean[layout.segment]).log()
 
 
@@ -88,30 +87,49 @@ class Packed:
     tokens: Tensor  # [T, D]
     size: Tensor  # [T] how many of the first tokens each stands for
     layout: Layout
+    into: Tensor  # [B * N] which of the first tokens stands for each of them
+    depth: Tensor  # [B * N] the layer in which each became part of another, or the last
 
 
-def pack(tokens: Tensor) -> Packed:
-    """Tokens [B, N, D] before any have merged."""
+def pack(tokens: Tensor, layers: int) -> Packed:
+    """Tokens [B, N, D] before any have merged, in a model of so many ``layers``."""
     images, count, _ = tokens.shape
     size = torch.ones_like(tokens[..., 0], dtype=torch.promote_types(tokens.dtype, torch.float32))
-    return Packed(tokens.flatten(0, 1), size.flatten(), whole_layout(images, count, tokens.device))
+    layout = whole_layout(images, count, tokens.device)
+    depth = torch.full_like(layout.index, layers)
+    return Packed(tokens.flatten(0, 1), size.flatten(), layout, layout.index, depth)
 
 
-def merge(packed: Packed, gone: Tensor, target: Tensor) -> Packed:
-    """The tokens after the rows ``gone`` [m] have become part of the rows ``target`` [m].
+def unpack(packed: Packed, values: Tensor) -> Tensor:
+    """``values`` [T, D] of the tokens as [B * N, D], in their first places.
 
-    A token becomes the mean of what is in it, weighted by size.
+    A merged token has that of the token that stands for it.
     """
-    keep = torch.ones_like(packed.layout.index, dtype=torch.bool).index_fill(0, gone, False)
-    layout, stay = split_off(packed.layout, keep)
+    row = torch.empty_like(packed.into)
+    row[packed.layout.index] = torch.arange(len(values), device=row.device)
+    return values[row[packed.into]]
+
+
+def merge(packed: Packed, goes: Tensor, partner: Tensor, layer: int) -> Packed:
+    """The tokens after those that ``goes`` [T] marks have joined the rows ``partner`` [T].
+
+    A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
+    """
+    layout, stay = split_off(packed.layout, ~goes)
     if stay is None:
         return packed
+    gone = goes.nonzero()[:, 0]
+    target = partner[gone]
     size = packed.size.index_add(0, target, packed.size[gone])
     # A mean is what it was plus what each that joins differs from it, by its share of the whole.
     share = packed.size[gone] / size[target]
     change = (packed.tokens[gone] - packed.tokens[target]) * share[:, None]
     tokens = packed.tokens.index_add(0, target, change.to(packed.tokens.dtype))
-    return Packed(tokens.index_select(0, stay), size.index_select(0, stay), layout)
+    tokens, size = tokens.index_select(0, stay), size.index_select(0, stay)
+    leaves, joins = packed.layout.index[gone], packed.layout.index[target]
+    everyone = torch.arange(len(packed.into), device=gone.device)
+    into = everyone.index_copy(0, leaves, joins)[packed.into]
+    return Packed(tokens, size, layout, into, packed.depth.index_fill(0, leaves, layer))
 
 
 def feed_forward(block: nn.Module, packed: Packed) -> Packed:
@@ -137,7 +155,7 @@ def plan(model: VisionTransformer, count: int, saved: float, spread: float) -> l
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
-    low, high = 0.0, 0.5
+    low, high = 0.0, 0.5 if saved else 0.0  # few merges cost more than they save
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if try_scale(middle)[0] < saved else (low, middle)

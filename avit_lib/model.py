@@ -6,7 +6,6 @@ It has no parameter more than a DeiT or ViT.
 from collections.abc import Callable
 
 import torch
-from timm.layers import is_exportable, is_scriptable
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -28,7 +27,7 @@ from avit_lib.halting import (
     initial_state,
 )
 from avit_lib.packed import run_packed
-from avit_lib.places import no_weights, weights_file
+from avit_lib.places import weights_file
 
 
 class AViT(TokensLeave):
@@ -38,7 +37,7 @@ class AViT(TokensLeave):
     it is computed is a setting, not a different model: ``execution`` is "masked" (halted tokens are
     computed and ignored, as published), "packed" (they are gone) or "auto" (packed in evaluation,
     masked in training). Who follows tokens to their places gets masked execution all the same: an
-    exporter, a hook on a block, a block of one's own, an attention mask.
+    exporter, a hook on a block, a block of one's own.
     """
 
     added = ("gamma", "beta", "eps")
@@ -56,19 +55,19 @@ class AViT(TokensLeave):
 
         Raises UserError for what won't go.
         """
-        _check_pooling(kwargs.get("global_pool"))
-        needed = {"class_token": True, "reg_tokens": 0, "patch_drop_rate": 0}
-        refused = [name for name, value in needed.items() if kwargs.get(name, value) != value]
-        if refused:
-            raise UserError(
-                f"A-ViT reads its class token and keeps every patch; leave out {', '.join(refused)}"
-            )
         super().__init__(*args, **kwargs)
+        _check_pooling(self.global_pool)
+        one_class_token = self.has_class_token and self.num_prefix_tokens == 1
+        if not one_class_token or not isinstance(self.patch_drop, nn.Identity):
+            raise UserError(
+                "A-ViT reads its one class token and keeps every patch; "
+                "leave out class_token, reg_tokens and patch_drop_rate"
+            )
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't halt in this model: {reason}")
         for name, value in (("gamma", gamma), ("beta", beta), ("eps", eps)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device="cpu"))
-        self.execution = "masked" if is_exportable() or is_scriptable() else execution
+        self.execution = execution
 
     @property
     def rule(self) -> HaltingRule:
@@ -76,25 +75,15 @@ class AViT(TokensLeave):
         return HaltingRule(self.gamma, self.beta, self.eps)
 
     def compute_features(
-        self, x: Tensor, attn_mask: Tensor | None, traced: bool
+        self, x: Tensor, traced: bool, observe: Callable | None = None
     ) -> tuple[Tensor, HaltingTrace | None]:
         """The normalised representation [B, 1, D] of images [B, C, H, W], and the trace."""
         tokens = self.embed(x)
-        if attn_mask is None and self._packs() and len(x):
+        if observe is None and self._packs() and len(x):
             found, trace = run_packed(self.blocks, tokens, self.rule, traced, self.run)
         else:
-            found, trace = run_masked(self.blocks, tokens, self.rule, attn_mask, self.run)
+            found, trace = run_masked(self.blocks, tokens, self.rule, self.run, observe)
         return self.norm(found), trace
-
-    def compute_layers(self, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The normalised representation [B, 1, D], and the tokens [B, N, D] after each layer."""
-        layers = [self.embed(x)]
-
-        def observe(active: Tensor, tokens: Tensor) -> None:
-            layers.append(torch.where(active[..., None], tokens, layers[-1]))
-
-        found, _ = run_masked(self.blocks, layers[0], self.rule, attn_mask, self.run, observe)
-        return self.norm(found), layers[1:]
 
     def flops_of(self, trace: HaltingTrace) -> Tensor:
         """FLOPs [B] of plain inference, which ends with the class token, on the images traced."""
@@ -106,11 +95,7 @@ class AViT(TokensLeave):
         super().reset_classifier(num_classes, global_pool)
 
     def _packs(self) -> bool:
-        if self.execution not in ("masked", "packed", "auto"):
-            raise UserError(
-                f"unknown execution {self.execution!r}; choose from masked, packed, auto"
-            )
-        wanted = self.execution == "packed" or (self.execution == "auto" and not self.training)
+        wanted = {"masked": False, "packed": True, "auto": not self.training}[self.execution]
         return wanted and not (is_exporting() or self.hooked() or why_not_plain(self))
 
 
@@ -123,23 +108,25 @@ def run_masked(
     blocks: nn.Sequential,
     tokens: Tensor,
     rule: HaltingRule,
-    attn_mask: Tensor | None = None,
     run: Callable = call,
-    observe: Callable[[Tensor, Tensor], None] = lambda active, tokens: None,
+    observe: Callable | None = None,
 ) -> tuple[Tensor, HaltingTrace]:
     """Algorithm 1 with masks: representation [B, 1, D] and trace of embedded tokens [B, N, D].
 
-    ``attn_mask`` as timm's; ``run`` calls the function of a layer; ``observe`` is told after each
-    layer which tokens were active [B, N], and what became of them [B, N, D].
+    ``run`` calls the function of a layer; ``observe`` is told after each layer what has become of
+    all tokens [B, N, D].
     """
     state = initial_state(halting_score(tokens, rule))
     representation = torch.zeros_like(tokens[:, :1])
+    seen = tokens
     scores, weights = [], []
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens = run(masked_block, block, tokens, active, attn_mask)
-        observe(active, tokens)
+        tokens = run(masked_block, block, tokens, active)
+        if observe:
+            seen = torch.where(active[..., None], tokens, seen)
+            observe(seen)
         score = halting_score(tokens, rule, last=layer == len(blocks))  # h
         state, weight = halting_step(state, score, rule.eps)
         scores.append(torch.where(active, score, 0.0))
@@ -149,18 +136,12 @@ def run_masked(
     return representation.to(tokens.dtype), HaltingTrace(state.depth, state.ponder, scores, weights)
 
 
-def masked_block(
-    block: nn.Module, tokens: Tensor, active: Tensor, attn_mask: Tensor | None = None
-) -> Tensor:
+def masked_block(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
     """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
     keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
     # A bias, not a mask of truth values: some versions of timm would add those.
     bias = torch.zeros_like(keys, dtype=tokens.dtype).masked_fill(~keys, -torch.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        bias = torch.where(attn_mask, bias, -torch.inf)
-    elif attn_mask is not None:
-        bias = bias + attn_mask
     return block(tokens, attn_mask=bias)
 
 
@@ -177,20 +158,13 @@ def register(size: str) -> None:
 
     def create(pretrained: bool = False, **kwargs) -> AViT:
         options = {"pretrained_filter_fn": checkpoint_filter_fn} | shape | kwargs
-        out_indices = options.pop("out_indices", 3)
-        options["feature_cfg"] = {"out_indices": out_indices, "feature_cls": "getter"}
+        features = {"out_indices": options.pop("out_indices", 3), "feature_cls": "getter"}
         here = weights_file(published)
         # With a pretrained_cfg of its own, the weights are somebody else's.
         ours = pretrained and isinstance(options.get("pretrained_cfg"), str | None)
         if ours and here.is_file():
-            overlay = options.get("pretrained_cfg_overlay") or {}
-            options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
-        try:
-            return build_model_with_cfg(AViT, name, pretrained, **options)
-        except OSError as error:
-            if not ours:
-                raise
-            raise UserError(no_weights(published)) from error
+            options["pretrained_cfg_overlay"] = {"file": str(here)}
+        return build_model_with_cfg(AViT, name, pretrained, feature_cfg=features, **options)
 
     create.__name__ = name
     default_cfgs.update(generate_default_cfgs({f"{name}.fb_in1k": get_pretrained_cfg(published)}))

@@ -10,9 +10,9 @@ images by their number of tokens, so that equal ones lie side by side. Results, 
 are those of masked execution (``model.run_masked``).
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -39,25 +39,24 @@ class Layout:
 
 def attend_buckets(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
     """One call of attention for all images of the same length: no padding, good on CPUs."""
-    buckets = [(length, len(list(run))) for length, run in groupby(layout.lengths)]
-    sizes = [length * images for length, images in buckets]
+    buckets = Counter(layout.lengths)  # how many images have each length
+    sizes = [length * images for length, images in buckets.items()]
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     outputs = []
-    for (length, images), rows, mask in zip(buckets, qkv.split(sizes), biases, strict=True):
-        rows = rows.view(images, length, *qkv.shape[1:])
-        query, key, value = rows.permute(2, 0, 3, 1, 4).unbind()  # [images, heads, length, d]
-        mask = None if mask is None else mask.view(images, 1, 1, length)
-        output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
-        outputs.append(output.transpose(1, 2).reshape(images * length, -1))
+    for length, rows, mask in zip(buckets, qkv.split(sizes), biases, strict=True):
+        rows = rows.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # [3, images, heads, ...]
+        mask = None if mask is None else mask.view(-1, 1, 1, length)
+        output = F.scaled_dot_product_attention(*rows.unbind(), mask, dropout)
+        outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_padded(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
     """One masked call for all images, each padded to the longest: plain, and works everywhere."""
-    query, key, value = pad(qkv, layout).permute(2, 0, 3, 1, 4).unbind()
+    rows = pad(qkv, layout).permute(2, 0, 3, 1, 4)  # [3, images, heads, longest, d]
     bias = qkv.new_zeros(len(qkv)) if bias is None else bias
     mask = pad(bias, layout, -torch.inf)[:, None, None]
-    output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+    output = F.scaled_dot_product_attention(*rows.unbind(), mask, dropout)
     return output.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, find_slots(layout))
 
 
@@ -69,9 +68,11 @@ def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | No
     return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
 
 
-def pick_attention(qkv: Tensor, dropout: float, bias: Tensor | None) -> Callable[..., Tensor]:
+def pick_attention(
+    qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None
+) -> Callable[..., Tensor]:
     """The fastest way to attend for the device and type of ``qkv``."""
-    if qkv.device.type != "cuda":
+    if qkv.device.type != "cuda" or layout.lengths[0] == layout.lengths[-1]:
         return attend_buckets
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     return attend_varlen if half and dropout == 0 and bias is None else attend_padded
@@ -120,7 +121,7 @@ def packed_attention(
         qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0
     bias = None if bias is None else bias.to(qkv.dtype)
-    attended = pick_attention(qkv, dropout, bias)(qkv, layout, dropout, bias)
+    attended = pick_attention(qkv, layout, dropout, bias)(qkv, layout, dropout, bias)
     attended = module.proj_drop(module.proj(module.norm(attended)))
     return tokens + drop_path(block.drop_path1, block.ls1(attended), layout), qkv
 

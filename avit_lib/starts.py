@@ -96,7 +96,7 @@ def unimportance(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
     return -taken.clamp_min(torch.finfo(taken.dtype).tiny).log()
 
 
-def standardised(values: Tensor, active: Tensor) -> Tensor:
+def standardise(values: Tensor, active: Tensor) -> Tensor:
     """``values`` shifted and scaled to mean 0 and standard deviation 1 over those ``active``."""
     chosen = values[active]
     return (values - chosen.mean()) / chosen.std(correction=0).clamp(min=1e-6)
@@ -166,12 +166,10 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             "leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
-    if len(halting) != layers:
-        raise UserError(f"halting is given for {len(halting)} layers, the model has {layers}")
-    if halting[-1] * patches < 1:
+    if len(halting) != layers or halting[-1] * patches < 1:
         raise UserError(
-            "halting by this target leaves no patch for the last layer; "
-            "raise target_depth or target_std"
+            f"of {layers} layers the last must be left a patch of each image; "
+            f"raise target_depth or target_std"
         )
     with evaluating(model):
         _write_channel(model, images, halting)
@@ -188,7 +186,7 @@ def _write_channel(model: AViT, images: Tensor, halting: Tensor) -> None:
     model.cls_token[..., 0] = -LEAD
     everyone = torch.ones(len(images), patches + 1, dtype=torch.bool, device=images.device)
     first = masked_block(model.blocks[0], model.embed(images), everyone)
-    wish = standardised(unimportance(model.blocks[1], first, everyone), everyone[:, 1:])
+    wish = standardise(unimportance(model.blocks[1], first, everyone), everyone[:, 1:])
     model.pos_embed[0, -patches:, 0] = SPREAD * wish.mean(dim=0)
     tokens = model.embed(images)
     state = initial_state(halting_score(tokens, model.rule))
@@ -204,7 +202,7 @@ def _write_channel(model: AViT, images: Tensor, halting: Tensor) -> None:
         tokens = masked_block(block, tokens * active[..., None], active)
         hook.remove()
         (hidden,) = entered  # of the MLP
-        wish = SPREAD * standardised(unimportance(following, tokens, active), left)
+        wish = SPREAD * standardise(unimportance(following, tokens, active), left)
         row = _solve_ridge(hidden[:, 1:][left], (wish - tokens[:, 1:, 0])[left])
         tokens[..., 0] += hidden @ row
         # With this bias, so many patches halt: those that need the least.

@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
+from conftest import bright_and_dark, small_model, varied_model
 
-from avit_lib.evaluation.speed import synthetic_workload
 from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
 from avit_lib.halting import HaltingTrace
 from avit_lib.peers.tome import TokenMerging
@@ -19,9 +19,8 @@ def flops(depth):
 def test_of_a_plain_transformer():
     model = timm.create_model("deit_tiny_patch16_224").eval()
     images = torch.randn(2, 3, 224, 224)
-    with torch.inference_mode():
-        logits, trace = trace_model(model, images)
-        assert torch.equal(logits, model(images))
+    logits, trace = trace_model(model, images)
+    assert torch.equal(logits, model(images))
     assert (trace.depth == 12).all() and trace.depth.shape == (2, 197)
     assert trace.halting_scores is None
     assert flops_of(model, trace).tolist() == 2 * [plain_flops(model, 197)]
@@ -42,14 +41,13 @@ def test_layers_after_the_class_token_halted_cost_nothing():
 
 
 def test_what_is_counted_is_what_the_depth_predicts():
-    workload = synthetic_workload("avit_nano", batch=8, mean_depth=2.5)
-    model, images = workload.adaptive, workload.images
+    model, images = varied_model().float(), bright_and_dark().float()
     predicted = flops_of(model, trace_model(model, images)[1])
     assert counted_flops(model, images) == pytest.approx(predicted.mean().item(), rel=1e-6)
-    assert (predicted < counted_flops(workload.plain, images)).all()
+    assert predicted.mean() < 0.9 * counted_flops(small_model("deit", depth=6), images)
 
 
-@pytest.mark.parametrize("r", [0, 1, 4, 100])
+@pytest.mark.parametrize("r", [1, 100])
 def test_of_token_merging(r):
     model, images = TokenMerging(timm.create_model("deit_nano"), r), torch.randn(2, 3, 28, 28)
     predicted = flops_of(model, trace_model(model, images)[1]).tolist()

@@ -19,16 +19,10 @@ from avit_lib.losses import (
     distillation_loss,
     distribution_loss,
     halting_distribution,
-    ponder_loss,
     target_distribution,
 )
 
 LABELS = torch.tensor([3, 1, 4, 1])
-
-
-def test_ponder_loss_is_the_mean_over_images_and_tokens():
-    ponder = torch.tensor([[2.5, 3.0], [4.25, 2.25]])
-    assert ponder_loss(ponder).item() == 3.0
 
 
 def test_halting_distribution_by_hand():
@@ -53,16 +47,6 @@ def test_divergence_by_hand_in_both_directions():
     assert distribution_loss(found, target, "code").item() == pytest.approx(backward, rel=1e-5)
 
 
-def test_task_loss_by_hand():
-    model, images = varied_model(0.5), bright_and_dark()
-    log_probability = model(images).log_softmax(dim=1)
-    right = log_probability[torch.arange(4), LABELS]
-    expected = -(0.9 * right + 0.1 * log_probability.mean(dim=1)).mean()
-    losses = TaskLoss(0.1)(model, images, LABELS)
-    assert losses.total.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert losses.parts == {"task": losses.total}
-
-
 @pytest.mark.parametrize("direction", ["paper", "code"])
 def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     model, images = varied_model(0.5), bright_and_dark()
@@ -72,16 +56,20 @@ def test_the_objective_is_the_weighted_sum_of_its_terms(direction):
     parts = losses.parts
     expected = parts["task"] + 0.25 * parts["ponder"] + 0.5 * parts["distr"]
     torch.testing.assert_close(losses.total, expected)
-    _, trace = model.forward_with_trace(images)
+    logits, trace = model.forward_with_trace(images)
     target = target_distribution(3.0, 1.0, layers=6)
+    logs = logits.log_softmax(dim=1)
     expected = {
-        "task": TaskLoss(0.1)(model, images, LABELS).total,
+        "task": -(0.9 * logs[torch.arange(4), LABELS] + 0.1 * logs.mean(dim=1)).mean(),
         "ponder": trace.ponder.mean(),
         "distr": distribution_loss(halting_distribution(trace.halting_scores), target, direction),
         "depth": trace.depth.double().mean(),
     }
     torch.testing.assert_close(parts, expected, check_dtype=False)
     assert min(parts.values()) > 0.01
+    alone = TaskLoss(0.1)(model, images, LABELS)
+    torch.testing.assert_close(alone.parts, {"task": alone.total})
+    torch.testing.assert_close(alone.total, parts["task"])
 
 
 # --- in other people's loops ----------------------------------------------------------------------
@@ -104,26 +92,22 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(
-    wrapper, execution, one_process
-):
+def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(wrapper, one_process):
     found = []
     for wrap in (lambda model: model, WRAPPERS[wrapper]):
-        model = varied_model(0.5, execution=execution).train()
+        model = varied_model(0.5, execution="packed").train()
         loss = AdaptiveLoss(alpha_ponder=0.25, target_depth=3.0)
-        wrapped = wrap(model)
+        wrapped = wrap(model)  # DDP must live until backward
         total = loss(wrapped, bright_and_dark(), LABELS).total
         total.backward()
         found.append([total.detach(), *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32(execution):
+def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32():
     """As accelerate prepares a model."""
-    model = varied_model(0.5, execution=execution).float().train()
+    model = varied_model(0.5, execution="packed").float().train()
     images = bright_and_dark().float()
     loss, half = AdaptiveLoss(target_depth=3.0), torch.autocast("cpu", torch.bfloat16)
     whole = loss(model, images, LABELS)
@@ -148,50 +132,41 @@ def test_a_model_without_halting_scores_is_refused_in_one_line(name):
 
 
 @pytest.mark.parametrize("direction", ["paper", "code"])
-@pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1), (-30.0, None)])
+@pytest.mark.parametrize("beta, depth", [(-1e4, 6), (1e4, 1)])
 def test_gradients_are_finite_at_the_extremes(direction, beta, depth):
-    model = varied_model(0.5, beta=beta).float()
+    model = varied_model(0.5, beta=beta, execution="masked").float()
     loss = AdaptiveLoss(kl_direction=direction, target_depth=3.0)
     losses = loss(model, bright_and_dark().float(), LABELS)
     losses.total.backward()
-    assert depth is None or losses.parts["depth"].item() == depth
-    assert losses.total.isfinite()
+    assert losses.parts["depth"].item() == depth and losses.total.isfinite()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_distillation_by_hand():
-    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2 * math.log(3), 0.0]])
-    # at T = 2 the teacher says 3/4, 1/4 and the student 1/2, 1/2
-    expected = 4 * (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5))
-    assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected, rel=1e-5)
-    two = distillation_loss(torch.cat([student, teacher]), torch.cat([teacher, teacher]), 2.0)
-    # The mean over images; the second agrees.
-    assert two.item() == pytest.approx(expected / 2, rel=1e-5)
+    # The teacher says 3/4, 1/4; the student 1/2, 1/2 of the first image, and the same of the second
+    teacher = torch.tensor([[math.log(3), 0.0]]).expand(2, 2)
+    student = teacher * torch.tensor([[0.0], [1.0]])
+    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert distillation_loss(student, teacher).item() == pytest.approx(expected / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_a_teacher_adds_its_term_and_learns_nothing(adaptive):
+def test_a_teacher_adds_its_term_and_learns_nothing():
     model, images = varied_model(0.5), bright_and_dark()
     other = varied_model(0.0, beta=-3.0)
-    tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25, temperature=2.0))
-    if adaptive:
-        tasks = [AdaptiveLoss(target_depth=3.0, task=task) for task in tasks]
-    alone, taught = (task(model, images, LABELS) for task in tasks)
-    expected = distillation_loss(model(images), other(images), 2.0)
-    assert expected > 1e-3
-    assert taught.parts["distillation"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert taught.total.item() == pytest.approx((alone.total + 0.25 * expected).item(), rel=1e-5)
-    assert "distillation" not in alone.parts
+    tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25))
+    alone, taught = (AdaptiveLoss(task=task)(model, images, LABELS) for task in tasks)
+    expected = distillation_loss(model(images), other(images))
+    torch.testing.assert_close(taught.parts, alone.parts | {"distillation": expected})
+    torch.testing.assert_close(taught.total, alone.total + 0.25 * expected)
     taught.total.backward()
-    assert all(parameter.grad is None for parameter in other.parameters())
-    assert model.head.weight.grad.abs().sum() > 0
+    assert other.head.weight.grad is None and model.head.weight.grad.any()
 
 
 def test_the_ponder_weight_grows_with_progress():
     model, images = varied_model(0.5), bright_and_dark()
     loss = AdaptiveLoss(alpha_ponder=0.5, target_depth=3.0, ponder_ramp=0.4)
     start, later, end = (loss(model, images, LABELS, progress) for progress in (0.0, 0.1, 1.0))
-    ponder = end.parts["ponder"]
-    assert (end.total - start.total).item() == pytest.approx(0.5 * ponder.item(), rel=1e-4)
-    assert (later.total - start.total).item() == pytest.approx(0.125 * ponder.item(), rel=1e-4)
+    whole = (end.total - start.total).item()
+    assert whole == pytest.approx(0.5 * end.parts["ponder"].item(), rel=1e-4)
+    assert (later.total - start.total).item() == pytest.approx(whole / 4, rel=1e-4)
