@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from avit_lib import adaptive, data, training
 from avit_lib.errors import UserError, fitting_memory
-from avit_lib.evaluation import bootstrap_intervals, metrics
+from avit_lib.evaluation import bootstrap_intervals, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
 from avit_lib.report import pictures
 from avit_lib.study import Run, Study, get_profile
 from avit_lib.study.results import provenance, results_dir, to_markdown
 from avit_lib.study.settings import checked, lay_over
-from avit_lib.study.study import predict, released
+from avit_lib.study.study import released
 from avit_lib.training import processes
 
 CALIBRATION = 512  # images on which thresholds are set, at most
@@ -118,7 +118,7 @@ def test(common, batch_size: int) -> None:
     if not run["classes"]:
         raise UserError(f"{path} has no test images of its own; on ImageNet: scripts/imagenet.py")
     found, about = find_test_images(common, model, run, path)
-    predictions = predict(model, found, training.pick_device(common.device), batch_size)
+    predictions = predict(model, found, batch_size, training.pick_device(common.device))
     facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
     facts["intervals"] = bootstrap_intervals(predictions, common.seed)
     print(json.dumps(facts, indent=1))
