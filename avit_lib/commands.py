@@ -87,6 +87,11 @@ def find_test_images(
     Raises UserError unless the model in ``path`` was trained on the training images beside them: it
     may know the others. A folder with test/ alone is taken as it is.
     """
+    if not run["classes"]:
+        raise UserError(
+            f"{path} has no test images of its own; name image files by --images, or test it by "
+            f"scripts/imagenet.py"
+        )
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
     about: dict[str, Any] = (
@@ -115,8 +120,6 @@ def find_test_images(
 def test(common, batch_size: int) -> None:
     """Print how good a trained model is on the test images, and write it beside its weights."""
     model, run, path = load_trained(common)
-    if not run["classes"]:
-        raise UserError(f"{path} has no test images of its own; on ImageNet: scripts/imagenet.py")
     found, about = find_test_images(common, model, run, path)
     predictions = predict(model, found, batch_size, training.pick_device(common.device))
     facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
@@ -273,27 +276,28 @@ def visualize(common, output: Path, images: list[str]) -> None:
     if not numbered:
         refuse_inputs(output, [Path(name) for name in images])
     model, run, path = load_trained(common)
-    classes = run["classes"]
     if not hasattr(model, "forward_with_trace"):
         raise UserError(
             "a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt"
         )
-    if numbered and not classes:
-        raise UserError("this model has no test images of its own; name image files by --images")
+    classes = run["classes"]
     read, statistics = make_reader(model, classes)
     if numbered:
         found, _ = find_test_images(common, model, run, path)
-        numbers = [int(name) for name in images]
-        numbers = numbers or torch.linspace(0, len(found) - 1, COLUMNS).long().tolist()
-        if max(numbers) >= len(found):
+        last = len(found) - 1
+        numbers = [int(name) for name in images] or [
+            last * n // (COLUMNS - 1) for n in range(COLUMNS)
+        ]
+        if max(numbers) > last:
             raise UserError(
-                f"there is no test image {max(numbers)}; the numbers go from 0 to {len(found) - 1}"
+                f"there is no test image {max(numbers)}; the numbers go from 0 to {last}"
             )
         pixels, labels = found[numbers]
         names = [f"true: {classes[label]}" for label in labels]
     else:
-        pixels = torch.stack([read(Path(name)) for name in images])
-        names = [f"{Path(name).resolve().parent.name}/{Path(name).name}" for name in images]
+        files = [Path(name).resolve() for name in images]
+        pixels = torch.stack([read(file) for file in files])
+        names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
     classes = classes or name_classes(logits.shape[1])

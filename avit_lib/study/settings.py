@@ -16,6 +16,7 @@ from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
 from avit_lib.training import Training
+from avit_lib.training.loop import NotNegative, Positive
 
 PROFILES = Path(__file__).resolve().with_name("profiles")
 
@@ -24,8 +25,6 @@ Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 Layers = Annotated[float, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Saved = Annotated[float, Meta(ge=0, le=MOST)]  # share of the FLOPs
-NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
-Positive = Annotated[float, Meta(gt=0, le=1e6)]
 Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
 
 
