@@ -250,8 +250,8 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(images, tmp_path):
     gflops = table["gflops"].to_numpy()
     assert gflops[1:3] == pytest.approx(gflops[3:5], rel=0.05) and (gflops[1:5] < gflops[0]).all()
     pixels, labels = script["open_folder"](model, tmp_path / "val")[torch.arange(8)]
-    expected = (model(pixels).argmax(dim=1) == labels).float().mean().item()
-    assert table.loc["plain", "accuracy"] == pytest.approx(expected)
+    right = model(pixels).argmax(dim=1) == labels
+    assert table.loc["plain", "accuracy"] == pytest.approx(right.float().mean().item())
     dark = pixels[labels == 1]  # 20 to 120 of 255, less a mean of 0.5, over a deviation of 0.5
     assert dark.mean().item() == pytest.approx((70 / 255 - 0.5) / 0.5, abs=0.05)
 
