@@ -120,11 +120,10 @@ def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    results = Results("mine", 3, "04_evaluation")
+    results, folder = Results("mine", 3, "04_evaluation"), tmp_path / "mine"
     frame = pd.DataFrame({"model": ["a", "b"], "accuracy": [0.123456789, None], "n": [1200, 2]})
     assert results.table(frame, "04_short", "What\n  it is.") is frame
-    page = (tmp_path / "mine" / "tables" / "04_short.md").read_text()
-    assert page.splitlines() == [
+    assert (folder / "tables" / "04_short.md").read_text().splitlines() == [
         "What it is.",
         "",
         "| model | accuracy | n |",
@@ -139,15 +138,14 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
         results.read("other")
 
     results.figure(Figure(figsize=(1, 1)), "04_points", "Points.")
-    with Image.open(tmp_path / "mine" / "figures" / "04_points.png") as picture:
-        assert picture.info["Description"] == "Points."
-        assert picture.info["Source"] == "04_evaluation"
+    with Image.open(folder / "figures" / "04_points.png") as picture:
+        assert picture.info.items() >= {"Description": "Points.", "Source": "04_evaluation"}.items()
 
     said = results.finding("It is\n  so.", "04_so")
     assert isinstance(said, Sentence) and said == "It is so."
     results.metrics({"a": 1}, "evaluation")
-    assert json.loads((tmp_path / "mine" / "metrics" / "evaluation.json").read_text()) == {"a": 1}
-    (origin,) = (tmp_path / "mine" / "provenance").iterdir()
+    assert json.loads((folder / "metrics" / "evaluation.json").read_text()) == {"a": 1}
+    (origin,) = (folder / "provenance").iterdir()
     facts = json.loads(origin.read_text())
     assert origin.name == "04_evaluation.json" and facts["seed"] == 3 and facts["seconds"] >= 0
     assert len(facts["commit"]) == 40 and set(facts["packages"]) >= {"torch", "timm"}
