@@ -94,18 +94,17 @@ def find_test_images(
         )
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
-    about: dict[str, Any] = (
-        {"folder": str(folder.resolve())} if folder else {"profile": profile.name}
-    )
+    about: dict[str, Any] = {"profile": profile.name}
     if not folder:
         found, trained_on = data.test_data(wanted, seed), data.training_data(wanted, seed)
     else:
+        about = {"folder": str(folder.resolve())}
         found = data.folder_test_data(folder, wanted.image_size, run["classes"])
         if not (folder / "train").is_dir():
             return found, about
         trained_on = data.folder_training_data(folder, wanted, seed)
     about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
-    known = run.get("images", [None])
+    known = run.get("images") or [None]
     by_name = isinstance(known[0], int)  # written before files were compared by content
     if about["sha256"] not in known or not (by_name or about["content"] in known):
         raise UserError(
@@ -151,8 +150,10 @@ def describe_data(common) -> None:
 
 def is_described(weights: Path) -> bool:
     """Whether beside ``weights`` lies the .json that fit and adapt write."""
-    path = weights.with_suffix(".json")
-    found = training.read_json(path) if path.is_file() else None
+    try:
+        found = training.read_json(weights.with_suffix(".json"))
+    except (FileNotFoundError, UserError):  # none, or no JSON
+        return False
     return isinstance(found, dict) and {"model", "arguments", "sha256"} <= found.keys()
 
 
