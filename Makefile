@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce readme train release benchmark test test-browser lint lock clean clean-results
+.PHONY: help setup lab reproduce readme train release benchmark test lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -139,9 +139,6 @@ test: lint  ## Check the style, run the tests, run every notebook in the smoke p
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
 	$(MAKE) --no-print-directory reproduce PROFILE=smoke SEED=0
-
-test-browser: setup  ## Run every notebook in JupyterLab in a real browser, if chromium and selenium are there
-	$(BIN)/python -m pytest -rs tests/browser.py
 
 lint: setup  ## Check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -8,6 +8,7 @@ what rounding costs them on the test images.
 
 import argparse
 from copy import deepcopy
+from typing import Any
 
 import pandas as pd
 import torch
@@ -30,10 +31,12 @@ def release(study: Study) -> pd.DataFrame:
     for run in dict.fromkeys([profile.plain, profile.run(profile.focus)]):
         model, described = load_checkpoint(study.checkpoint(run.name), study.device)
         path, half = released(profile.name, run.name), deepcopy(model).to(torch.float16)
-        facts = {"licence": profile.licence, "provenance": provenance(profile.name, study.seed)}
+        made = provenance(profile.name, study.seed)
         about = described["model"], described["arguments"]
-        save_checkpoint(path, half, *about, run=described["run"], **facts)
-        row = {"model": run.label}
+        save_checkpoint(
+            path, half, *about, run=described["run"], licence=profile.licence, provenance=made
+        )
+        row: dict[str, Any] = {"model": run.label}
         both = {"as trained": model, "as committed": load_checkpoint(path, study.device)[0]}
         for words, one in both.items():
             found = metrics(study.predict(one, study.test))

@@ -4,7 +4,6 @@ import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -181,12 +180,6 @@ def assert_labels_on_the_page(drawn: dict[str, Figure]) -> None:
         assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off"
         assert figure.get_figwidth() == figures.WIDTH, name
     assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
-
-
-def public_names(module: ModuleType) -> set[str]:
-    """What a module defines for others."""
-    own = {name: getattr(value, "__module__", "") for name, value in vars(module).items()}
-    return {name for name in own if own[name] == module.__name__ and not name.startswith("_")}
 
 
 @pytest.fixture

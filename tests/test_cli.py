@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,280 +17,263 @@ import torch
 from conftest import write_photographs
 
 from avit_lib import adaptive, commands, data
-from avit_lib.__main__ import run
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
-from avit_lib.training import load_checkpoint
+from avit_lib.training import load_checkpoint, read_json, write_json
 
-COMMANDS = ("fit", "test", "visualize", "adapt", "data", "benchmark")
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_photographs(tmp_path_factory.mktemp("images"), train=12, test=4)
+ROOT = Path(__file__).parents[1]
+AVIT = Path("avit/last.safetensors")
+OWN = "--profile mine.toml --data-dir images"
 
 
 @pytest.fixture(scope="module")
-def own(small_profile, images):
-    """The options of a small model on images of the user's, and those to fit one."""
-    return ["--profile", str(small_profile), "--data-dir", str(images)]
-
-
-@pytest.fixture(scope="module")
-def trained(own, tmp_path_factory):
-    """A DeiT and an A-ViT, trained an epoch each."""
-    root = tmp_path_factory.mktemp("runs")
-    for model in ("deit", "avit"):
-        command = ["fit", *own, "--model", model, "--epochs", "1", "--seed", "3"]
-        assert main([*command, "--output", str(root / model)]) == 0
+def prepared(small_profile, tmp_path_factory):
+    """Images, a profile of small models, a DeiT and an A-ViT, trained an epoch each."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_photographs(root / "images", train=12, test=4)
+    (root / "mine.toml").write_text(f"extends = '{small_profile}'\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for model in ("deit", "avit"):
+            fit = f"fit {OWN} --model {model} --epochs 1 --seed 3 --output {model}"
+            assert main(fit.split()) == 0
     return root
 
 
-def files(folder):
-    return {path.name for path in folder.iterdir()}
+@pytest.fixture
+def run(prepared, tmp_path, monkeypatch, capsys):
+    """Runs a command line in a copy of the prepared folder, and returns what it printed."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AVIT_RESULTS", "results")
+
+    def run(line, status=0):
+        assert main(shlex.split(line)) == status, capsys.readouterr().err
+        return capsys.readouterr()
+
+    return run
 
 
-def test_a_model_is_trained_and_the_same_command_finds_it(trained, own, capsys):
-    wanted = {"best.safetensors", "best.json", "last.safetensors", "last.json", "history.csv"}
-    assert files(trained / "avit") >= wanted
-    weights = trained / "avit" / "last.safetensors"
-    before = weights.read_bytes()
-    command = ["fit", *own, "--model", "AViT", "--seed", "3", "--output", str(trained / "avit")]
-    assert main([*command, "--epochs", "1"]) == 0
-    assert main([*command, "--epochs", "1", "--lr", "0.1"]) == 2
-    assert "holds another run" in capsys.readouterr().err
-    assert weights.read_bytes() == before
+def test_a_model_is_trained_and_the_same_command_finds_it(run):
+    before = AVIT.read_bytes()
+    command = f"fit {OWN} --model AViT --seed 3 --output avit --epochs 1"
+    run(command)
+    assert "holds another run" in run(f"{command} --lr 0.1", 2).err
+    assert AVIT.read_bytes() == before
 
 
-def test_a_model_is_taught_by_another(trained, own, tmp_path, capsys):
-    learn = ["fit", *own, "--epochs", "1", "--output", str(tmp_path)]  # the profile's focus
-    deit = str(trained / "deit" / "last.safetensors")
-    assert main([*learn, "--ckpt", deit]) == 2
-    assert "learns from run 'deit': name its weights by --teacher" in capsys.readouterr().err
-    assert main([*learn, "--ckpt", deit, "--teacher", deit]) == 0
-    assert "train_distillation" in pd.read_csv(tmp_path / "history.csv")
-    assert main([*learn, "--model", "avit", "--teacher", deit]) == 2
-    assert "run 'avit' has no teacher" in capsys.readouterr().err
+def test_a_model_is_taught_by_another(run):
+    learn = f"fit {OWN} --epochs 1 --output taught --ckpt deit/last.safetensors"
+    assert "DeiT fine-tuned has not been trained to the end" in run(learn, 2).err  # the teacher
+    run(f"{learn} --teacher deit/last.safetensors")
+    assert "train_distillation" in pd.read_csv("taught/history.csv")
 
 
-def test_a_checkpoint_is_tested(trained, own, capsys):
-    command = ["test", *own, "--ckpt", str(trained / "avit" / "last.safetensors")]
-    assert main(command) == 0
-    shown = capsys.readouterr()
-    printed = json.loads(shown.out)
-    assert printed["images"] == 8 and "| images | accuracy |" in shown.err
+def test_a_checkpoint_is_tested(run):
+    command = f"test {OWN} --ckpt {AVIT}"
+    printed = json.loads(run(command).out)
+    assert printed["images"] == 8
     assert 0 <= printed["accuracy"] <= 1 and 1 <= printed["mean_depth"] <= 4
-    written = json.loads((trained / "avit" / "last_test.json").read_text())
+    written = read_json(Path("avit/last_test.json"))
+    tested, known = written.pop("tested"), read_json(AVIT.with_suffix(".json"))["run"]["images"]
+    assert tested["folder"] == str(Path("images").resolve())
+    assert [tested["sha256"], tested["content"]] == known[:2]
     assert written.pop("provenance")["seed"] == 3 and written == printed
-    assert main([*command, "--model", "AViT"]) == 0
-    assert main([*command, "--model", "DeiT"]) == 2
-    assert "was trained as avit, not deit" in capsys.readouterr().err
+    run(f"{command} --model AViT")
+    assert "was trained as avit, not deit" in run(f"{command} --model deit", 2).err
 
 
-def test_images_are_drawn_and_named(trained, own, images, tmp_path, monkeypatch, capsys):
+def test_a_model_is_tested_beside_the_images_that_trained_it(run):
+    """Others of the same classes may be those that it knows."""
+    write_photographs(Path("other"), train=11, test=4)
+    for options in ("--data-dir other", "--profile mine.toml", ""):  # of another size the last
+        for command in ("test", "visualize --images 0"):
+            told = run(f"{command} --ckpt {AVIT} {options}", 2).err
+            assert "was trained on other images than those of" in told
+    shutil.rmtree("other/train")  # what is left is for a test alone
+    run(f"test --ckpt {AVIT} --data-dir other")
+    tested = read_json(Path("avit/last_test.json"))["tested"]
+    assert tested == {"folder": str(Path("other").resolve())}
+
+    described = read_json(AVIT.with_suffix(".json"))
+    names, _, augmentation = described["run"]["images"]
+    described["run"]["images"] = [22, names, augmentation]  # as long ago, without content
+    write_json(AVIT.with_suffix(".json"), described)
+    assert "compared by name alone" in run(f"test --ckpt {AVIT} {OWN}").err
+
+
+def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     drawn, depth_maps = [], commands.pictures.depth_maps
 
     def record(*arguments):
-        drawn.append(arguments[3])
+        drawn.append([title.split("\n") for title in arguments[3]])
         return depth_maps(*arguments)
 
     monkeypatch.setattr(commands.pictures, "depth_maps", record)
-    draw = ["visualize", *own, "--ckpt", str(trained / "avit" / "last.safetensors"), "--output"]
-    chosen = [str(images / "test" / "dark" / f"{number}.jpg") for number in range(3)]
-    for name, begins in (("a.png", b"\x89PNG"), ("new/a.PDF", b"%PDF"), ("a.jpg", b"\xff\xd8")):
-        assert main([*draw, str(tmp_path / name), "--images", *chosen]) == 0
-        assert (tmp_path / name).read_bytes().startswith(begins)
-    assert drawn[0][0].startswith("dark/0.jpg\npredicted: ")
-    for numbers in ([], ["--images", "0", "7"]):
-        assert main([*draw, str(tmp_path / "b.png"), *numbers]) == 0
-    names = [[title.split("\n")[0] for title in titles] for titles in drawn[-2:]]
-    assert names == [["true: bright"] * 3 + ["true: dark"] * 3, ["true: bright", "true: dark"]]
-    for options, message in (
-        (["b.gif"], "--output"),
-        (["c.png", "--images", "8"], "numbers go from 0 to 7"),
-        (["c.png", "--images", "nothing.jpg"], "nothing.jpg"),
-        (["c.png", "--images", "²"], "No such file"),
+    draw = f"visualize {OWN} --ckpt {AVIT} --output"
+    shutil.copy("images/test/dark/0.jpg", "0.jpg")
+    for options, begins in (
+        ("a.png --images 0.jpg images/test/dark/1.jpg", b"\x89PNG"),
+        ("new/a.PDF", b"%PDF"),
+        ("a.jpg --images 0 7", b"\xff\xd8"),
     ):
-        assert main([*draw, *options]) == 2
-        assert message in capsys.readouterr().err
-    draw[-2] = str(trained / "deit" / "last.safetensors")
-    assert main([*draw, "c.png"]) == 2
-    assert "a model whose tokens all go through" in capsys.readouterr().err
+        run(f"{draw} {options}")
+        assert Path(options.split()[0]).read_bytes().startswith(begins)
+    assert drawn[0][1][1] in ("predicted: bright", "predicted: dark")
+    assert [[title[0] for title in titles] for titles in drawn] == [
+        [f"{tmp_path.name}/0.jpg", "dark/1.jpg"],
+        ["true: bright"] * 3 + ["true: dark"] * 3,
+        ["true: bright", "true: dark"],
+    ]
+    for options, message in (
+        ("b.gif", "--output"),
+        ("c.png --images 8", "numbers go from 0 to 7"),
+        ("c.png --images ²", "No such file"),
+        ("0.jpg --images 0.jpg", "0.jpg is read, too; name another --output"),
+    ):
+        assert message in run(f"{draw} {options}", 2).err
+    told = run(f"visualize {OWN} --ckpt deit/last.safetensors", 2).err
+    assert "a model whose tokens all go through" in told
 
 
-def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(
-    small_profile, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    draw = ["visualize", "--profile", str(small_profile), "--images", "0"]
-    draw += ["--output", str(tmp_path / "a.png")]
-    assert main(draw) == 2
-    assert "A-ViT halting trained has not been trained to the end" in capsys.readouterr().err
-    assert main(["fit", "--profile", str(small_profile)]) == 0  # the focus, after its teacher
-    runs = tmp_path / "small" / "checkpoints"
-    assert files(runs) == {"deit", "avit_finetuned"}
-    assert main(draw) == 0
-    (tmp_path / "small" / "models").mkdir()
+def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
+    test = "test --profile mine.toml"
+    assert "A-ViT halting trained has not been trained to the end" in run(test, 2).err
+    run("fit --profile mine.toml")  # the focus, after its teacher
+    results = Path("results/mine")
+    assert set(os.listdir(results / "checkpoints")) == {"deit", "avit_finetuned"}
+    run(test)
+    (results / "models").mkdir()
     for suffix in (".safetensors", ".json"):
-        committed = tmp_path / "small" / "models" / f"avit_finetuned{suffix}"
-        shutil.copy(runs / "avit_finetuned" / f"last{suffix}", committed)
-    shutil.rmtree(runs)
-    capsys.readouterr()
-    assert main(["test", "--profile", str(small_profile)]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 288
-    assert committed.with_name("avit_finetuned_test.json").is_file()
+        trained = results / "checkpoints" / "avit_finetuned" / f"last{suffix}"
+        shutil.copy(trained, results / "models" / f"avit_finetuned{suffix}")
+    shutil.rmtree(results / "checkpoints")
+    run(test)
+    tested = read_json(results / "models" / "avit_finetuned_test.json")
+    assert tested["images"] == 288 and tested["tested"]["profile"] == "mine"
 
 
-def test_a_split_is_compared_with_the_one_on_record(small_profile, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    monkeypatch.chdir(tmp_path)  # the checkout of the package is found from elsewhere
-    command = ["data", "--profile", str(small_profile)]
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert f"under {Path(__file__).parents[1] / 'data'}: 24 classes" in printed
-    assert "test: 288 images, 12 to 12 a class" in printed and "the same as" not in printed
-    split = data.training_data(get_profile(str(small_profile)).data, 0).split
-    Results("small", 0, "02_finetune_deit").metrics(split, "split")
-    assert main(command) == 0
-    assert "the same as in" in capsys.readouterr().out
-    assert main([*command, "--seed", "1"]) == 0  # of which there is no record
-    assert "the same as" not in capsys.readouterr().out
+def test_a_split_is_compared_with_the_one_on_record(run):
+    split = data.training_data(get_profile("mine.toml").data, 0).split
+    printed = json.loads(run("data --profile mine.toml").out)
+    # the checkout of the package is found from elsewhere
+    facts = {"folder": str(ROOT / "data"), "classes": 24, "test_images": 288}
+    assert printed.items() >= (facts | {"sha256": split["sha256"]}).items()
+    Results("mine", 0, "02_finetune_deit").metrics(split, "split")
+    assert "the same as in" in run("data --profile mine.toml").out
+    json.loads(run("data --profile mine.toml --seed 1").out)  # of which there is no record
 
 
 # --- adapt, benchmark, ImageNet -------------------------------------------------------------------
 
-TINY = dict(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=2)
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A state dict of timm's keys for ten classes, wrapped as torch's training scripts do."""
+    """A state dict of timm's keys for ten classes, wrapped as torch's training scripts do.
+
+    A file of another program lies beside it.
+    """
     torch.manual_seed(0)
     state = timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()
     path = tmp_path_factory.mktemp("weights") / "vit.pth"
     torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
-    return str(path)
+    path.with_suffix(".json").write_text('[{"file": "a.jpg"}]')
+    return path
 
 
-def test_a_model_of_timm_s_is_adapted_drawn_and_measured(
-    weights, images, tmp_path, monkeypatch, capsys
-):
-    output = tmp_path / "adaptive.safetensors"
-    source = ["--model", "vit_tiny_patch16_224", "--images", str(images), "--saved", "0.3"]
-    assert main(["adapt", *source, "--weights", weights, "--output", str(output)]) == 0
-    assert "of the FLOPs" in capsys.readouterr().out
-    model, described = load_checkpoint(output)
+def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, weights, monkeypatch):
+    source = "--model vit_tiny_patch16_224 --images images --saved 0.3"
+    told = run(f"adapt {source} --weights {weights} --output adaptive.safetensors").out
+    assert "of the FLOPs" in told
+    model, described = load_checkpoint(Path("adaptive.safetensors"))
     assert isinstance(model, adaptive.Adaptive) and model.thresholds.isfinite().any()
     assert described["adapted"]["images"] == 32 and model.num_classes == 10
-    file, drawn = str(images / "test" / "dark" / "0.jpg"), tmp_path / "drawn.png"
-    draw = ["visualize", "--ckpt", str(output), "--output", str(drawn), "--images"]
-    assert main([*draw, file]) == 0 and drawn.is_file()
-    assert main([*draw, "3"]) == 2
-    assert "name image files by --images" in capsys.readouterr().err
-    assert main(["test", "--ckpt", str(output)]) == 2
-    assert "test it by --data imagenet" in capsys.readouterr().err
+    run("visualize --ckpt adaptive.safetensors --images images/test/dark/0.jpg --output a.png")
+    for command in ("visualize --images 3", "test"):
+        told = run(f"{command} --ckpt adaptive.safetensors", 2).err
+        assert "name image files by --images, or test it by scripts/imagenet.py" in told
 
     measured = []
     monkeypatch.setattr(
         commands, "benchmark_model", lambda *models: measured.append(models) or pd.DataFrame()
     )
-    assert main(["benchmark", *source, "--ckpt", weights]) == 0
-    assert main(["benchmark", "--ckpt", str(output), "--images", str(images)]) == 0
+    run(f"benchmark {source} --ckpt {weights}")
+    run("benchmark --ckpt adaptive.safetensors --images images")
     for made, plain, pixels in measured:
         assert isinstance(made, adaptive.Adaptive) and made.thresholds.isfinite().any()
         assert not hasattr(plain, "forward_with_trace") and pixels.shape == (32, 3, 224, 224)
         assert plain(pixels[:1]).shape == (1, 10)
 
 
-def test_a_model_of_the_study_is_adapted_and_tested(trained, own, images, tmp_path):
-    output, made = tmp_path / "adaptive.safetensors", trained / "deit" / "last.safetensors"
-    adapt = ["adapt", "--weights", str(made), "--images", str(images), "--saved", "0.1"]
-    assert main([*adapt, "--output", str(output)]) == 0
-    assert load_checkpoint(output)[1]["run"]["seed"] == 3  # of the split on which it was trained
-    assert main(["test", *own, "--ckpt", str(output)]) == 0
+def test_a_model_of_the_study_is_adapted_and_tested(run):
+    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output a.safetensors")
+    # of the split on which it was trained
+    assert read_json(Path("a.json"))["run"]["seed"] == 3
+    run(f"test {OWN} --ckpt a.safetensors")
 
 
-def test_on_imagenet_it_stands_beside_tome_at_equal_flops(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "CLASSES", 2)
-    monkeypatch.setattr(commands, "PEERS", (2, 5))
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **TINY).eval()
-    monkeypatch.setattr(commands, "find_model", lambda *_: (model, {}))
+def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
+    script = runpy.run_path(str(ROOT / "scripts" / "imagenet.py"))
+    compare, folder = script["compare"], Path("imagenet")
     for identifier, name in (("n01440764", "bright"), ("n01443537", "dark")):
-        shutil.copytree(images / "test" / name, tmp_path / "val" / identifier)
-    tables = []
-    monkeypatch.setattr(commands, "to_markdown", lambda table: tables.append(table) or "")
-    assert main(["test", "--data", "imagenet", "--images", str(tmp_path), "--device", "cpu"]) == 0
-    table = tables[0].set_index("model")
+        shutil.copytree(Path("images/test") / name, folder / "val" / identifier)
+    torch.manual_seed(0)
+    tiny = dict(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=2, num_classes=2)
+    model = timm.create_model("vit_tiny_patch16_224", **tiny).eval()
+    arguments = model, folder, 0, torch.device("cpu"), 4
+    with pytest.raises(script["UserError"], match="has 2 classes, the model 2; ImageNet has 1,000"):
+        compare(*arguments)
+    compare.__globals__.update(CLASSES=2, PEERS=(2, 5))
+    table = compare(*arguments).set_index("model")
     assert table["images"].tolist()[:5] == [8] * 5 and table["images"][5:].isna().all()
     gflops = table["gflops"].to_numpy()
     assert gflops[1:3] == pytest.approx(gflops[3:5], rel=0.05) and (gflops[1:5] < gflops[0]).all()
-    with torch.inference_mode():
-        pixels, labels = commands.open_folder(model, tmp_path / "val")[torch.arange(8)]
-        expected = (model(pixels).argmax(dim=1) == labels).float().mean().item()
-    assert table.loc["plain", "accuracy"] == pytest.approx(expected)
+    pixels, labels = script["open_folder"](model, folder / "val")[torch.arange(8)]
+    right = model(pixels).argmax(dim=1) == labels
+    assert table.loc["plain", "accuracy"] == pytest.approx(right.float().mean().item())
     dark = pixels[labels == 1]  # 20 to 120 of 255, less a mean of 0.5, over a deviation of 0.5
     assert dark.mean().item() == pytest.approx((70 / 255 - 0.5) / 0.5, abs=0.05)
-    model = adaptive.adapt(model, pixels, 0.2)
-    assert main(["test", "--data", "imagenet", "--images", str(tmp_path), "--device", "cpu"]) == 0
-    assert tables[1]["model"][0] == "as in the file"
-    monkeypatch.setattr(commands, "CLASSES", 1000)
-    assert main(["test", "--data", "imagenet", "--images", str(tmp_path)]) == 2
-    assert "has 2 classes, the model 2; ImageNet has 1,000" in capsys.readouterr().err
-    (tmp_path / "val" / "n01443537").rename(tmp_path / "val" / "1")
-    assert main(["test", "--data", "imagenet", "--images", str(tmp_path)]) == 2
-    assert "identifiers such as n01440764: 1; rename" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--model": "none"}, "there is no model 'none'"),
-        ({"--model": "resnet18"}, "cannot be adapted: it is no"),
-        ({"--images": "."}, "holds 0 images"),
-        ({"--saved": "0.9"}, "between 0 and 0.8"),
-        ({"--output": "adaptive.bin"}, 'must have extension "safetensors"'),
-        ({"--weights": "nothing.pth"}, '"nothing.pth" does not exist'),
-        ({"--model": "deit_tiny_distilled_patch16_224"}, "is of another model"),
+        ("--model none", "there is no model 'none'"),
+        ("--model resnet18", "cannot be adapted: it is no"),
+        ("--images empty", "holds 0 images"),
+        ("--saved 0.9", "between 0 and 0.8"),
+        ("--output adaptive.bin", 'must have extension "safetensors"'),
+        ("--output annotations.safetensors", "annotations.json is of something else"),
+        ("--model deit_tiny_distilled_patch16_224", "is of another model"),
+        (f"--weights {AVIT}", "is of model avit_nano, not vit_tiny_patch16_224; correct --model"),
+        (f"--weights {AVIT} --output {AVIT}", "last.safetensors is read, too; name another"),
     ],
 )
-def test_what_cannot_be_adapted_is_told_in_one_line(
-    changes, message, weights, images, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    usual = {"--model": "vit_tiny_patch16_224", "--weights": weights}
-    usual |= {"--images": str(images), "--output": "a.safetensors"} | changes
-    assert main(["adapt", *(word for pair in usual.items() for word in pair)]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: ") and message in line and not any(tmp_path.iterdir())
+def test_what_cannot_be_adapted_is_told_in_one_line(changes, message, run, weights):
+    Path("empty").mkdir()
+    Path("annotations.json").write_text("[]")
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
+    words = (
+        f"--model vit_tiny_patch16_224 --weights {weights} --images images --output b.safetensors"
+    )
+    given = dict(zip(words.split()[::2], words.split()[1::2], strict=True))
+    given |= dict(zip(changes.split()[::2], changes.split()[1::2], strict=True))
+    line = run(f"adapt {' '.join(map(' '.join, given.items()))}", 2).err.splitlines()[-1]
+    assert line.startswith("error: ") and message in line
+    assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before
 
 
 # --- as a program ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_says_what_there_is_and_does_nothing(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main([*command.split(), "--help"]) == 0
-    shown = capsys.readouterr()
-    wanted = ["--profile", "--seed", "default: caltech24"] if command else COMMANDS
-    assert all(word in shown.out for word in wanted) and not shown.err
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
-    [
-        (["--help"], 0, "Usage"),
-        (["test", "--ckpt", "/nonexist"], 2, '"/nonexist" does not exist'),
-        (["fit", "--profile", "imagnet"], 2, "unknown profile 'imagnet'"),
-        (["visualize", "--model", "resnet"], 2, "no run 'resnet'; choose from deit"),
-    ],
+    [("--help", 0, "Usage"), ("test --ckpt /none", 2, '"/none" does not exist')],
 )
 def test_what_is_wrong_with_the_arguments_does_not_wait_for_torch(arguments, status, message):
     python = [sys.executable, "-X", "importtime", "-m", "avit_lib"]
-    shown = subprocess.run([*python, *arguments], capture_output=True, text=True)
+    shown = subprocess.run([*python, *arguments.split()], capture_output=True, text=True)
     assert shown.returncode == status and message in shown.stdout + shown.stderr
     imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
     assert "avit_lib.cli" in imported
@@ -296,36 +281,27 @@ def test_what_is_wrong_with_the_arguments_does_not_wait_for_torch(arguments, sta
 
 
 def test_a_package_that_imports_the_library_has_its_models_however_it_is_run(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "__init__.py").write_text("import avit_lib\n")
-    (tmp_path / "mine" / "train.py").write_text(
-        "import timm; print(timm.is_model('avit_tiny_patch16_224'))\n"
-    )
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
-    shown = subprocess.check_output(
-        [sys.executable, "-m", "mine.train"], text=True, env=os.environ | {"PYTHONPATH": paths}
-    )
-    assert shown == "True\n"
+    code = "import avit_lib, timm; print(timm.is_model('avit_tiny_patch16_224'))\n"
+    (tmp_path / "mine.py").write_text(code)
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    command = [sys.executable, "-m", "mine"]
+    assert subprocess.check_output(command, text=True, env=environment) == "True\n"
 
 
-def test_a_name_that_the_terminal_cannot_show_is_escaped(
-    trained, own, images, tmp_path, monkeypatch
-):
-    output, terminal = tmp_path / "caf\udce9 \u732b.png", io.TextIOWrapper(io.BytesIO(), "ascii")
-    image = shutil.copy(images / "test" / "dark" / "0.jpg", tmp_path / "bad$\\foo$\udce9.jpg")
+def test_a_name_that_the_terminal_cannot_show_is_escaped(run, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(sys, "stdout", terminal)
-    command = ["visualize", *own, "--ckpt", str(trained / "avit" / "last.safetensors")]
-    command += ["--images", str(image), "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["avit_lib", *command])
-    assert run() == 0 and output.is_file()
+    image = shutil.copy("images/test/dark/0.jpg", "bad$\\foo$\udce9.jpg")
+    output = "caf\udce9 \u732b.png"
+    run(f"visualize --ckpt {AVIT} --images '{image}' --output '{output}'")
+    assert Path(output).is_file()
     assert terminal.buffer.getvalue().endswith(rb"caf\udce9 \u732b.png" + b"\n")
 
 
-def test_it_ends_quietly_when_nobody_reads_on(small_profile, monkeypatch, capsys):
+def test_it_ends_quietly_when_nobody_reads_on(run, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        monkeypatch.setattr(sys, "argv", ["avit_lib", "data", "--profile", str(small_profile)])
-        assert run() == 141
-    assert not capsys.readouterr().err
+        assert not run("data --profile mine.toml", 141).err

@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -43,7 +41,6 @@ if [ "$2" != papermill ]; then
 fi
 echo "papermill $*" >> calls
 cp "$3" "$4"
-grep -q WAIT "$3" && sleep 60
 grep -q raise "$3" || exit 0
 echo "ValueError: no such thing" >&2
 echo >&2
@@ -110,11 +107,6 @@ def named(done: subprocess.CompletedProcess) -> list[str]:
     return [line.split()[1].rstrip(":") for line in lines if line.startswith("notebook ")]
 
 
-def touch(path: str) -> None:
-    """As an editor that saves: now, which is later than all stamps."""
-    os.utime(path)
-
-
 def test_a_fresh_clone_runs_everything_in_order_and_then_nothing(tree):
     dry = reproduce("-n")
     assert "has not run yet" in dry.stdout and not Path("calls").exists()
@@ -133,7 +125,7 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(tree):
     Path("README.md").touch()
     named(reproduce())
     for changed, expected in CHANGES.items():
-        touch(changed)
+        os.utime(changed)  # now, which is later than all stamps
         dry = reproduce("-n")
         assert set(named(dry)) == expected, changed
         assert not expected or f"since its last run: {changed}" in dry.stdout
@@ -145,7 +137,7 @@ def test_a_profile_depends_on_those_that_it_extends(tree):
     assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)  # the sweep of seeds, too
     assert "-r PROFILE ../mine.toml" in Path("calls").read_text()
     for changed in ("avit_lib/study/profiles/base.toml", "mine.toml"):
-        touch(changed)
+        os.utime(changed)
         assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)
     Path("mine.toml").write_text('extends = "seeds"\nsweep = []\n')
     assert set(named(reproduce(profile="mine.toml"))) == EVERY
@@ -153,10 +145,8 @@ def test_a_profile_depends_on_those_that_it_extends(tree):
 
 def test_another_seed_runs_everything(tree):
     named(reproduce())
-    assert set(named(reproduce("-n", "SEED=1"))) == EVERY
     assert set(named(reproduce("SEED=1"))) == EVERY
     assert named(reproduce("SEED=1")) == []
-    assert set(named(reproduce())) == EVERY
 
 
 def test_a_failing_notebook_says_so_and_leaves_the_last_good_copy(tree):
@@ -176,20 +166,6 @@ def test_a_failing_notebook_says_so_and_leaves_the_last_good_copy(tree):
     assert sorted(copies.glob("*.*.ipynb")) == []
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tree):
-    write_notebook(Path("notebooks/03_train_avit.ipynb"), "WAIT")
-    command = ["make", "reproduce", "VENV=env", "PROFILE=base"]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not Path("results/base/notebooks/03_train_avit.running.ipynb").exists():
-        assert running.poll() is None
-        time.sleep(0.01)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert not Path("results/base/notebooks/03_train_avit.ipynb").exists()
-    write_notebook(Path("notebooks/03_train_avit.ipynb"), "")
-    assert named(reproduce()) == sorted(AFTER_02 - {"02_finetune_deit"})
-
-
 def test_what_changes_while_a_notebook_runs_is_newer_than_it(tree):
     python = Path("env/bin/python")
     python.write_text(STUB.replace('cp "$3"', 'sleep 0.02; touch "$3"; cp "$3"', 1))
@@ -198,14 +174,10 @@ def test_what_changes_while_a_notebook_runs_is_newer_than_it(tree):
     assert set(named(reproduce())) == EVERY
 
 
-def test_an_unknown_profile_is_named(tree):
+def test_an_unknown_profile_is_named_and_help_needs_no_environment(tree):
     done = reproduce(profile="nonsense")
-    assert done.returncode != 0
+    assert done.returncode != 0 and not Path("results").exists()
     assert "unknown profile 'nonsense'" in done.stderr.splitlines()[0]
-    assert not Path("results").exists()
-
-
-def test_help_needs_no_environment(tree):
     shutil.rmtree("env")
     done = subprocess.run(["make", "PROFILE=nonsense"], capture_output=True, text=True)
     assert done.returncode == 0 and "reproduce" in done.stdout and not done.stderr

@@ -1,6 +1,5 @@
 """`scripts/pages.py` writes pages of results, `scripts/tidy.py` tidies executed notebooks."""
 
-import json
 import os
 import runpy
 import subprocess
@@ -8,45 +7,36 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from PIL import Image, PngImagePlugin
+
+from avit_lib.study.results import Results
+from avit_lib.training import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
-FACTS = {
-    "profile": "smoke",
-    "seed": 3,
-    "commit": "0123456789abcdef",
-    "dirty": False,
-    "date": "2026-01-02 03:04 UTC",
-    "python": "3.11.7",
-    "packages": {"torch": "2.10"},
-    "hardware": "two cores",
-    "seconds": 12.5,
-}
-TABLE = "| model |\n| :--- |\n| DeiT \\| A-ViT |"
+TABLE = "| model |\n| :--- |\n| DeiT |"
 LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
 
 
 @pytest.fixture
 def results(tmp_path, monkeypatch) -> Path:
     """The results of a profile, as its notebooks write them."""
-    folder = tmp_path / "smoke"
-    for kind in ("tables", "findings", "figures", "provenance", "notebooks", ".stamps"):
-        (folder / kind).mkdir(parents=True)
-    made = "Made by notebook 04_evaluation.\n"
-    (folder / "tables" / "speed.md").write_text(f"How fast.\n\n{TABLE}\n\n{made}")
-    (folder / "tables" / "speed.csv").touch()
-    (folder / "findings" / "04_words.md").write_text("It is fast.\n")
-    facts = PngImagePlugin.PngInfo()
-    facts.add_itxt("Description", "Accuracy ± error.")
-    facts.add_text("Source", "04_evaluation")
-    Image.new("RGB", (2, 2)).save(folder / "figures" / "04_points.png", pnginfo=facts)
-    (folder / "provenance" / "04_evaluation.json").write_text(json.dumps(FACTS))
-    (folder / "notebooks" / "04_evaluation.ipynb").touch()
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
-    return folder
+    made = Results("smoke", 3, "04_evaluation")
+    made.table(pd.DataFrame({"model": ["DeiT"]}), "speed", "How fast.")
+    made.finding("It is fast.", "04_words")
+    made.figure(Figure(figsize=(1, 1)), "04_points", "Accuracy ± error.")
+    origin = tmp_path / "smoke" / "provenance" / "04_evaluation.json"
+    facts = read_json(origin) | {"commit": "0123456789abcdef", "dirty": False, "seconds": 12.5}
+    facts |= {"date": "2026-01-02 03:04 UTC", "python": "3.11.7", "hardware": "two cores"}
+    write_json(origin, facts | {"packages": {"torch": "2.10"}})
+    for kind in ("notebooks", ".stamps"):
+        (tmp_path / "smoke" / kind).mkdir()
+    (tmp_path / "smoke" / "notebooks" / "04_evaluation.ipynb").touch()
+    return tmp_path / "smoke"
 
 
 def test_a_page_has_what_a_notebook_found(results):
@@ -62,13 +52,6 @@ def test_a_page_has_what_a_notebook_found(results):
     )
     assert row in text
     assert "Packages: torch 2.10." in text
-
-
-def test_a_finding_is_of_what_made_the_tables_of_its_name(results):
-    finding = results / "findings" / "speed_of_all.md"
-    finding.write_text("All are fast.\n")
-    found = SCRIPTS["pages"]["read_result"](finding)
-    assert (found.source, found.body) == ("04_evaluation", "All are fast.")
 
 
 def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
@@ -93,10 +76,10 @@ def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
 def test_what_a_notebook_makes_no_longer_is_removed(results):
     stamp = results / ".stamps" / "04_evaluation"
     stamp.touch()
-    old, new = (results / "tables" / "speed.md", results / "figures" / "04_points.png")
+    old, new = results / "tables" / "speed.md", results / "figures" / "04_points.png"
     os.utime(old, (0, 0))
-    os.utime(new, (stamp.stat().st_mtime + 1,) * 2)
-    os.utime(results / "findings" / "04_words.md", (stamp.stat().st_mtime + 1,) * 2)
+    for later in (new, results / "findings" / "04_words.md"):
+        os.utime(later, (stamp.stat().st_mtime + 1,) * 2)
     SCRIPTS["pages"]["remove_stale"](results)
     assert not old.exists() and not old.with_suffix(".csv").exists()
     assert new.exists() and (results / "findings" / "04_words.md").exists()
@@ -109,10 +92,8 @@ def test_an_executed_notebook_is_kept_without_moment_and_machine(tmp_path):
         new_output("execute_result", data={"text/plain": f"'{ROOT}'", "image/png": "abc"}),
         new_output("display_data", data=widget),
     ]
-    cell = new_code_cell(
-        "x", outputs=outputs, metadata={"execution": {"a": "12:00"}, "tags": ["t"]}
-    )
-    notebook = new_notebook(cells=[cell], metadata={"papermill": {"start": "12:00"}, "widgets": {}})
+    cell = new_code_cell("x", outputs=outputs, metadata={"execution": {}, "tags": ["t"]})
+    notebook = new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}})
     path = tmp_path / "x.ipynb"
     nbformat.write(notebook, path)
     subprocess.run([sys.executable, ROOT / "scripts" / "tidy.py", path], check=True)

@@ -24,7 +24,6 @@ from avit_lib.errors import UserError
 from avit_lib.training import write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
-FIGURE_DPI = 120
 
 
 def results_dir(profile: str) -> Path:
@@ -55,8 +54,8 @@ class Results:
         """
         maker = f"notebook {self.source}" if self.source[:1].isdigit() else self.source
         page = f"{' '.join(caption.split())}\n\n{to_markdown(frame)}\n\nMade by {maker}.\n"
-        self._write(f"tables/{name}.csv", frame.to_csv(index=False, float_format="%.6g").encode())
-        self._write(f"tables/{name}.md", page.encode())
+        self._write(f"tables/{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
+        self._write(f"tables/{name}.md", page)
         return frame
 
     def read(self, name: str) -> pd.DataFrame:
@@ -69,25 +68,25 @@ class Results:
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png, caption and source in its metadata."""
         png = io.BytesIO()
-        metadata = {"Description": " ".join(caption.split()), "Source": self.source}
-        look = {"dpi": FIGURE_DPI, "bbox_inches": "tight", "facecolor": "white"}
-        figure.savefig(png, format="png", metadata=metadata, **look)
+        about = {"Description": " ".join(caption.split()), "Source": self.source}
+        figure.savefig(png, dpi=120, bbox_inches="tight", facecolor="white", metadata=about)
         self._write(f"figures/{name}.png", png.getvalue())
         return figure
 
     def finding(self, words: str, name: str) -> Sentence:
         """Write what was found, computed from the numbers, to findings/<name>.md; returns it."""
-        words = " ".join(words.split())
-        self._write(f"findings/{name}.md", f"{words}\n".encode())
-        return Sentence(words)
+        found = Sentence(" ".join(words.split()))
+        self._write(f"findings/{name}.md", f"{found}\n")
+        return found
 
     def metrics(self, values: dict[str, Any], name: str) -> None:
         """Write ``values`` to metrics/<name>.json."""
-        self._write(f"metrics/{name}.json", (json.dumps(values, indent=1) + "\n").encode())
+        self._write(f"metrics/{name}.json", f"{json.dumps(values, indent=1)}\n")
 
-    def _write(self, place: str, content: bytes) -> None:
+    def _write(self, place: str, content: str | bytes) -> None:
         """Write a file, and of this notebook where its results come from."""
-        write_atomically(self.folder / place, content)
+        whole = content.encode() if isinstance(content, str) else content
+        write_atomically(self.folder / place, whole)
         facts = {"source": self.source, **provenance(self.profile, self.seed)}
         facts["seconds"] = round(time.perf_counter() - self._started, 1)
         write_json(self.folder / "provenance" / f"{Path(self.source).stem}.json", facts)
@@ -139,13 +138,19 @@ def _git_state() -> tuple[str, bool | None]:
 
     ("unknown", None) outside git.
     """
-    where = ["git", "-C", str(project_root()), "status", "--porcelain=v2", "--branch", "--"]
+    command = [
+        "git",
+        "status",
+        "--porcelain=v2",
+        "--branch",
+        "--",
+        ":/",
+        ":!/results",
+        ":!/README.md",
+    ]
     try:
-        done = subprocess.run(
-            [*where, ":/", ":!/results", ":!/README.md"], capture_output=True, text=True, check=True
-        )
+        told = subprocess.check_output(command, cwd=project_root(), stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
-    lines = done.stdout.splitlines()
-    commit = lines[0].split()[-1]  # "# branch.oid <commit>"
-    return commit, any(not line.startswith("#") for line in lines)
+    head, *lines = told.decode().splitlines()  # "# branch.oid <commit>", then others
+    return head.split()[-1], any(not line.startswith("#") for line in lines)

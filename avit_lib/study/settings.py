@@ -1,10 +1,11 @@
 """Profiles: the settings of a study, each key with its meaning, default and range.
 
 A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a
-run that ``extends`` another run. The sections ``training`` and ``halting`` of a file are for all of
-its runs, whose own come first.
+run that ``extends`` another run. The section ``training`` of a file is for all of its runs, whose
+own come first.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,22 +15,24 @@ from msgspec import Meta, Struct
 from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
-from avit_lib.study.reading import check_run, checked, lay_over, read_profile
 from avit_lib.training import Training
+from avit_lib.training.loop import NotNegative, Positive
 
+PROFILES = Path(__file__).resolve().with_name("profiles")
+
+Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]
 Layers = Annotated[float, Meta(ge=1)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 Saved = Annotated[float, Meta(ge=0, le=MOST)]  # share of the FLOPs
-NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
-Positive = Annotated[float, Meta(gt=0, le=1e6)]
 Name = Annotated[str, Meta(pattern="^[a-z0-9_]+$")]
 
 
 class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How tokens halt and what the halting is trained for (defaults: the paper's)."""
 
-    gamma: float = 5.0
-    beta: float = -10.0
+    gamma: Number = 5.0
+    beta: Number = -10.0
     eps: Annotated[float, Meta(gt=0, lt=1)] = 0.01
     alpha_ponder: NotNegative = 5e-4  # alpha_p
     ponder_ramp: Fraction = 0.0  # part of training in which alpha_p grows from 0; 0: always full
@@ -55,9 +58,8 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def objective(self) -> dict[str, Any]:
         """What ``losses.AdaptiveLoss`` needs."""
-        own = ("start", "channel_rate", *self.model_arguments)
-        values = msgspec.to_builtins(self)
-        return {name: value for name, value in values.items() if name not in own}
+        own = {"start", "channel_rate", *self.model_arguments}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name not in own}
 
 
 class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -114,22 +116,32 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Tokens that merge in each layer of a peer (``peers.tome``).
     merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()
     sweep: tuple[str, ...] = ()  # runs that notebook 08 trains once for each of these seeds
-    sweep_seeds: tuple[int, ...] = (0, 1, 2)
+    sweep_seeds: tuple[Seed, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that ``scripts/release.py`` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
         labels = [run.label for run in self.runs]
-        for label in labels:
-            if ", " in label or labels.count(label) > 1:
+        for run in self.runs:
+            if ", " in run.label or labels.count(run.label) > 1:
                 raise ValueError(
-                    f"label {label!r}: tables need one without a comma, that no other run has"
+                    f"label {run.label!r}: tables need one without a comma, that no other run has"
                 )
+            patch = re.search(r"_patch(\d+)", run.model)
+            if patch and self.data.image_size % int(patch[1]):
+                raise ValueError(
+                    f"image_size {self.data.image_size} is no multiple of the patch of {run.model}"
+                )
+        if len(set(self.sweep_seeds)) < len(self.sweep_seeds):
+            raise ValueError("sweep_seeds names a seed twice")
 
     def run(self, name: str) -> Run:
         """The run called ``name``; raises UserError when there is none."""
         known = {run.name: run for run in self.runs}
-        check_run(self.name, known, name)
+        if name not in known:
+            raise UserError(
+                f"profile {self.name!r} has no run {name!r}; choose from {', '.join(known)}"
+            )
         return known[name]
 
     @property
@@ -144,12 +156,49 @@ def get_profile(name: str) -> Profile:
     A profile is called like its file. Raises UserError, one line that names file and key, when it
     is missing or something in it is wrong.
     """
-    path, tables = read_profile(name)
-    shared = {section: tables.pop(section, {}) for section in ("training", "halting")}
+    path = find_profile(name)
+    if path.parent != PROFILES and (PROFILES / path.name).is_file():
+        raise UserError(
+            f"{path} would share the results of the profile {path.stem}: give the file another name"
+        )
+    tables = _read_tables(path)
+    shared = {"training": tables.pop("training", {})}
     runs = {}  # by name, those of which a later one may say that it extends them
-    for run, table in tables["runs"].items():
+    for run, table in checked(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
         runs[run] = _complete(path, run, table, runs, shared)
     return checked(path, "", tables | {"name": path.stem, "runs": list(runs.values())}, Profile)
+
+
+def find_profile(name: str, folder: Path = Path()) -> Path:
+    """The file of a profile, by its name or its path from ``folder``; UserError if missing."""
+    path = folder / name if name.endswith(".toml") else PROFILES / f"{name}.toml"
+    if path.is_file():
+        return path.resolve()
+    known = ", ".join(sorted(path.stem for path in PROFILES.iterdir()))
+    raise UserError(
+        f"unknown profile {name!r}; choose from {known}, or name a file that ends in .toml"
+    )
+
+
+def _read_tables(path: Path) -> dict[str, Any]:
+    """The tables of a file, laid over those of the profile it extends."""
+    try:
+        tables = msgspec.toml.decode(path.read_text("utf-8-sig"))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}; mend this line") from None
+    if "extends" not in tables:
+        return tables
+    base = find_profile(tables.pop("extends"), path.parent)
+    return lay_over(_read_tables(base), tables)
+
+
+def lay_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
+    merged = dict(base)
+    for name, value in tables.items():
+        inside = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = lay_over(base[name], value) if inside else value
+    return merged
 
 
 def _complete(path: Path, name: str, table: dict, runs: dict, shared: dict) -> dict[str, Any]:
@@ -158,7 +207,18 @@ def _complete(path: Path, name: str, table: dict, runs: dict, shared: dict) -> d
     extends = table.pop("extends", None)
     if extends not in (None, *runs):
         raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
-    base = runs[extends] if extends else {"training": shared["training"]}
-    if "halting" in table and not base.get("halting"):
-        base = base | {"halting": shared["halting"]}
-    return msgspec.to_builtins(checked(path, key, lay_over(base, table | {"name": name}), Run))
+    whole = lay_over(runs[extends] if extends else shared, table | {"name": name})
+    return msgspec.to_builtins(checked(path, key, whole, Run))
+
+
+def checked(path: Path | str, key: str, tables: Any, kind: Any) -> Any:
+    """``tables`` as settings of a ``kind``.
+
+    Raises UserError, one line that names ``path``, the key below ``key``, and what is wrong.
+    """
+    try:
+        return msgspec.convert(tables, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        key = f"{key}{place.rstrip('`')}".lstrip(".")
+        raise UserError(f"{path}: {key}{': ' if key else ''}{what}") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
@@ -58,29 +58,32 @@ class Study:
         return self.checkpoints / self.profile.run(run).name
 
     def train(self, name: str) -> pd.DataFrame:
-        """Train a run, or go on with it, or return the history of the finished one.
+        """Train a run after those it starts or learns from; returns its history.
 
-        What was trained by other settings, or on other images, is trained again from scratch.
+        An interrupted training goes on, a finished one is kept. What was trained by other settings,
+        or on other images, is trained again from scratch.
         """
         run, folder = self.profile.run(name), self.folder(name)
-        needed = (run.start, run.teacher)
-        start, teacher = (self.checkpoint(one) if one else None for one in needed)
-        known, wanted = folder / "last.json", self.describe(run, start, teacher)
+        for before in (run.start, run.teacher):
+            if before:
+                self.train(before)
+        known, wanted = folder / "last.json", self.describe(run, *self.needed(run))
         if processes.rank() == 0 and known.is_file() and read_json(known).get("run") != wanted:
             print(f"{run.label}: its settings or images changed; training again", flush=True)
             shutil.rmtree(folder)
         processes.barrier()  # the others see the folder as the first one left it
-        return self.train_into(folder, run, start, teacher)
+        return self.train_into(folder, run)
 
-    def train_chain(self, name: str) -> pd.DataFrame:
-        """``train`` the runs that one starts or learns from, then itself; returns its history."""
-        run = self.profile.run(name)
-        for needed in dict.fromkeys((run.start, run.teacher)):
-            if needed:
-                self.train_chain(needed)
-        return self.train(name)
+    def needed(
+        self, run: Run, start: Path | None = None, teacher: Path | None = None
+    ) -> list[Path | None]:
+        """The checkpoints that a run starts and learns from: those given, else the study's."""
+        pairs = (start, run.start), (teacher, run.teacher)
+        return [path or (self.checkpoint(name) if name else None) for path, name in pairs]
 
-    def describe(self, run: Run, start: Path | None, teacher: Path | None) -> dict[str, Any]:
+    def describe(
+        self, run: Run, start: Path | None = None, teacher: Path | None = None
+    ) -> dict[str, Any]:
         """What the checkpoints of a run depend on; runs that differ in it are different runs.
 
         ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
@@ -100,36 +103,33 @@ class Study:
 
     def initial_model(self, run: Run, start: Path | None = None) -> nn.Module:
         """The model of a run as its training starts, by default from the study's own checkpoint."""
-        if run.start and not start:
-            start = self.checkpoint(run.start)
         training.seed_everything(self.seed)
-        model = training.create_model(run.model, self.describe(run, None, None)["arguments"])
-        if start:
-            training.load_weights(model, start)
+        model = training.create_model(run.model, self.describe(run)["arguments"])
+        if run.start or start:
+            training.load_weights(model, start or self.checkpoint(run.start))
         else:
             training.load_pretrained(model, run.pretrained)
         model.to(self.device)
+        if run.saved or (run.halting and run.halting.fitted):
+            batches = loader(self.data.train, FIT_IMAGES, shuffle_seed=self.seed)
+            images = next(iter(batches))[0].to(self.device)
         if run.saved:
-            model = adapt(model, self._fit_images(), run.saved)
-        if run.halting and run.halting.fitted:
+            model = adapt(model, images, run.saved)
+        elif run.halting and run.halting.fitted:
             wanted = run.halting.target_depth, run.halting.target_std
-            halting = target_distribution(*wanted, len(model.blocks))
-            fit_start(model, self._fit_images(), halting)
+            fit_start(model, images, target_distribution(*wanted, len(model.blocks)))
         return model
 
-    def _fit_images(self) -> Tensor:
-        """Training images [B, C, H, W] on which a start is fitted, drawn by the seed."""
-        batches = loader(self.data.train, FIT_IMAGES, shuffle_seed=self.seed)
-        return next(iter(batches))[0].to(self.device)
-
     def train_into(
-        self, folder: Path, run: Run, start: Path | None, teacher: Path | None
+        self, folder: Path, run: Run, start: Path | None = None, teacher: Path | None = None
     ) -> pd.DataFrame:
         """Train a run into ``folder`` (see ``training.fit``); returns its history, a row an epoch.
 
-        ``start`` and ``teacher`` are the checkpoints it starts and learns from. Raises UserError
-        when one of them knows other classes, or when ``folder`` holds another run.
+        ``start`` and ``teacher``: checkpoints that it starts and learns from, in place of the
+        study's. Raises UserError when one of them knows other classes, or when ``folder`` holds
+        another run.
         """
+        start, teacher = self.needed(run, start, teacher)
         description = self.describe(run, start, teacher)
         history = training.finished_history(folder, description, run.training)
         if history is not None:  # before a start is fitted for nothing
@@ -138,8 +138,8 @@ class Study:
             classes = read_json(path.with_suffix(".json")).get("run", {}).get("classes")
             if classes not in (None, description["classes"]):
                 raise UserError(f"{path} knows other classes than the training images")
-        taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
         model = self.initial_model(run, start)
+        taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
         teaching = taught_by and Teacher(taught_by, run.distillation)
         task = TaskLoss(run.training.label_smoothing, teaching)
         loss: TaskLoss | AdaptiveLoss = task
@@ -149,17 +149,13 @@ class Study:
             loss = AdaptiveLoss(**run.halting.objective, task=task, average=processes.mean)
             if run.halting.fitted:
                 adjust = partial(scale_channel_rate, model, rate=run.halting.channel_rate)
-
-        def validate(trained: nn.Module) -> dict[str, float]:
-            return evaluation.metrics(self.predict(trained, self.data.validation))
-
         return training.fit(
             model,
             self.data.train,
             loss,
             run.training,
             folder,
-            validate,
+            lambda trained: evaluation.metrics(self.predict(trained, self.data.validation)),
             description=description,
             seed=self.seed,
             device=self.device,
@@ -175,14 +171,23 @@ class Study:
         return evaluation.predict(model, data, device=self.device)
 
     def checkpoint(self, name: str) -> Path:
-        """The weights of a run after its last epoch; UserError, naming the command, if missing."""
+        """The weights of a run after its last epoch.
+
+        Raises UserError, naming the command, when they are missing or of other settings or images.
+        """
         run, path = self.profile.run(name), self.folder(name) / "last.safetensors"
-        described = path.with_suffix(".json")
-        if path.is_file() and read_json(described)["epoch"] == run.training.epochs:
-            return path
+        fault = "has not been trained to the end"
+        if path.is_file():
+            found = read_json(path.with_suffix(".json"))
+            same = found.get("run") == self.describe(run, *self.needed(run))
+            if same and found["epoch"] == run.training.epochs:
+                return path
+            if not same:
+                fault = "has settings or images that changed since it was trained"
         raise UserError(
-            f"{run.label} has not been trained to the end in profile {self.profile.name}: run "
-            f"`make reproduce`, or `python -m avit_lib fit --model {name}`, with this profile"
+            f"{run.label} {fault}, in profile {self.profile.name}: run `make reproduce`, or "
+            f"`python -m avit_lib fit --model {name}`, with this profile; or name a checkpoint by "
+            f"--ckpt or --teacher"
         )
 
 
