@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter, Token, validators
 from cyclopts.types import ExistingDirectory, ExistingFile
 
 from avit_lib.errors import UserError
+from avit_lib.profiles import find_profile, read_tables
 
 app = App(
     "python -m avit_lib",
@@ -59,6 +60,9 @@ class Common:
     profile: str = "caltech24"
     seed: Seed = 0
 
+    def __post_init__(self):
+        find_profile(self.profile)
+
 
 @Parameter(name="*")
 @dataclass
@@ -90,6 +94,11 @@ class Chosen(Computing):
 
     def __post_init__(self):
         self.model = self.model and self.model.lower()
+        runs = read_tables(find_profile(self.profile)).get("runs", {})
+        if self.model not in (None, *runs):
+            raise UserError(
+                f"{self.profile} has no run {self.model!r}; choose from {', '.join(runs)}"
+            )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -21,10 +21,11 @@ from avit_lib import adaptive, data, training
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import bootstrap_intervals, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
+from avit_lib.profiles import lay_over
 from avit_lib.report import pictures
 from avit_lib.study import Run, Study, get_profile
 from avit_lib.study.results import provenance, results_dir, to_markdown
-from avit_lib.study.settings import checked, lay_over
+from avit_lib.study.settings import checked
 from avit_lib.study.study import released
 from avit_lib.training import processes
 

@@ -79,7 +79,7 @@ class TokenMerging(nn.Module):
         first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         depth = torch.full_like(first, len(model.blocks))
         for layer, block in enumerate(model.blocks, start=1):
-            shape = tokens.shape[:2]
+            shape = len(tokens), tokens.shape[1]
             layout = whole_layout(*shape, tokens.device)
             bias = size.log().flatten()  # softmax(q k^T / sqrt(d) + log s) (equation 1)
             tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)

@@ -15,10 +15,9 @@ from msgspec import Meta, Struct
 from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
+from avit_lib.profiles import PROFILES, find_profile, lay_over, read_tables
 from avit_lib.training import Training
 from avit_lib.training.loop import NotNegative, Positive
-
-PROFILES = Path(__file__).resolve().with_name("profiles")
 
 Number = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]
@@ -161,44 +160,12 @@ def get_profile(name: str) -> Profile:
         raise UserError(
             f"{path} would share the results of the profile {path.stem}: give the file another name"
         )
-    tables = _read_tables(path)
+    tables = read_tables(path)
     shared = {"training": tables.pop("training", {})}
     runs = {}  # by name, those of which a later one may say that it extends them
     for run, table in checked(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
         runs[run] = _complete(path, run, table, runs, shared)
     return checked(path, "", tables | {"name": path.stem, "runs": list(runs.values())}, Profile)
-
-
-def find_profile(name: str, folder: Path = Path()) -> Path:
-    """The file of a profile, by its name or its path from ``folder``; UserError if missing."""
-    path = folder / name if name.endswith(".toml") else PROFILES / f"{name}.toml"
-    if path.is_file():
-        return path.resolve()
-    known = ", ".join(sorted(path.stem for path in PROFILES.iterdir()))
-    raise UserError(
-        f"unknown profile {name!r}; choose from {known}, or name a file that ends in .toml"
-    )
-
-
-def _read_tables(path: Path) -> dict[str, Any]:
-    """The tables of a file, laid over those of the profile it extends."""
-    try:
-        tables = msgspec.toml.decode(path.read_text("utf-8-sig"))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}; mend this line") from None
-    if "extends" not in tables:
-        return tables
-    base = find_profile(tables.pop("extends"), path.parent)
-    return lay_over(_read_tables(base), tables)
-
-
-def lay_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with what ``tables`` say in its place; tables inside of them likewise."""
-    merged = dict(base)
-    for name, value in tables.items():
-        inside = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = lay_over(base[name], value) if inside else value
-    return merged
 
 
 def _complete(path: Path, name: str, table: dict, runs: dict, shared: dict) -> dict[str, Any]:
