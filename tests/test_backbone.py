@@ -310,12 +310,7 @@ def test_half_precision_leaves_the_thresholds_as_they_are():
     assert torch.equal(adaptive.half().thresholds, before)
 
 
-def distilled() -> Adaptive:
-    plain = timm.create_model("deit_tiny_distilled_patch16_224", img_size=28, depth=2, embed_dim=48)
-    return adapt(plain.eval(), torch.randn(8, 3, 28, 28), 0.0)
-
-
-@pytest.mark.parametrize("make", [halting, merging, distilled])
+@each_kind
 def test_it_is_pickled_whole(make):
     model = make()
     again = pickle.loads(pickle.dumps(model))

@@ -132,12 +132,8 @@ def test_patches_halt_first_that_can_be_spared_on_images_that_the_fit_never_saw(
     assert depth[:, 0].mean() > depth[:, 1:].mean() + 1  # the class token by its own score, late
 
 
-@pytest.mark.parametrize(
-    "pixels", [images()[:1], torch.zeros(2, 3, 28, 28, dtype=torch.float64)], ids=["one", "equal"]
-)
-def test_a_poor_choice_of_images_gives_a_model_that_computes(pixels):
-    """A single image, or images all of whose patches are equal."""
-    model = fitted_model(pixels=pixels)
+def test_an_image_all_of_whose_patches_are_equal_gives_a_model_that_computes():
+    model = fitted_model(pixels=0 * images()[:1])
     assert model(images()).isfinite().all()
 
 
