@@ -52,11 +52,8 @@ HALTING = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2])
 def images():
     """Images [8, 3, 28, 28] of smooth and of busy regions."""
     generator = torch.Generator().manual_seed(5)
-    coarse = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64)
-    fine = torch.randn(8, 1, 28, 28, generator=generator, dtype=torch.float64)
-    grey = coarse.repeat_interleave(7, 2).repeat_interleave(7, 3)
-    grey = grey + fine * torch.linspace(0, 1.5, 28, dtype=torch.float64)
-    return grey.expand(-1, 3, -1, -1)
+    noise = torch.randn(8, 3, 28, 28, generator=generator, dtype=torch.float64)
+    return noise * torch.linspace(0.1, 2, 28)
 
 
 def untouched_model(**settings):
@@ -103,8 +100,8 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     masked_block(block, tokens, active)
     # [B, heads, P] of the class token, among the patches
     attention = F.normalize(seen[0][:, :, 0, 1:], p=1, dim=-1)
-    value = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)[2][:, 1:]
-    length = value.unflatten(-1, (block.attn.num_heads, -1)).norm(dim=-1).transpose(1, 2)
+    qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+    length = qkv[:, 1:, 2].norm(dim=-1).transpose(1, 2)
     found = starts.class_attention(block, tokens, active)
     torch.testing.assert_close(found, (attention * length).mean(dim=1))
     spared = starts.unimportance(block, tokens, active)
