@@ -88,7 +88,6 @@ def one_process(tmp_path):
 
 WRAPPERS = {
     "DDP": partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True),
-    "DataParallel": nn.DataParallel,
     "compile": partial(torch.compile, backend="eager"),
 }
 

@@ -4,9 +4,8 @@ import pytest
 import timm
 import torch
 from slow_merging import merge_slowly
-from timm.models.vision_transformer import VisionTransformer
 
-from avit_lib.adaptive import Adaptive, adapt, without_thresholds
+from avit_lib.adaptive import adapt, without_thresholds
 from avit_lib.errors import UserError
 from avit_lib.flops import counted_flops, flops_of, plain_flops
 from avit_lib.merging import IMPORTANCE_WEIGHT
@@ -25,7 +24,7 @@ ARCHITECTURES = {
 }
 
 
-def make(name="vit_tiny_patch16_224", **settings) -> VisionTransformer:
+def make(name="vit_tiny_patch16_224", **settings):
     torch.manual_seed(0)
     model = timm.create_model(name, **(SMALL | ARCHITECTURES[name] | settings)).double().eval()
     with torch.no_grad():
@@ -34,7 +33,7 @@ def make(name="vit_tiny_patch16_224", **settings) -> VisionTransformer:
     return model
 
 
-def photographs(model, number=6) -> torch.Tensor:
+def photographs(model, number=6):
     """Smooth on one side, busy on the other, each more than the one before."""
     height, width = model.patch_embed.img_size
     generator = torch.Generator().manual_seed(1)
@@ -42,7 +41,7 @@ def photographs(model, number=6) -> torch.Tensor:
     return noise * torch.linspace(0, 2, width) * torch.linspace(0.2, 1, number)[:, None, None, None]
 
 
-def adapted(model, saved=0.2) -> Adaptive:
+def adapted(model, saved=0.2):
     return adapt(model, photographs(model), saved)
 
 
@@ -127,7 +126,7 @@ def test_a_model_that_cannot_be_adapted_is_told_why(reason):
         adapt(BAD_MODELS[reason](), torch.zeros(4, 3, 96, 96), 0.3)
 
 
-def interrupt(share: float) -> None:
+def interrupt(share):
     raise KeyboardInterrupt
 
 

@@ -71,11 +71,6 @@ def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_token
     assert_same(model, images)
 
 
-def test_a_sum_of_exactly_1_minus_eps_halts():
-    model = make_model(gamma=0.0, beta=0.0, eps=0.5)  # every score is 1/2
-    assert (assert_same(model, make_images(3)) == 1).all()
-
-
 @pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
 def test_every_attention_gives_the_same(attend, monkeypatch):
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
