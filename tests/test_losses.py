@@ -33,8 +33,8 @@ def test_halting_distribution_by_hand():
 
 
 def test_target_by_hand():
-    density = [math.exp(-((layer - 2.5) ** 2) / (2 * 0.5**2)) for layer in (1, 2, 3, 4)]
-    expected = torch.tensor([value / sum(density) for value in density])
+    ratio = math.exp(4)  # of exp(-0.5) and exp(-4.5), at a distance of one and three deviations
+    expected = torch.tensor([1, ratio, ratio, 1]) / (2 + 2 * ratio)
     torch.testing.assert_close(target_distribution(2.5, 0.5, layers=4), expected)
     assert target_distribution(8.0, 1.0, layers=12).argmax().item() == 7  # layers count from 1
 
@@ -145,8 +145,8 @@ def test_distillation_by_hand():
     # The teacher says 3/4, 1/4; the student 1/2, 1/2 of the first image, and the same of the second
     teacher = torch.tensor([[math.log(3), 0.0]]).expand(2, 2)
     student = teacher * torch.tensor([[0.0], [1.0]])
-    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert distillation_loss(student, teacher).item() == pytest.approx(expected / 2, rel=1e-5)
+    expected = 0.130812 / 2  # 3 log(3 / 2) / 4 + log(1 / 2) / 4, mean over both
+    assert distillation_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_teacher_adds_its_term_and_learns_nothing():
