@@ -1,20 +1,16 @@
 """Token merging of one image, by loops over lists of places: a reference for two methods."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-
-# Of a layer 0..L-1, keys [M, d] of length 1 and what the class token takes from each [M]:
-# which row joins which other, and the rows that stay, in their new order.
-Choice = Callable[[int, torch.Tensor, torch.Tensor], tuple[dict[int, int], list[int]]]
 
 
-def merge_slowly(
-    model: VisionTransformer, image: torch.Tensor, choose: Choice
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [K] and depth [N] of an image [C, H, W]."""
+def merge_slowly(model, image, choose):
+    """Logits [K] and depth [N] of an image [C, H, W].
+
+    ``choose(layer, keys, worth)`` says, of a layer 0..L-1, keys [M, d] of length 1 and what the
+    class token takes from each [M], which row joins which other, and the rows that stay, in their
+    new order.
+    """
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
     groups = [[place] for place in range(len(tokens))]  # the first of each is what it still is
     depth = torch.full((len(tokens),), len(model.blocks))

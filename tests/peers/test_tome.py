@@ -66,7 +66,6 @@ def test_the_class_token_is_alone_and_first_even_among_equals():
         (lambda: timm.create_model("avit_nano"), 2),
         (lambda: without_thresholds(timm.create_model("deit_nano")), 2),
         (lambda: timm.create_model("deit_nano", reg_tokens=1), 2),
-        (lambda: torch.nn.Linear(2, 2), 2),
         (lambda: timm.create_model("deit_nano"), -1),
     ],
 )
