@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import Compose, Normalize
 
 from avit_lib import adaptive, data, training
-from avit_lib.data.datasets import folder_images
+from avit_lib.data.datasets import imagenet_images
 from avit_lib.errors import UserError, fitting_memory
-from avit_lib.evaluation import bootstrap_intervals, metrics
+from avit_lib.evaluation import bootstrap_intervals, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
 from avit_lib.peers.tome import TokenMerging
 from avit_lib.report import pictures
@@ -31,7 +31,7 @@ from avit_lib.report.tables import IMAGENET, adapted_like
 from avit_lib.study.reading import checked, lay_over
 from avit_lib.study.results import provenance, results_dir, to_markdown
 from avit_lib.study.settings import Run, get_profile
-from avit_lib.study.study import Study, predict, released
+from avit_lib.study.study import Study, released
 from avit_lib.training import processes
 
 CALIBRATION = 512  # images on which thresholds are set, at most
@@ -113,7 +113,7 @@ def test(common, batch_size: int) -> None:
     if not run["classes"]:
         raise UserError(f"{path} has ImageNet's classes; test it by --data imagenet --images DIR")
     found = find_test_images(common, model, run)
-    predictions = predict(model, found, training.pick_device(common.device), batch_size)
+    predictions = predict(model, found, batch_size, training.pick_device(common.device))
     facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
     table = to_markdown(pd.DataFrame([facts]))
     facts["intervals"] = bootstrap_intervals(predictions, common.seed)
@@ -268,7 +268,7 @@ def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
         models = {"plain": model} | peers | adapted_like(model, peers.values(), images)
     rows = []
     for name, one in models.items():
-        found = predict(one, tested, device, batch_size)
+        found = predict(one, tested, batch_size, device)
         accuracy, gflops = found.correct.float().mean().item(), found.flops.mean().item() / 1e9
         rows.append({"model": name, "accuracy": accuracy, "gflops": gflops, "images": len(tested)})
     print(to_markdown(pd.DataFrame([*rows, *IMAGENET])))
@@ -276,7 +276,7 @@ def test_on_imagenet(common, folder: Path, batch_size: int) -> None:
 
 def open_folder(model: nn.Module, folder: Path) -> data.Images:
     """The images of a folder, one folder a class, normalised as a model of timm's wants them."""
-    images = folder_images(folder, model.patch_embed.img_size[0])
+    images = imagenet_images(folder, model.patch_embed.img_size[0])
     config = resolve_model_data_config(model)
     steps = [images.transform, data.to_pixels, Normalize(config["mean"], config["std"])]
     return replace(images, transform=Compose(steps))

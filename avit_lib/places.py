@@ -6,8 +6,6 @@ from pathlib import Path
 
 from avit_lib.errors import UserError, name_some
 
-POINTER = b"version https://git-lfs"  # how a Git LFS pointer begins
-
 
 def project_root() -> Path:
     """The checkout in which we are: the nearest folder upward with avit_lib and pyproject.toml.
@@ -60,23 +58,13 @@ def check_embedded(place: Path) -> int:
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
     within = [pair for pair in listed if (data / pair[1]).is_relative_to(place.absolute())]
-    wrong = [
-        f"{name} ({fault})"
-        for checksum, name in within
-        if (fault := _find_fault(data / name, checksum))
-    ]
+    wrong = []
+    for checksum, name in within:
+        if not (data / name).is_file() or digest_file(data / name) != checksum:
+            wrong.append(name)
     if wrong:
         raise UserError(
-            f"{data} is not as published: {name_some(wrong)}; bring it back with "
+            f"missing or damaged in {data}: {name_some(wrong)}; bring it back with "
             f"`git checkout -- data`"
         )
     return len(within)
-
-
-def _find_fault(path: Path, checksum: str) -> str:
-    """What is wrong with a file, in words; empty if its SHA-256 is ``checksum``."""
-    if not path.is_file():
-        return "missing"
-    if digest_file(path) == checksum:
-        return ""
-    return "a Git LFS pointer" if path.read_bytes().startswith(POINTER) else "damaged"

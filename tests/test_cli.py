@@ -215,7 +215,8 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(images, tmp_path, monk
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=2, **TINY).eval()
     monkeypatch.setattr(commands, "find_model", lambda *_: (model, {}))
-    shutil.copytree(images / "test", tmp_path / "val")
+    for identifier, name in (("n01440764", "bright"), ("n01443537", "dark")):
+        shutil.copytree(images / "test" / name, tmp_path / "val" / identifier)
     tables = []
     monkeypatch.setattr(commands, "to_markdown", lambda table: tables.append(table) or "")
     assert main(["test", "--data", "imagenet", "--images", str(tmp_path), "--device", "cpu"]) == 0
@@ -235,6 +236,9 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(images, tmp_path, monk
     monkeypatch.setattr(commands, "CLASSES", 1000)
     assert main(["test", "--data", "imagenet", "--images", str(tmp_path)]) == 2
     assert "has 2 classes, the model 2; ImageNet has 1,000" in capsys.readouterr().err
+    (tmp_path / "val" / "n01443537").rename(tmp_path / "val" / "1")
+    assert main(["test", "--data", "imagenet", "--images", str(tmp_path)]) == 2
+    assert "identifiers such as n01440764: 1; rename" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,24 +18,3 @@ from avit_lib.data.splits import (
     training_data,
 )
 from avit_lib.places import check_embedded, data_dir, project_root
-
-__all__ = [
-    "STATISTICS",
-    "Data",
-    "Images",
-    "TrainingData",
-    "check_embedded",
-    "check_split",
-    "data_dir",
-    "find_images",
-    "folder_test_data",
-    "folder_training_data",
-    "loader",
-    "pick_per_class",
-    "project_root",
-    "read_all",
-    "read_image",
-    "test_data",
-    "to_pixels",
-    "training_data",
-]

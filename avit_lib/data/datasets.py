@@ -1,5 +1,6 @@
 """Where images come from: torchvision's data sets, ImageNet, and folders of one's own."""
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,7 +21,6 @@ POOLS = {
     "Caltech101": ("caltech101/101_ObjectCategories", 101, {"BACKGROUND_Google"}),
     "Caltech256": ("caltech256/256_ObjectCategories", 256, {"257.clutter", "greg"}),
 }
-DATASETS = (*POOLS, "ImageNet")
 
 Count = Annotated[int, Meta(ge=1)]
 
@@ -28,7 +28,7 @@ Count = Annotated[int, Meta(ge=1)]
 class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which images, and how many of each class go where: the section ``data`` of a profile."""
 
-    dataset: str  # one of DATASETS
+    dataset: Literal["Caltech101", "Caltech256", "ImageNet"]
     image_size: Count  # pixels
     validation_per_class: Count
     # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
@@ -40,10 +40,6 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     augmentation: Literal["none", "standard"] = "none"
 
     def __post_init__(self):
-        if self.dataset not in DATASETS:
-            raise ValueError(
-                f"there is no data set {self.dataset!r}; choose from {', '.join(DATASETS)}"
-            )
         whole = not self.classes and self.train_per_class == self.test_per_class == "all"
         if self.dataset not in POOLS and not whole:
             raise ValueError(
@@ -65,7 +61,22 @@ def official_images(data: Data, train: bool) -> Images:
             f"identifiers such as n01440764 as classes, or set AVIT_DATA; it can't be downloaded "
             f"without an account on image-net.org"
         )
-    return folder_images(folder, data.image_size)
+    return imagenet_images(folder, data.image_size)
+
+
+def imagenet_images(folder: Path, image_size: int) -> Images:
+    """``folder_images`` of ImageNet; UserError unless its folders are named by ILSVRC2012.
+
+    The labels of its models follow the order of these identifiers, such as n01440764.
+    """
+    images = folder_images(folder, image_size)
+    others = [name for name in images.classes if not re.fullmatch(r"n\d{8}", name)]
+    if others:
+        raise UserError(
+            f"{folder} has other folders than ImageNet's identifiers such as n01440764: "
+            f"{name_some(others)}; rename them, or labels would be wrong"
+        )
+    return images
 
 
 def _pool_images(data: Data) -> Images:
@@ -119,10 +130,9 @@ def folder_images(
     named = tuple(classes) or tuple(sorted(name for name in folders if name and "/" not in name))
     missing = sorted(set(named) - set(class_names))
     if not files or (missing and not classes):
-        reason = f"none in {name_some(missing)}" if missing else "none at all"
         raise UserError(
-            f"{source} holds no images in one folder a class ({reason}); see "
-            f"`python -m avit_lib fit --help`"
+            f"{source} holds no images in one folder a class (none in {name_some(missing) or 'it'})"
+            f"; see `python -m avit_lib fit --help`"
         )
     if unknown := set(class_names) - set(named):
         raise UserError(

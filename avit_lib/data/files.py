@@ -53,7 +53,8 @@ def find_images(
     images, folders, left_out = [], [], []
     while waiting:
         name, place = waiting.popleft()
-        if place in seen:
+        own = name.rpartition("/")[2]
+        if place in seen or own.startswith(".") or own in HIDDEN:
             left_out.append(name)
         elif os.path.isdir(place):
             folders.append(name)
@@ -61,9 +62,7 @@ def find_images(
                 inner = f"{name}/{entry.name}".lstrip("/")
                 if entry.name in leave_out:
                     continue
-                if entry.name.startswith(".") or entry.name in HIDDEN:
-                    left_out.append(inner)
-                elif entry.is_symlink():  # last: what it leads to may have a name of its own
+                if entry.is_symlink():  # last: what it leads to may have a name of its own
                     waiting.append((inner, os.path.realpath(entry)))
                 else:
                     waiting.appendleft((inner, entry.path))

@@ -8,14 +8,14 @@ once; and whether a set lies in memory or on disk makes no difference to a batch
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -30,10 +30,7 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
-WHITES = (255, 4095, 65535)  # of 8, 12 and 16 bits
-# Tags of a TIFF.
-SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, SAMPLE_FORMAT = 254, 258, 262, 284, 339
+SUBFILE_TYPE, BITS_PER_SAMPLE = 254, 258  # tags of a TIFF
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,10 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
     """
     loaded, jobs = {}, []
     for role, data in parts.items():
-        room = data.images if role == apart else _make_room(data.images)
+        side = decoded_size(data.images.image_size)
+        shape = (len(data), 3, side, side)
+        fits = role != apart and math.prod(shape) <= MEMORY_LIMIT
+        room = torch.empty(shape, dtype=torch.uint8) if fits else data.images
         loaded[role] = replace(data, images=room)
         jobs += [(data.images, room, index) for index in range(len(data))]
     digests = iter(read_all(_read_into, jobs, "reading"))
@@ -100,13 +100,6 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
         for role, data in parts.items()
     }
     return loaded, content
-
-
-def _make_room(files: ImageFiles) -> Tensor | ImageFiles:
-    """Memory for decoded files; ``files`` themselves if it would be too much."""
-    side = decoded_size(files.image_size)
-    shape = (len(files.names), 3, side, side)
-    return torch.empty(shape, dtype=torch.uint8) if math.prod(shape) <= MEMORY_LIMIT else files
 
 
 def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
@@ -205,7 +198,7 @@ def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
 
 
 def _read(path: Path, draft: bool = False) -> Image.Image:
-    """An image file, upright, as "RGB"; of one beyond the aspect ratio ``WIDEST`` the middle.
+    """An image file, upright, as "RGB", what is transparent laid on white.
 
     A JPEG at an eighth of its size, which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
@@ -214,13 +207,12 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if draft:
                 image.draft(None, (1, 1))
-            layout = str(image.tile)
-            _refuse_misread(image, layout)
-            whites = WHITES[-1:] if image.format == "PPM" else WHITES  # a PPM says its white
-            ImageOps.exif_transpose(image, in_place=True)
-            most = WIDEST * min(image.size)
-            middle = v2.CenterCrop([min(side, most) for side in reversed(image.size)])(image)
-            return _convert(middle, layout, whites)
+            _refuse_misread(image)
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert("RGB")
     except Exception as error:  # of a damaged file: of many types, as its decoder stumbled
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
@@ -228,44 +220,14 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
         raise Unreadable(f"{path} ({reason})") from None
 
 
-def _refuse_misread(image: Image.Image, layout: str) -> None:
+def _refuse_misread(image: ImageFile.ImageFile) -> None:
     """Raise ValueError for an opened file that Pillow reads, but wrongly."""
-    tags = getattr(image, "tag_v2", {})
-    bits = np.max(tags.get(BITS_PER_SAMPLE, 1))
-    if bits > 8 and (tags.get(PHOTOMETRIC) == 0 or tags.get(PLANAR) == 2):
-        raise ValueError(
-            f"{bits} bits, with white as zero or one plane a colour, are read wrongly; save 8 bits"
-        )
-    if np.max(tags.get(SAMPLE_FORMAT, 1)) == 2:
-        raise ValueError("its pixels have a sign; save it with 8 bits")
+    tags, layout = getattr(image, "tag_v2", {}), str(image.tile)
+    # Of grey with more than 8 bits nobody knows which is white; of colours Pillow drops the lower.
+    deep = image.mode.startswith(("F", "I")) or re.search(r";16|'RGB', \d{4}", layout)
+    if deep or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
+        raise ValueError("it has more than 8 bits a colour; save it with 8")
     if tags.get(SUBFILE_TYPE, 0) & 1:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
-    if "transparency" in image.info and re.search(r"'(L;[24]|RGB;16B)'", layout):
-        raise ValueError("its transparent colour is read wrongly; save it with 8 bits")
     if image.format == "BMP" and image.mode == "RGBA" and not np.any(image.getchannel("A")):
         raise ValueError("all of it is transparent; save it without transparency")
-
-
-def _convert(image: Image.Image, layout: str, whites: Sequence[int]) -> Image.Image:
-    """An image of any mode as "RGB": 16 bits scaled to 8, what is transparent laid on white.
-
-    Grey files of 16 bits seldom say how many are used: we take the fewest of 8, 12 and 16 that hold
-    the brightest pixel. So what a sensor of 10 or 14 bits took is dark, at most by a factor of 4;
-    and a picture without a pixel above a sixteenth of white becomes 16 times as bright. Of colours
-    of 16 bits Pillow keeps the upper 8: an image in which all are that dark is refused. ``layout``:
-    how Pillow finds the pixels in the file; ``whites``: what the brightest pixel may be.
-    """
-    if image.mode.startswith(("F", "I")):
-        pixels = np.asarray(image)
-        if image.mode == "F" or pixels.min() < 0 or pixels.max() > WHITES[-1]:
-            raise ValueError("its pixels are numbers of unknown range; save it with 8 bits")
-        white = next(white for white in whites if pixels.max() <= white)
-        scaled = (pixels / white * 255).round().astype(np.uint8)
-        scaled[pixels == image.info.get("transparency", -1)] = 255
-        image = Image.fromarray(scaled)
-    elif re.search(r";16|'RGB', \d{4}", layout) and np.max(image.convert("RGB")) < 17:
-        raise ValueError("its colours use 12 bits of 16 or fewer, so come out black; save 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

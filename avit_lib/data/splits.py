@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
+from avit_lib.data.files import tell
 from avit_lib.data.images import Images, batch_transform, load
 from avit_lib.errors import UserError
 
@@ -50,7 +52,7 @@ def draw(images: Images, seed: int, plan: Callable[[int], dict[str, int]]) -> di
     drawn. Raises UserError for a class too small for that.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    role_of = torch.full_like(order, -1)
+    chosen: dict[str, list[Tensor]] = {}
     for label, name in enumerate(images.classes):
         members = order[images.labels[order] == label]
         sizes = plan(len(members))
@@ -60,10 +62,9 @@ def draw(images: Images, seed: int, plan: Callable[[int], dict[str, int]]) -> di
                 f"images, or remove its folder"
             )
         for role, size in sizes.items():
-            role_of[members[:size]] = ROLES.index(role)
+            chosen.setdefault(role, []).append(members[:size])
             members = members[size:]
-    indices = {role: (role_of == number).nonzero()[:, 0] for number, role in enumerate(ROLES)}
-    return {role: images.select(indices[role]) for role in ROLES if role in sizes}
+    return {r: images.select(torch.cat(chosen[r]).sort().values) for r in ROLES if r in chosen}
 
 
 def plan_pool(data: Data, count: int) -> dict[str, int]:
@@ -120,14 +121,17 @@ def folder_test_data(
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     """Training and validation images of a folder of one's own: its train/ and val/.
 
-    Without val/, of every class of train/ equally many are held out, a tenth of the smallest. Of
-    ``data`` the image size and the augmentation count.
+    Without val/, of every class of train/ equally many are held out, a tenth of the smallest; what
+    is called alike is told on stderr. Of ``data`` the image size and the augmentation count.
     """
-    train = folder_images(folder / "train", data.image_size)
-    if (folder / "val").is_dir():
-        held_out = folder_images(folder / "val", data.image_size, train.classes)
-        parts = {"train": train, "validation": held_out}
+    train, val = folder_images(folder / "train", data.image_size), folder / "val"
+    if val.is_dir():
+        parts = {"train": train, "validation": folder_images(val, data.image_size, train.classes)}
+    elif os.path.lexists(val):
+        raise UserError(f"{val} is no folder, or a link to none; mend or remove it")
     else:
+        for name in sorted({"Val", "valid", "validation"} & {*os.listdir(folder)}):
+            tell(f"{folder / name} is not used, and a part of train held out: call it val")
         tenth = int(train.labels.bincount().min()) // 10
         parts = draw(train, seed, partial(hold_out, max(1, tenth)))
     return _load_training(str(folder), seed, parts, data)

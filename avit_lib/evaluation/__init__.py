@@ -11,12 +11,3 @@ from avit_lib.evaluation.metrics import (
     predict,
     standard_error,
 )
-
-__all__ = [
-    "Predictions",
-    "bootstrap_intervals",
-    "metrics",
-    "paired_difference",
-    "predict",
-    "standard_error",
-]

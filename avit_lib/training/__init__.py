@@ -14,20 +14,3 @@ from avit_lib.training.checkpoints import (
 )
 from avit_lib.training.files import read_json, write_atomically, write_json
 from avit_lib.training.loop import Training, finished_history, fit, pick_device, seed_everything
-
-__all__ = [
-    "Training",
-    "count_classes",
-    "create_model",
-    "finished_history",
-    "fit",
-    "load_checkpoint",
-    "load_pretrained",
-    "load_weights",
-    "pick_device",
-    "read_json",
-    "save_checkpoint",
-    "seed_everything",
-    "write_atomically",
-    "write_json",
-]

@@ -2,12 +2,10 @@
 
 import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
 from msgspec.structs import replace
 from PIL import ExifTags, Image
 from small_sets import COLOUR
@@ -16,7 +14,7 @@ from torchvision.transforms import v2
 
 from avit_lib.data import folder_training_data, images, loader, read_image
 from avit_lib.data.datasets import folder_images
-from avit_lib.data.images import batch_transform, decode
+from avit_lib.data.images import decode
 from avit_lib.errors import UserError
 
 
@@ -24,8 +22,8 @@ def new(mode, colour):
     return Image.new(mode, (20, 20), colour)
 
 
-def grey(value, kind=np.uint16):
-    return Image.fromarray(np.full((20, 20), value, dtype=kind))
+def grey(kind):
+    return Image.fromarray(np.ones((20, 20), dtype=kind))
 
 
 def palette(**info):
@@ -46,22 +44,6 @@ def animate(kind):
     return encode(new("RGB", "red"), kind, save_all=True, append_images=more, lossless=True)
 
 
-def deep_ppm(value):
-    """A colour image of 16 bits, which Pillow reads and cannot write."""
-    return b"P6 20 20 65535\n" + np.full(1200, value, dtype=">u2").tobytes()
-
-
-def deep_png():
-    """Four grey values of 2 bits, one of them transparent, which Pillow reads and cannot write."""
-    header = struct.pack(">IIBBBBB", 4, 4, 2, 0, 0, 0, 0)
-    parts = {b"IHDR": header, b"tRNS": b"\0\1", b"IDAT": zlib.compress(b"\0\x1b" * 4), b"IEND": b""}
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, part in parts.items():
-        checksum = struct.pack(">I", zlib.crc32(name + part))
-        content += struct.pack(">I", len(part)) + name + part + checksum
-    return content
-
-
 def clear_bmp():
     """A BMP with a channel for transparency that its writer left at 0."""
     masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -73,23 +55,11 @@ def clear_bmp():
     ("content", "colour"),
     [
         (encode(new("1", 1), "PNG"), "white"),
-        (encode(palette(), "PNG"), (10, 200, 30)),
         (encode(palette(transparency=1), "PNG"), "white"),
         (encode(new("RGBA", (0, 0, 255, 51)), "PNG"), (204, 204, 255)),
-        (encode(new("LA", (60, 255)), "PNG"), (60, 60, 60)),
-        (encode(new("CMYK", (0, 255, 255, 0)), "TIFF"), "red"),
         (encode(new("CMYK", (0, 255, 255, 0)), "JPEG"), "red"),
         (encode(new("LAB", (128, 128, 128)), "TIFF"), (119, 119, 119)),
         (animate("GIF"), "red"),
-        (animate("WEBP"), "red"),
-        # The fewest of 8, 12 and 16 bits that hold the brightest pixel.
-        (encode(grey(200), "PNG"), (200, 200, 200)),
-        (encode(grey(3000), "TIFF"), (187, 187, 187)),
-        (encode(grey(4096), "PNG"), (16, 16, 16)),
-        (encode(grey(40_000), "TIFF"), (156, 156, 156)),
-        (encode(grey(300), "PNG", transparency=300), "white"),
-        (deep_ppm(40_000), (156, 156, 156)),
-        (b"P5 20 20 4095\n" + np.full(400, 200, dtype=">u2").tobytes(), (12, 12, 12)),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
@@ -102,15 +72,12 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (encode(grey(1, np.float32), "TIFF"), "unknown range"),
-        (encode(grey(-5, np.int32), "TIFF"), "have a sign"),
+        (encode(grey(np.float32), "TIFF"), "more than 8 bits"),
+        (encode(grey(np.uint16), "PNG"), "more than 8 bits"),
+        (b"P6 20 20 65535\n" + bytes(2400), "more than 8 bits"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
         (clear_bmp(), "all of it is transparent"),
-        (deep_png(), "transparent colour is read wrongly"),
-        (encode(grey(60_000), "TIFF", tiffinfo={262: 0}), "16 bits, with white as zero"),
-        (deep_ppm(4080), "12 bits of 16"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, content, reason):
@@ -146,19 +113,6 @@ def test_an_image_that_is_stored_turned_is_upright(tmp_path, ending):
     stored.save(path, exif=exif)
     found = decode(path, 36)
     assert found[:, :, :18].min() > 197 and found[:, :, 22:].max() < 3
-    whole = read_image(path, 16, transform=v2.functional.pil_to_tensor)
-    assert whole.shape == (3, 40, 60)
-
-
-@pytest.mark.parametrize("shape", [(20_000, 1), (1, 20_000)])
-def test_of_a_very_long_image_the_middle_is_seen(tmp_path, shape):
-    pixels = np.zeros(20_000, dtype=np.uint8)
-    pixels[9_990:10_010] = 200
-    path = tmp_path / "long.png"
-    Image.fromarray(pixels.reshape(shape)).save(path)
-    assert decode(path, 224).unique().tolist() == [200]
-    seen = read_image(path, 16, transform=v2.functional.pil_to_tensor)
-    assert seen.shape[1] * seen.shape[2] == images.WIDEST
 
 
 @pytest.fixture
@@ -176,15 +130,6 @@ def load(folder, image_size):
     return images.load({"all": folder_images(folder, image_size)})[0]["all"]
 
 
-def test_all_damaged_files_are_named_at_once(folder):
-    broken = sorted(folder.rglob("*.jpg"))[2:9]
-    for number, path in enumerate(broken):
-        path.write_bytes(path.read_bytes()[: 100 * number])
-    with pytest.raises(UserError, match=r"cannot be read as images: .* and 2 more;") as error:
-        load(folder, 16)
-    assert [str(path) in str(error.value) for path in broken] == [True] * 5 + [False] * 2
-
-
 def test_files_and_tensors_give_the_same_batches(folder, monkeypatch):
     monkeypatch.setattr(images, "worker_count", lambda: 2)
     monkeypatch.setattr(images, "MEMORY_LIMIT", 13 * 3 * 31**2)  # of squares of 28 / 0.9 pixels
@@ -196,19 +141,16 @@ def test_files_and_tensors_give_the_same_batches(folder, monkeypatch):
         pairs = zip(loader(in_memory, 4, seed), loader(on_disk, 4, seed), strict=True)
         for (expected, labels), (found, found_labels) in pairs:
             assert torch.equal(expected, found) and torch.equal(labels, found_labels)
-    for indices in (12, torch.tensor([7]), torch.tensor([12, 0, 5])):
-        assert torch.equal(in_memory[indices][0], on_disk[indices][0])
     chosen = [data.select(torch.tensor([12, 0])) for data in (in_memory, on_disk)]
     assert torch.equal(chosen[0][1][0], chosen[1][1][0])
     assert chosen[0].labels.tolist() == chosen[1].labels.tolist() == [1, 0]
     (folder / "ants" / "4.jpg").unlink()
-    assert sum(len(labels) for _, labels in loader(in_memory, 4)) == 13
     with pytest.raises(UserError, match=r"ants/4\.jpg"):
         list(loader(on_disk, 4))
 
 
 @pytest.mark.parametrize("limit", [2**30, 0], ids=["in memory", "on disk"])
-def test_augmentation_follows_the_seed(folder, monkeypatch, limit):
+def test_augmentation_follows_the_seed_and_is_of_each_image_by_itself(folder, monkeypatch, limit):
     monkeypatch.setattr(images, "MEMORY_LIMIT", limit)
     monkeypatch.setattr(images, "worker_count", lambda: 2)
     data = folder_training_data(folder.parent, replace(COLOUR, image_size=28), seed=0).train
@@ -219,30 +161,5 @@ def test_augmentation_follows_the_seed(folder, monkeypatch, limit):
 
     first = epoch(1)
     assert torch.equal(first, epoch(1)) and not torch.equal(first, epoch(2))
-
-
-def test_every_image_of_a_batch_is_augmented_by_itself():
-    torch.manual_seed(0)
-    ramp = torch.arange(248, dtype=torch.uint8).expand(32, 3, 248, 248)
-    batch = batch_transform(224, "standard")(ramp)
-    assert batch.shape == (32, 3, 224, 224) and len(batch.unique(dim=0)) == 32
-    assert 6 < (batch[:, 0, 0, 0] > batch[:, 0, 0, -1]).sum() < 26  # mirrored
-
-
-def test_processors_are_shared_among_processes(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    for processes, expected in (("1", 8), ("4", 2), ("16", 1)):
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
-        assert images.worker_count() == expected
-
-
-def test_batches_follow_the_seed_and_are_shared_among_processes():
-    data = random_images(70)
-    assert torch.equal(torch.cat([labels for _, labels in loader(data, 16)]), data.labels)
-    whole, again, other = (list(loader(data, 16, seed)) for seed in (1, 1, 2))
-    assert len(whole) == 4  # the last, smaller batch is left out
-    assert torch.equal(whole[0][0], again[0][0]) and not torch.equal(whole[0][0], other[0][0])
-    for rank in range(3):
-        part = list(loader(data, 16, 1, share=(rank, 3)))
-        for (pixels, labels), (own, own_labels) in zip(whole, part, strict=True):
-            assert torch.equal(own, pixels[rank::3]) and torch.equal(own_labels, labels[rank::3])
+    alike = torch.arange(31, dtype=torch.uint8).expand(32, 3, 31, 31)
+    assert len(data.transform(alike).unique(dim=0)) > 20
