@@ -1,14 +1,12 @@
 """The study as the notebooks see it: one profile and seed, its data, its models, its results."""
 
 import shutil
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from avit_lib import evaluation, training
@@ -174,7 +172,7 @@ class Study:
 
     def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
         """What ``model`` says of ``data``."""
-        return predict(model, data, self.device)
+        return evaluation.predict(model, data, device=self.device)
 
     def checkpoint(self, name: str) -> Path:
         """The weights of a run after its last epoch; UserError, naming the command, if missing."""
@@ -191,15 +189,3 @@ class Study:
 def released(profile: str, run: str) -> Path:
     """Where the committed model of a run lies, if there is one (see ``scripts/release.py``)."""
     return results_dir(profile) / "models" / f"{run}.safetensors"
-
-
-def predict(
-    model: nn.Module, data: Images, device: torch.device, batch_size: int = 250
-) -> evaluation.Predictions:
-    """``evaluation.predict``, shared by all processes of this training; each gets the whole."""
-    if processes.count() == 1:
-        return evaluation.predict(model, data, batch_size, device)
-    own = evaluation.predict(model, data.select(processes.part(len(data))), batch_size, device)
-    tensors = {name: value for name, value in vars(own).items() if isinstance(value, Tensor)}
-    whole = {name: processes.gather(value, len(data)) for name, value in tensors.items()}
-    return replace(own, **whole)

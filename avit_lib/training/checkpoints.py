@@ -1,7 +1,6 @@
 """Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
 
-import pickle
-import re
+import hashlib
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -9,28 +8,14 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from avit_lib.adaptive import without_thresholds
-from avit_lib.errors import UserError
+from avit_lib.errors import UserError, name_some
 from avit_lib.places import digest_file, no_weights, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
-
-# What safetensors and torch raise for files that are damaged or hold something else, such as code.
-BAD_WEIGHTS = (
-    SafetensorError,
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    AttributeError,
-    ValueError,
-)
-# Arguments of earlier A-ViTs, with the values of the only kind that is left.
-FORMER_ARGUMENTS = {"class_token_halts": True, "projection": False}
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -43,14 +28,14 @@ def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
 def save_checkpoint(
     path: Path, model: nn.Module, name: str, arguments: dict[str, Any], **facts: Any
 ) -> None:
-    """Write ``path`` (.safetensors), and beside it as JSON what rebuilds the model, and facts."""
-    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-    write_atomically(path, save(weights))
-    description = {"model": name, "arguments": arguments, "sha256": digest_file(path), **facts}
-    importance_weight = getattr(model, "importance_weight", None)
-    if importance_weight is not None:  # its tokens merge
-        description["merging"] = {"importance_weight": importance_weight.item()}
-    write_json(path.with_suffix(".json"), description)
+    """Write ``path`` (.safetensors), and beside it as JSON what rebuilds the model, and facts.
+
+    The JSON comes first: weights that lie without one are of somebody else.
+    """
+    weights = save({key: value.contiguous() for key, value in model.state_dict().items()})
+    known = {"model": name, "arguments": arguments, "sha256": hashlib.sha256(weights).hexdigest()}
+    write_json(path.with_suffix(".json"), known | facts)
+    write_atomically(path, weights)
 
 
 def load_checkpoint(
@@ -65,13 +50,7 @@ def load_checkpoint(
     description = read_json(beside)
     weights = _read_weights(path)
     try:
-        arguments = description["arguments"]
-        for former, value in FORMER_ARGUMENTS.items():
-            if arguments.pop(former, value) != value:
-                raise UserError(f"{beside} sets {former}, which is gone; train the model again")
-        model = create_model(description["model"], arguments)
-        if "merging" in description:
-            model = without_thresholds(model, **description["merging"])
+        model = create_model(description["model"], description["arguments"])
         checksum = description["sha256"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
@@ -80,6 +59,8 @@ def load_checkpoint(
             f"{path} does not match the checksum beside it: it is damaged or foreign; "
             f"train it again"
         )
+    if "thresholds" in weights:  # its tokens merge
+        model = without_thresholds(model)
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
 
@@ -105,8 +86,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
     """Load ImageNet weights from the file that ``places`` has for them, else from timm's hub.
 
     A classification head of another size is left at its initialisation; positions are resampled to
-    the model's grid. Raises UserError without weights, or when the checksum of a download is not
-    the one published.
+    the model's grid. Raises UserError without weights.
     """
     path = weights_file(timm_name)
     if not path.is_file():
@@ -123,26 +103,25 @@ def _download(timm_name: str) -> Path:
     """The weights from timm's hub, always as safetensors, in the hub's cache."""
     repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
-        path = Path(hf_hub_download(repository, "model.safetensors"))
+        return Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
         raise UserError(no_weights(timm_name)) from error
-    # In the cache a file is a link to one named by the SHA-256 that the hub publishes.
-    linked = path.resolve()
-    if re.fullmatch("[0-9a-f]{64}", linked.name) and digest_file(path) != linked.name:
-        raise UserError(f"{linked} is damaged: timm's hub publishes another checksum; delete it")
-    return path
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
     path.open("rb").close()  # what may not be read is told by Python best
     try:
-        return timm.models.load_state_dict(str(path), weights_only=True)
-    except BAD_WEIGHTS:
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception:  # of a damaged file, or one that holds code: of many types
         raise UserError(
             f"{path} is not a whole safetensors file, nor a state dict that torch saved; train or "
             f"download it again, or save the state_dict() of its model"
         ) from None
+    others = [name for name, value in weights.items() if not torch.is_floating_point(value)]
+    if others:
+        raise UserError(f"{path} has weights that are no real numbers: {name_some(others)}")
+    return weights
 
 
 def _load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:

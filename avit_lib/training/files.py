@@ -15,8 +15,12 @@ from avit_lib.errors import UserError
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then move it: readers see it old or new, never half.
 
-    Raises UserError when the file cannot be written; the old content is then untouched.
+    Of a link what it leads to is written. Raises UserError when the file cannot be written, and for
+    a folder or device; the old content is then untouched.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file that can be replaced; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -33,22 +37,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         ) from None
 
 
-def write_state(path: Path, state: dict[str, Any], previous: Path) -> None:
-    """Write the state of a training, then its SHA-256; the old file is kept as ``previous``."""
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write the state of a training, then its SHA-256, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    if path.is_file():
-        os.replace(path, previous)
     write_atomically(path, content + hashlib.sha256(content).digest())
 
 
-def read_state(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """Read what ``write_state`` wrote; None when the file is damaged."""
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """Read what ``write_state`` wrote; raises UserError when the file is damaged."""
     content = path.read_bytes()
-    state = content[:-32]
-    if hashlib.sha256(state).digest() != content[-32:]:
-        return None
+    state, digest = content[:-32], content[-32:]
+    if hashlib.sha256(state).digest() != digest:
+        raise UserError(f"{path} is damaged; delete its folder to train from the start")
     return torch.load(io.BytesIO(state), map_location=device, weights_only=True)
 
 

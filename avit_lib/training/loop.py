@@ -22,14 +22,14 @@ from tqdm.auto import tqdm
 from avit_lib.data import Images, loader
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.losses import Losses
+from avit_lib.places import digest_file
 from avit_lib.training import processes
 from avit_lib.training.checkpoints import save_checkpoint
 from avit_lib.training.files import read_json, read_state, write_atomically, write_state
 
 RESUME = "resume.pt"  # the state after the last finished epoch
-PREVIOUS = "resume_previous.pt"  # the one before it
-# What is told of an epoch in one line; all is in history.csv.
-_TOLD = ("train_loss", "val_accuracy", "val_mean_depth", "seconds")
+# Of what is written after each epoch, best.json is the first and last.safetensors the last.
+WRITTEN = ("last.json", "best.json", "best.safetensors", "last.safetensors", "history.csv")
 
 # Of model, images, labels and progress 0..1.
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], Losses]
@@ -72,12 +72,11 @@ def seed_everything(seed: int) -> None:
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device "cpu", "gpu" or "auto" (a GPU if there is one); raises UserError without it."""
-    if name not in ("cpu", "gpu", "auto"):
-        raise UserError(f"unknown device {name!r}; choose from cpu, gpu, auto")
     there = torch.cuda.is_available()
     if name == "gpu" and not there:
         raise UserError("no CUDA GPU is visible; use --device cpu or auto")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    kinds = {"cpu": "cpu", "gpu": "cuda", "auto": "cuda" if there else "cpu"}
+    return torch.device(kinds[name])
 
 
 def gains_by_bfloat16(device: torch.device) -> bool:
@@ -137,15 +136,17 @@ def fit(
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
     result = average.module if average else model  # what is evaluated and kept
     changing = {"model": model, "optimizer": optimizer, "result": result}
-    records = _resume(output, changing, device)
+    records = []
+    if (output / RESUME).is_file():
+        state = read_state(output / RESUME, device)
+        records = state["records"]
+        for name, part in changing.items():
+            part.load_state_dict(state[name])
+        print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
     processes.barrier()  # until here all processes only read
     rank = processes.rank()
-
-    mix = None
-    if config.mixup or config.cutmix:  # the loss smooths
-        mix = Mixup(
-            config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes)
-        )
+    # The loss smooths; what alpha is 0 is left out.
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes))
     half = config.precision == "bfloat16" and gains_by_bfloat16(device)
 
     for epoch in range(len(records) + 1, config.epochs + 1):
@@ -162,7 +163,7 @@ def fit(
             update = (epoch - 1) * updates + step
             schedule.step_update(update)
             images, labels = images.to(device), labels.to(device)
-            if mix:
+            if config.mixup or config.cutmix:
                 images, labels = mix(images, labels)
             for parameter in parameters:
                 # Not None: packed execution leaves out a layer to which no token comes.
@@ -191,21 +192,19 @@ def fit(
         for name, value in pd.DataFrame(parts).mean().items():
             own = torch.tensor(value, dtype=torch.float64)
             record[f"train_{name}"] = processes.mean(own).item()
-        record |= {f"val_{name}": value for name, value in validate(result).items()}
-        record["seconds"] = round(time.perf_counter() - started, 1)
         records.append(record)
-        if rank == 0:
+        if rank == 0:  # alone: validation images are few
+            record |= {f"val_{name}": value for name, value in validate(result).items()}
+            record["seconds"] = round(time.perf_counter() - started, 1)
             _write_results(output, run, result, records)
             if epoch < config.epochs:
                 state = {name: part.state_dict() for name, part in changing.items()}
-                write_state(output / RESUME, state | {"records": records}, output / PREVIOUS)
-        label = description.get("settings", {}).get("label", description["model"])
-        told = [f"{name} {record[name]:.4g}" for name in _TOLD if name in record]
-        print(f"{label}, epoch {epoch}/{config.epochs}: {', '.join(told)}", flush=True)
+                write_state(output / RESUME, state | {"records": records})
+            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
+            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
 
     if rank == 0:
-        for name in (RESUME, PREVIOUS):
-            (output / name).unlink(missing_ok=True)
+        (output / RESUME).unlink(missing_ok=True)
     processes.barrier()  # whoever goes on finds what the first process wrote
     return pd.DataFrame(records)
 
@@ -226,51 +225,25 @@ def _check_trainable(train: Images, config: Training) -> None:
 
 def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame | None:
     """The history of a run that lies finished in ``output``; UserError when another lies there."""
-    if not (output / "last.json").is_file():
-        return None
-    found = read_json(output / "last.json")
-    if found.get("run") != run:
+    there = [name for name in WRITTEN if (output / name).exists()]
+    described = [name for name in there if name.endswith(".json")]
+    found = read_json(output / described[0]) if described else {}
+    if there and found.get("run") != run:
         raise UserError(
             f"{output} holds another run; name another folder, or delete it to start again"
         )
-    if found["epoch"] != config.epochs or not (output / "last.safetensors").is_file():
+    if not {*WRITTEN} <= {*there} or found["epoch"] != config.epochs:
         return None
-    return pd.read_csv(output / "history.csv")
-
-
-def _resume(output: Path, changing: dict, device: torch.device) -> list[dict]:
-    """Load what an interrupted run left in ``output``, if anything; returns its epochs' records.
-
-    A damaged file is named and the one before it taken; raises UserError when none is whole.
-    """
-    found = [path for path in (output / RESUME, output / PREVIOUS) if path.is_file()]
-    for path in found:
-        content = read_state(path, device)
-        if content is None:
-            print(f"{path} is damaged", flush=True)
-            continue
-        for name, part in changing.items():
-            part.load_state_dict(content[name])
-        print(f"going on after epoch {len(content['records'])} of the run in {output}", flush=True)
-        return content["records"]
-    if found:
-        raise UserError(f"{output} has no whole state of its run; delete it to start again")
-    return []
+    whole = digest_file(output / "last.safetensors") == found["sha256"]
+    return pd.read_csv(output / "history.csv") if whole else None
 
 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:
     """Write history.csv and the last checkpoint, which is the best as well if none was better."""
-    history = pd.DataFrame(records)
-    last = records[-1]
+    history, last = pd.DataFrame(records), records[-1]
+    facts = {"run": run, "epoch": last["epoch"], "validation": last}
+    kind = run["model"], run["arguments"]
+    if last["val_accuracy"] >= history["val_accuracy"].max():
+        save_checkpoint(output / "best.safetensors", model, *kind, **facts)
     write_atomically(output / "history.csv", history.to_csv(index=False).encode())
-    best = last["val_accuracy"] >= history["val_accuracy"].max()
-    for name in ("best", "last") if best else ("last",):
-        save_checkpoint(
-            output / f"{name}.safetensors",
-            model,
-            run["model"],
-            run["arguments"],
-            run=run,
-            epoch=last["epoch"],
-            validation=last,
-        )
+    save_checkpoint(output / "last.safetensors", model, *kind, **facts)

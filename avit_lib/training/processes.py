@@ -4,7 +4,6 @@ Each holds the whole model and computes its share of each batch; all average gra
 the first one writes.
 """
 
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -15,12 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from avit_lib.errors import UserError
-
 
 def count() -> int:
     """The number of processes that work together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -39,11 +36,8 @@ def join_others() -> Iterator[None]:
         yield
         return
     gpus = torch.cuda.device_count()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if 0 < gpus <= local_rank:
-        raise UserError(f"start as many processes as GPUs: {gpus}")
     if gpus:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as nowhere:
         out, err = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
@@ -57,23 +51,6 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if count() > 1:
         dist.barrier()
-
-
-def part(images: int) -> Tensor:
-    """The indices of those of n ``images`` that this process evaluates.
-
-    Every process gets ceil(n / count), so that results can be gathered: the last ones may begin
-    again at the first.
-    """
-    each = math.ceil(images / count())
-    return torch.arange(rank(), each * count(), count()) % images
-
-
-def gather(values: Tensor, images: int) -> Tensor:
-    """The ``values`` [n, ...] of n ``images``, of which each process computed those of its part."""
-    parts = [torch.empty_like(values) for _ in range(count())]
-    dist.all_gather(parts, values.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)[:images]
 
 
 def mean(value: Tensor) -> Tensor:

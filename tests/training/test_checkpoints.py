@@ -1,18 +1,13 @@
 """Checkpoints: what is written is what is read; faults are named; nothing read runs code."""
 
-import hashlib
-import json
-from pathlib import Path
-
 import pytest
 import timm
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save_file
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError
 from avit_lib.training import (
-    checkpoints,
     count_classes,
     load_checkpoint,
     load_pretrained,
@@ -21,7 +16,6 @@ from avit_lib.training import (
 )
 
 NAME, ARGUMENTS = "avit_nano", {"num_classes": 5, "gamma": 3.0, "beta": -2.0}
-COMMITTED = Path(__file__).parents[2] / "results" / "caltech101" / "models"
 PUBLISHED = "deit_tiny_patch16_224.fb_in1k"
 
 
@@ -39,19 +33,6 @@ def saved(model, tmp_path):
     return path
 
 
-def describe(path, **changes):
-    """Change the description of the model beside ``path``."""
-    beside = path.with_suffix(".json")
-    found = json.loads(beside.read_text())
-    beside.write_text(json.dumps(found | {"arguments": found["arguments"] | changes}))
-
-
-def spoil(path):
-    """Change the last byte of a file."""
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-
-
 def assert_refused(load, words):
     """The error is one line that has these words."""
     with pytest.raises(UserError) as error:
@@ -67,51 +48,26 @@ def test_round_trip_with_what_was_set_after_the_model_was_made(model, tmp_path):
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, model, NAME, ARGUMENTS, epoch=3)
     found, description = load_checkpoint(path)
-    assert not found.training and description["epoch"] == 3 and description["model"] == NAME
+    assert not found.training and description["epoch"] == 3
     for key, value in model.state_dict().items():
         assert torch.equal(value, found.state_dict()[key])
 
 
 def test_an_adapted_model_is_found_again(tmp_path):
     model = without_thresholds(timm.create_model("deit_nano"), importance_weight=0.5)
-    model.thresholds.fill_(0.75)
     save_checkpoint(tmp_path / "adapted.safetensors", model, "deit_nano", {})
     found, _ = load_checkpoint(tmp_path / "adapted.safetensors")
-    assert type(found) is type(model)
-    assert found.importance_weight == 0.5 and (found.thresholds == 0.75).all()
+    assert type(found) is type(model) and found.importance_weight == 0.5
 
 
-@pytest.mark.parametrize(
-    "path", sorted(COMMITTED.glob("*.safetensors")), ids=lambda path: path.stem
-)
-def test_committed_models_load(path):
-    model, _ = load_checkpoint(path)
-    assert model.num_classes == 101
-    assert getattr(model, "beta", None) == (None if path.stem == "deit" else -2.5)
-
-
-def test_former_arguments_are_left_out_or_refused(saved):
-    describe(saved, class_token_halts=True, projection=False)
-    assert load_checkpoint(saved)[1]["arguments"] == ARGUMENTS
-    for former, value in (("class_token_halts", False), ("projection", True)):
-        describe(saved, **{former: value})
-        assert_refused(lambda: load_checkpoint(saved), f"last.json sets {former}")
-        describe(saved, **{former: not value})
-
-
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_plain_model_starts_one_that_halts(tmp_path, wrapped):
-    plain = timm.create_model("deit_nano")
-    weights = plain.state_dict()
-    path = tmp_path / ("deit.pth" if wrapped else "deit.safetensors")
-    if wrapped:  # as DataParallel and torch.save leave it
-        torch.save({"model": {f"module.{key}": value for key, value in weights.items()}}, path)
-    else:
-        save_file(weights, path)
+def test_a_plain_model_starts_one_that_halts(tmp_path):
+    plain = timm.create_model("deit_nano").state_dict()
+    path = tmp_path / "deit.pth"  # as DataParallel and torch.save leave it
+    torch.save({"model": {f"module.{key}": value for key, value in plain.items()}}, path)
     model = timm.create_model(NAME, beta=-9.0)
     load_weights(model, path)
     assert model.beta == -9.0 and count_classes(path) == 10
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in weights.items())
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.items())
 
 
 def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(saved, model):
@@ -121,68 +77,14 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(save
     assert torch.equal(other.head.weight, model.head.weight)
 
 
-# ---- what is not whole, or something else ----
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("last.safetensors", b"", "is not a whole safetensors file"),
-        ("last.safetensors", b"\x80\x02 no tensors" * 50, "is not a whole safetensors file"),
-        ("last.json", b"{", "is damaged"),
-        ("last.json", b"\xff", "is damaged"),
-        ("last.json", b"{}", "does not describe a model"),
-    ],
-)
-def test_a_damaged_file_is_named(saved, name, content, words):
-    saved.with_name(name).write_bytes(content)
-    assert_refused(lambda: load_checkpoint(saved), f"{name} {words}")
-
-
-@pytest.mark.parametrize("name", ["last.safetensors", "last.json"])
-def test_a_missing_file_is_named(saved, name):
-    saved.with_name(name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        load_checkpoint(saved)
-
-
-def test_one_changed_byte_is_noticed(saved):
-    spoil(saved)
-    assert_refused(lambda: load_checkpoint(saved), "last.safetensors does not match the checksum")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"num_classes": 6}, "AViT: size mismatch for head.weight"),
-        ({"depth": 5}, 'AViT: Missing key(s) in state_dict: "blocks.4.'),
-        ({"depth": 3}, 'AViT: Unexpected key(s) in state_dict: "blocks.3.'),
-    ],
-)
-def test_weights_of_another_model_are_refused(saved, changes, words):
-    other = timm.create_model(NAME, **({"num_classes": 5} | changes))
-    assert_refused(lambda: load_weights(other, saved), words)
-    describe(saved, **changes)
-    assert_refused(lambda: load_checkpoint(saved), words)
+@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path, kind):
+    path = tmp_path / "other.safetensors"
+    save_file({name: value.to(kind) for name, value in model.state_dict().items()}, path)
+    assert_refused(lambda: load_weights(model, path), "has weights that are no real numbers: beta")
 
 
 # ---- pretrained weights, from a folder or timm's hub ----
-
-
-def test_downloaded_weights_are_loaded_if_their_checksum_fits(tmp_path, monkeypatch):
-    """The cache of timm's hub has files named by their checksums, and links to them."""
-    monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
-    source, model = (timm.create_model(PUBLISHED, depth=1, num_classes=n) for n in (1000, 3))
-    content = save(source.state_dict())
-    file, link = tmp_path / hashlib.sha256(content).hexdigest(), tmp_path / "model.safetensors"
-    file.write_bytes(content)
-    link.symlink_to(file)
-    monkeypatch.setattr(checkpoints, "hf_hub_download", lambda repository, name: tmp_path / name)
-    load_pretrained(model, PUBLISHED)
-    assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
-    spoil(file)
-    words = f"{file} is damaged: timm's hub publishes another checksum"
-    assert_refused(lambda: load_pretrained(model, PUBLISHED), words)
 
 
 def test_weights_in_a_folder_keep_a_head_of_another_size(model, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ from conftest import assert_same, finished_epochs, random_images, small_model
 from msgspec.structs import replace
 
 from avit_lib.errors import UserError
-from avit_lib.losses import AdaptiveLoss, Losses, TaskLoss
+from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.training import Training, files, fit, load_checkpoint, seed_everything
-from avit_lib.training.loop import PREVIOUS, RESUME
+from avit_lib.training.loop import RESUME
 
 CONFIG = Training(epochs=3, learning_rate=2e-3, batch_size=16)  # of two batches an epoch
 MIXED = replace(CONFIG, ema_decay=0.9, mixup=0.8, cutmix=1.0)
@@ -65,15 +65,13 @@ def contents(folder):
 @pytest.mark.parametrize("config", [CONFIG, MIXED])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, config):
     whole, pieces, told = tmp_path / "whole", tmp_path / "pieces", []
-    expected = train(whole, config=config)
+    train(whole, config=config)
     for calls in (4, 7):  # the second batch of epoch 2, the first of epoch 3
         with pytest.raises(PowerCut):
             train(pieces, watch(told, calls), config)
-    found = train(pieces, watch(told), config)
+    history = train(pieces, watch(told), config)
     assert_same(pieces, whole)
-    for history in (found, expected):
-        history.pop("seconds")
-    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+    pd.testing.assert_frame_equal(train(pieces), history)  # nothing is trained
     assert [round(progress * 6) for _, _, progress, _ in told] == [0, 1, 2, 3, 2, 3, 4, 4, 5]
     classes = {labels.shape[1:] for _, labels, _, _ in told}
     assert classes == {(10,) if config.mixup else ()}  # Mixup gives the loss probabilities
@@ -102,7 +100,7 @@ def test_a_stop_at_any_write(tmp_path, monkeypatch):
             assert_same(folder, whole)
         else:
             break
-    assert at > 15  # three epochs, five files
+    assert at > 12  # three epochs, four files or more
 
 
 @pytest.fixture
@@ -114,22 +112,11 @@ def unfinished(tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("end", [b"", b"\0"])
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(unfinished, tmp_path, end, capsys):
+def test_a_damaged_state_is_named_and_nothing_overwritten(unfinished):
     path = unfinished / RESUME
-    path.write_bytes(path.read_bytes()[:-40] + 40 * end)
-    train(unfinished)
-    output = capsys.readouterr().out
-    assert f"{path} is damaged" in output and "going on after epoch 1" in output
-    train(tmp_path / "whole")
-    assert_same(unfinished, tmp_path / "whole")
-
-
-def test_without_a_whole_state_nothing_is_overwritten(unfinished):
-    for name in (RESUME, PREVIOUS):
-        (unfinished / name).write_bytes(b"nothing")
+    path.write_bytes(path.read_bytes()[:-40] + 40 * b"\0")
     before = contents(unfinished)
-    with pytest.raises(UserError, match="no whole state of its run; delete it"):
+    with pytest.raises(UserError, match=f"{path} is damaged; delete"):
         train(unfinished)
     assert contents(unfinished) == before
 
@@ -142,44 +129,25 @@ def test_a_state_that_would_run_code_is_not_run(unfinished, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_the_folder_of_another_run_is_refused(unfinished):
-    for _ in ("unfinished", "finished"):
-        before = contents(unfinished)
-        for changes in ({"seed": 1}, {"settings": {"label": "another"}}):
-            with pytest.raises(UserError, match="holds another run; name another folder"):
-                train(unfinished, **changes)
-        assert contents(unfinished) == before
-        history = train(unfinished)
-    again = train(unfinished, watch([], stop_at=1))  # a finished one: nothing is trained
-    pd.testing.assert_frame_equal(again, history)
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "history.csv"])
+def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
+    (tmp_path / name).write_bytes(b"foreign")
+    with pytest.raises(UserError, match="holds another run; name another folder"):
+        train(tmp_path)
+    assert contents(tmp_path) == {name: b"foreign"}
 
 
-@pytest.mark.parametrize("wrong", ["loss", "gradient"])
-def test_what_is_not_finite_keeps_the_last_finished_epoch(tmp_path, wrong):
-    def spoil(model, images, labels, progress):
-        losses = LOSS(model, images, labels, progress)
-        added = float("nan") if wrong == "loss" else (0 * losses.total).sqrt()
-        return Losses(losses.total + added, losses.parts) if progress >= 0.5 else losses
-
-    with pytest.raises(UserError, match=f"{wrong} nan.* in epoch 2, batch 2; lower") as error:
-        train(tmp_path / "spoilt", spoil)
-    assert "\n" not in str(error.value)
-    with pytest.raises(PowerCut):
-        train(tmp_path / "reference", watch([], stop_at=3))
-    assert_same(tmp_path / "spoilt", tmp_path / "reference")
-
-
-def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "file.txt"
-    files.write_atomically(path, b"old")
-
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(UserError, match=r"file.txt cannot be written \(No space left on device\)"):
-        files.write_atomically(path, b"new")
-    assert contents(path.parent) == {"file.txt": b"old"}
+def test_a_link_is_written_through_and_a_device_refused(tmp_path):
+    link, target = tmp_path / "link.txt", tmp_path / "elsewhere" / "file.txt"
+    link.symlink_to(target)
+    for content in (b"old", b"new"):
+        files.write_atomically(link, content)
+        assert link.is_symlink() and target.read_bytes() == content
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"{pipe} is no file that can be replaced"):
+        files.write_atomically(pipe, b"new")
+    assert pipe.is_fifo()
 
 
 # ---- what is trained ----
@@ -188,31 +156,25 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
 def test_history_and_checkpoints(tmp_path):
     config = Training(epochs=8, learning_rate=5e-3, batch_size=16, warmup_epochs=0)
     history = train(tmp_path, config=config, data=random_images(64))
-    losses = {"train_loss", "train_task", "train_ponder", "train_distr", "train_depth"}
-    assert losses | {"epoch", "learning_rate", "val_accuracy", "seconds"} == set(history)
     for falls in ("learning_rate", "train_task"):
         assert history[falls].iloc[-1] < history[falls].iloc[0] - 1e-3
-    assert history["val_accuracy"].max() > 0.2  # chance is 0.1
+    accuracy = history["val_accuracy"]
+    assert accuracy.max() > 0.2  # chance is 0.1
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
-    model, facts = load_checkpoint(tmp_path / "last.safetensors")
-    assert facts["epoch"] == 8 and facts["run"]["seed"] == 0
-    assert validate(model)["accuracy"] == history["val_accuracy"].iloc[-1]
-    best, facts = load_checkpoint(tmp_path / "best.safetensors")
-    assert validate(best)["accuracy"] == history["val_accuracy"].max()
-    assert facts["validation"]["val_accuracy"] == history["val_accuracy"].max()
+    for name, expected in (("last", accuracy.iloc[-1]), ("best", accuracy.max())):
+        model, facts = load_checkpoint(tmp_path / f"{name}.safetensors")
+        assert validate(model)["accuracy"] == expected == facts["validation"]["val_accuracy"]
 
 
 def test_every_epoch_sees_all_images_in_an_order_of_its_own_and_of_the_seed(tmp_path):
-    shown, seeds = [], set()
+    shown = []
 
     def look(model, images, labels, progress):
         shown.append(images.mean(dim=(1, 2, 3)))  # tells them apart
-        seeds.add(torch.initial_seed())
         return LOSS(model, images, labels, progress)
 
     for seed in (0, 1):
         train(tmp_path / str(seed), look, seed=seed)
-    assert len(seeds) == 6  # of Mixup, dropout and augmentation
     orders = torch.cat(shown).reshape(6, len(TRAIN))
     assert (orders.sort().values == orders[0].sort().values).all()
     assert len(orders.unique(dim=0)) == 6
@@ -234,11 +196,9 @@ def test_the_averaged_weights_are_those_evaluated_and_kept(tmp_path):
     assert torch.equal(next(kept.parameters()), evaluated[-1])
 
 
-@pytest.mark.parametrize(("batch_size", "images"), [(15, 16), (64, 13)])
-def test_mixup_of_an_odd_batch_is_refused(batch_size, images, tmp_path):
-    data = TRAIN.select(torch.arange(images))
-    with pytest.raises(UserError, match=rf"a multiple of 2, at most the {images} training images"):
-        train(tmp_path, config=replace(MIXED, batch_size=batch_size), data=data)
+def test_mixup_of_an_odd_batch_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a multiple of 2, at most the 32 training images"):
+        train(tmp_path, config=replace(MIXED, batch_size=15))
 
 
 def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_path):

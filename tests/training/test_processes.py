@@ -16,7 +16,6 @@ from avit_lib.training import Training, fit, processes, seed_everything
 
 PROCESSES = 2
 NAME = "avit_nano"
-COUNTS = (37, 1)  # images to evaluate: not a multiple of the processes, fewer than them
 # beta: with -1 some layers get no token, and no gradient
 EXECUTIONS = {"masked": -3.0, "packed": -1.0}
 
@@ -37,7 +36,7 @@ def train(folder, execution, batch_size=16):
         lambda trained: {"accuracy": 0.0},
         description={"model": NAME, "arguments": {}},
     )
-    return {"history": history.drop(columns="seconds").to_dict("list"), **model.state_dict()}
+    return {"history": history.filter(like="train_").to_dict("list"), **model.state_dict()}
 
 
 def join_and_compute(rank, port, folder):
@@ -46,13 +45,6 @@ def join_and_compute(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with processes.join_others():
         found = {execution: train(folder, execution) for execution in EXECUTIONS}
-        parameter = torch.nn.Parameter(torch.zeros(3))
-        parameter.grad = torch.arange(3.0) * rank
-        processes.average_gradients([parameter])
-        found["gradient"] = parameter.grad
-        for count in COUNTS:
-            own = torch.arange(count)[processes.part(count)]
-            found[count] = processes.gather(torch.stack([own, -own], dim=1), count)
         with pytest.raises(UserError, match="a multiple of 2, at most the 64 training images"):
             train(folder / "odd", "masked", batch_size=15)
     torch.save(found, folder / f"{rank}.pt")
@@ -81,7 +73,6 @@ def several(tmp_path_factory):
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
 def test_losses_and_weights_are_those_of_a_single_process(several, execution, tmp_path):
-    assert [found["gradient"].tolist() for found in several] == [[0.0, 0.5, 1.0]] * 2
     first, second = (found[execution] for found in several)
     single = train(tmp_path, execution)
     history = pd.DataFrame(single.pop("history"))
@@ -90,9 +81,3 @@ def test_losses_and_weights_are_those_of_a_single_process(several, execution, tm
     for name, weights in single.items():
         assert torch.equal(first[name], second[name])
         torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_every_image_is_evaluated_once_in_its_place(several, count):
-    for found in several:
-        assert found[count].tolist() == [[index, -index] for index in range(count)]
