@@ -67,7 +67,6 @@ class Plan:
     tasks: Sequence[str]
     precisions: Sequence[str]
     repeats: int  # rounds of a timing
-    limit: float  # seconds of a timing after which no round begins, but three are made
     seed: int
     device: torch.device
 
@@ -125,8 +124,8 @@ def check(plan: Plan) -> None:
     """Raise UserError for a plan that cannot be measured."""
     if plan.model not in timm.list_models("avit_*"):
         raise UserError(f"no A-ViT is called {plan.model!r}; timm.list_models('avit_*') names them")
-    if min(*plan.batches, plan.repeats, plan.limit) <= 0:
-        raise UserError("batch sizes, repeats and limit must be positive")
+    if min(*plan.batches, plan.repeats) <= 0:
+        raise UserError("batch sizes and repeats must be positive")
     layers = len(timm.create_model(plan.model).blocks)
     if not 1 <= plan.depth <= layers:
         raise UserError(f"the mean depth must lie between 1 and {layers}, not {plan.depth}")
@@ -217,7 +216,7 @@ def time_workload(
     """
     workload = cast(workload, task, precision)
     steps = {name: make_step(workload, name, task, precision) for name in models}
-    table = speed.compare(steps, len(workload.images), plan.repeats, plan.limit)
+    table = speed.compare(steps, len(workload.images), plan.repeats)
     plain, packed = count_flops(workload)
     flops = np.where(table["model"] == "A-ViT packed", packed, plain)
     ratio = plain / flops
@@ -288,7 +287,7 @@ def sweep_depths(plan: Plan) -> pd.DataFrame:
         steps.setdefault("DeiT", infer(workload.plain, workload.images))
         steps[f"{depth}"] = infer(workload.adaptive, workload.images)
         flops.append(count_flops(workload))
-    samples = speed.interleave(steps, plan.repeats, limit=plan.limit * len(depths))
+    samples = speed.interleave(steps, plan.repeats)
     deit, *packed = samples.values()
     ratios = np.array(deit) / np.array(packed)  # [depths, rounds]
     low, speedup, high = np.percentile(ratios, (25, 50, 75), axis=1)
@@ -300,7 +299,7 @@ def sweep_depths(plan: Plan) -> pd.DataFrame:
         "speedup": speedup,
         "speedup_low": low,
         "speedup_high": high,
-        "rounds": len(deit),
+        "rounds": plan.repeats,
         "gflops_per_image": left / 1e9,
         "flops_ratio": plain / left,
         "efficiency": speedup * left / plain,
@@ -486,10 +485,9 @@ def read_plan(arguments: Sequence[str] | None = None) -> Plan:
     add("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes in images")
     add("--task", nargs="+", choices=TASKS, default=TASKS, help="what to time")
     add("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="in which precision")
-    add("--repeats", type=int, default=7, help="rounds of each timing")
-    add("--limit", type=float, default=40.0, help="seconds of a timing after which none begins")
+    add("--repeats", type=int, default=5, help="rounds of each timing")
     add("--seed", type=int, default=0, help="seed of weights and halting")
-    add("--device", default="auto", help="auto, cpu, cuda")
+    add("--device", default="auto", help="auto, cpu, gpu")
     given = parser.parse_args(arguments)
     return Plan(
         model=given.model,
@@ -498,7 +496,6 @@ def read_plan(arguments: Sequence[str] | None = None) -> Plan:
         tasks=given.task,
         precisions=given.precision,
         repeats=given.repeats,
-        limit=given.limit,
         seed=given.seed,
         device=pick_device(given.device),
     )

@@ -19,8 +19,9 @@ def differing(images: Tensor, grid: int | tuple[int, int]) -> tuple[Tensor, Tens
     The colour is the border's median; whether it has one is [B] bool. The share of pixels of
     another colour is [B, P], of the patches of a ``grid`` (rows, columns), a number being both.
     """
-    edges = (images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1])
-    border = torch.cat(edges, dim=-1)  # [B, C, pixels]
+    outside = torch.ones(images.shape[2:], dtype=torch.bool)
+    outside[1:-1, 1:-1] = False
+    border = images[..., outside]  # [B, C, pixels]
     colour = border.median(dim=-1, keepdim=True).values
     alike = (border - colour).abs().amax(dim=1) <= TOLERANCE
     other = (images - colour[..., None]).abs().amax(dim=1) > TOLERANCE
@@ -51,13 +52,13 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
     return found
 
 
-def chessboard(depth: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+def chessboard(depth: Tensor) -> Tensor:
     """How far depth [B, P] is a chessboard, [B]: |correlation| with the parity of row + column.
 
-    ``grid`` is (rows, columns), by default as many; RuntimeError when P is not their product.
+    The patches form a square; RuntimeError when P is none.
     """
-    rows, columns = grid or [round(depth.shape[1] ** 0.5)] * 2
-    parity = (torch.arange(rows)[:, None] + torch.arange(columns)).flatten() % 2.0
+    rows = torch.arange(round(depth.shape[1] ** 0.5))
+    parity = (rows[:, None] + rows).flatten() % 2.0
     parity = parity - parity.mean()
     depth = depth.float() - depth.float().mean(dim=1, keepdim=True)
     return (depth @ parity).abs() / (depth.norm(dim=1) * parity.norm()).clamp(min=1e-12)

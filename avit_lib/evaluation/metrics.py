@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -87,8 +86,8 @@ def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tu
     """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro."""
     cells, classes = _cells(predictions)
 
-    def resample(chosen: np.ndarray) -> np.ndarray:
-        return np.array([*_accuracies(cells[chosen], classes).values()])
+    def resample(chosen: np.ndarray) -> list[float]:
+        return [*_accuracies(cells[chosen], classes).values()]
 
     ends = _bootstrap(resample, len(cells), seed).tolist()
     return dict(zip(_accuracies(cells, classes), map(tuple, ends), strict=True))
@@ -107,13 +106,13 @@ def paired_difference(
     gain = (first.correct.long() - second.correct.long()).numpy()
     labels = first.labels.numpy() if per_class else np.zeros_like(gain)
 
-    def mean(chosen: np.ndarray) -> np.ndarray:
+    def mean(chosen: np.ndarray) -> float:
         images = np.bincount(labels[chosen])
         sums = np.bincount(labels[chosen], weights=gain[chosen])
-        return (sums[images > 0] / images[images > 0]).mean(keepdims=True)
+        return float((sums[images > 0] / images[images > 0]).mean())
 
-    low, high = _bootstrap(mean, len(gain), seed=0)[0].tolist()
-    return mean(np.arange(len(gain))).item(), low, high
+    low, high = _bootstrap(mean, len(gain), seed=0).tolist()
+    return mean(np.arange(len(gain))), low, high
 
 
 def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
@@ -140,14 +139,12 @@ def _accuracies(cells: np.ndarray, classes: int) -> dict[str, float]:
     }
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], images: int, seed: int) -> np.ndarray:
-    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices."""
-    found = stats.bootstrap(
-        (np.arange(images),),
-        statistic,
-        n_resamples=1000,
-        vectorized=False,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return np.stack(found.confidence_interval, axis=-1)
+def _bootstrap(statistic: Callable[[np.ndarray], ArrayLike], images: int, seed: int) -> np.ndarray:
+    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices.
+
+    [2] of a single figure; NaN for a single image.
+    """
+    drawn = np.random.default_rng(seed)
+    found = [statistic(drawn.integers(images, size=images)) for _ in range(1000)]
+    ends = np.percentile(found, (2.5, 97.5), axis=0).T
+    return ends if images > 1 else np.full_like(ends, np.nan)

@@ -1,7 +1,6 @@
 """Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from avit_lib.errors import UserError
 from avit_lib.evaluation.allocator import buffers_kept
 from avit_lib.flops import flops_of, trace_model
 
@@ -20,12 +18,11 @@ Step = Callable[[], object]  # what is timed: of inference or training, on a bat
 
 @buffers_kept()
 def interleave(
-    steps: dict[str, Step], repeats: int, minimum: float = 0.2, limit: float = math.inf
+    steps: dict[str, Step], repeats: int, minimum: float = 0.2
 ) -> dict[str, list[float]]:
     """Seconds a call of each of ``steps``, in turns, so that a drift of the machine hits all alike.
 
-    A sample is the mean of as many calls as fill ``minimum`` seconds. After ``limit`` seconds no
-    round begins, but three are always made.
+    A sample is the mean of as many calls as fill ``minimum`` seconds.
     """
     calls, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
@@ -33,10 +30,7 @@ def interleave(
         if seconds < 10 * minimum:  # the first call warms up
             seconds = _time(step)
         calls[name] = max(1, round(minimum / seconds))
-    started = read_clock()
-    for turn in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
-        if turn >= 3 and read_clock() - started > limit:
-            break
+    for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
         for name, step in steps.items():
             samples[name].append(_time(step, calls[name]))
     return samples
@@ -69,21 +63,19 @@ def infer(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
     return step
 
 
-def compare(
-    steps: dict[str, Step], batch: int, repeats: int, limit: float = math.inf
-) -> pd.DataFrame:
+def compare(steps: dict[str, Step], batch: int, repeats: int) -> pd.DataFrame:
     """The ``steps``, each on ``batch`` images, interleaved: a row each, with median and quartiles.
 
     ``speedup`` is the ratio of medians, against the first: within a round the first may be a minute
     away.
     """
-    samples = interleave(steps, repeats, limit=limit)
+    samples = interleave(steps, repeats)
     table = pd.DataFrame({"model": list(samples), "batch": batch})
     rates = batch / np.array([np.percentile(seconds, (50, 75, 25)) for seconds in samples.values()])
     for column, rate in zip(("", "_low", "_high"), rates.T, strict=True):
         table[f"images_per_second{column}"] = rate
     table["speedup"] = rates[:, 0] / rates[0, 0]
-    return table.assign(rounds=len(next(iter(samples.values()))))
+    return table.assign(rounds=repeats)
 
 
 def throughput(
@@ -104,22 +96,15 @@ def benchmark_model(
     """What ``model`` gains over its ``plain`` twin on this machine: two rows a batch size.
 
     Columns are those of ``compare`` and flops_saved, on ``images`` [B, C, H, W] that both models
-    take. Raises UserError for fewer images than the largest batch.
+    take; of ``batches`` those that they fill.
     """
-    if len(images) < max(batches):
-        raise UserError(
-            f"a batch of {max(batches)} needs as many images, not {len(images)}; "
-            "choose smaller batches or more images"
-        )
     tables = []
-    for batch in batches:
+    for batch in (batch for batch in batches if batch <= len(images)):
         part = images[:batch]
         table = throughput({"plain": (plain, "packed"), "model": (model, "packed")}, part, rounds)
-        full, left = (_mean_flops(one, part) for one in (plain, model))
+        with torch.inference_mode():
+            full, left = (
+                flops_of(one, trace_model(one, part)[1]).sum().item() for one in (plain, model)
+            )
         tables.append(table.assign(flops_saved=[0.0, 1 - left / full]))
     return pd.concat(tables, ignore_index=True)
-
-
-@torch.inference_mode()
-def _mean_flops(model: nn.Module, images: Tensor) -> float:
-    return flops_of(model, trace_model(model, images)[1]).mean().item()

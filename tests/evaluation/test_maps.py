@@ -28,10 +28,7 @@ def test_the_auc_is_the_share_of_pairs_in_which_the_object_is_deeper():
 
 
 def test_a_chessboard_is_one_and_smooth_maps_are_not():
-    board = (torch.arange(2)[:, None] + torch.arange(8)).flatten() % 2
-    rows = torch.arange(2).repeat_interleave(8)
+    board = (torch.arange(4)[:, None] + torch.arange(4)).flatten() % 2
+    rows = torch.arange(4).repeat_interleave(4)
     depth = torch.stack([3 + 4 * board, 7 - 4 * board, rows, torch.full((16,), 5)])
-    assert chessboard(depth, (2, 8)).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
-    assert chessboard(depth)[0] < 0.5  # a square of as many patches
-    with pytest.raises(RuntimeError, match="size"):
-        chessboard(depth[:, :15])
+    assert chessboard(depth).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
