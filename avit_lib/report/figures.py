@@ -43,7 +43,7 @@ CURVES = {  # marker, line, what is varied and stands beside the points
 }
 BY_BETA = ("o", "--", "mean depth")
 # Where words stand beside their point, in points right and up of it.
-PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12), (-8, 12), (-8, -20), (9, -3), (-27, -3)]
+PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12)]
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 
@@ -52,7 +52,7 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         png = io.BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight", facecolor="white")
+        self.savefig(png, format="png", bbox_inches="tight")
         return png.getvalue()
 
 
@@ -75,8 +75,6 @@ def subplots(
     """
     sns.set_theme(style="whitegrid", palette="colorblind", rc=theme())
     figure = NotebookFigure(figsize=(WIDTH, height), dpi=100, layout=layout)
-    if layout == "constrained":
-        figure.get_layout_engine().set(wspace=0.05, hspace=0.05)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
@@ -101,12 +99,8 @@ def percent(axis: Axes, which: str = "y") -> None:
 def legend_above(figure: Figure, axis: Axes) -> Figure:
     """``figure`` with the legend of ``axis`` above it, in as many lines as it takes."""
     handles, labels = axis.get_legend_handles_labels()
-    for rows in range(1, len(labels) + 1):
-        columns = [labels[first : first + rows] for first in range(0, len(labels), rows)]
-        characters = sum(max(map(len, column)) + 7 for column in columns)
-        if characters <= 110:  # what fits beside each other
-            break
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(columns))
+    columns = 110 // (max(map(len, labels)) + 7)  # characters that fit beside each other
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(columns, 1))
     return figure
 
 
@@ -181,29 +175,18 @@ def accuracy_against(
 def label_points(
     figure: Figure, axis: Axes, notes: list[tuple[str, ArrayLike, ColorType]], points: ArrayLike
 ) -> None:
-    """Write each note (words, point, colour) beside its point, covering as little as can be.
+    """Write each note (words, point, colour) beside its point, at the first of the best places.
 
-    Of its places it takes the one that covers the fewest notes and ``points`` [P, 2], and of
-    equally good ones that which covers least of the axis' lines.
+    The best are those at which it covers the fewest notes and ``points`` [P, 2].
     """
-    look = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
-    written = [
-        axis.annotate(words, point, PLACES[0], color=colour, **look)
-        for words, point, colour in notes
-    ]
     figure.draw_without_rendering()  # places in pixels are known only now
-    markers = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
-    paths = [line.get_transform().transform_path(line.get_path()) for line in axis.get_lines()]
-    lines = [
-        Bbox.from_bounds(x - 1, y - 1, 2, 2)
-        for path in paths
-        for x, y in path.interpolated(50).vertices
-    ]
-    for note in written:
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
+    look = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
+    for words, point, colour in notes:
+        note = axis.annotate(words, point, PLACES[0], color=colour, **look)
         covered = {}
         for place in PLACES:
             note.set_position(place)
-            extent = note.get_window_extent()
-            covered[place] = extent.count_overlaps(markers), extent.count_overlaps(lines)
+            covered[place] = note.get_window_extent().count_overlaps(taken)
         note.set_position(min(PLACES, key=covered.__getitem__))
-        markers.append(note.get_window_extent())
+        taken.append(note.get_window_extent())

@@ -5,11 +5,12 @@ depth [B, N] in layers, of the class token and then of a grid of patches of R ro
 """
 
 import textwrap
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
@@ -19,15 +20,22 @@ DEPTH_COLOURS = "inferno"  # dark: halted early; bright: went deep
 VEIL = (0.20, 0.38, 0.70)  # covers halted tokens: a colour, so that it shows on black and on white
 
 # Its name, pictures [B, H, W, 3], and titles above them, if any.
-Row = tuple[str, np.ndarray, list[str]]
+Row = tuple[str, np.ndarray, Sequence[str]]
 
 
-def mosaic(rows: list[Row], layers: int = 0) -> Figure:
+def mosaic(rows: list[Row], layers: int = 0, columns: int = 0) -> Figure:
     """Rows of pictures, their names on the left; with ``layers``, the key of depth maps below.
 
-    Names and titles are drawn as they are written: no part of them is a formula.
+    More than ``columns`` pictures go on in further rows. Names and titles are drawn as they are
+    written: no part of them is a formula.
     """
-    columns = max(len(pictures) for _, pictures, _ in rows)
+    count = max(len(pictures) for _, pictures, _ in rows)
+    columns = min(columns or count, count)
+    rows = [
+        (name, pictures[first : first + columns], titles[first : first + columns])
+        for first in range(0, count, columns)
+        for name, pictures, titles in rows
+    ]
     side = (WIDTH - 1.0) / columns
     height = 0.7 if layers else 0
     for _, pictures, titles in rows:
@@ -69,7 +77,7 @@ def depth_maps(
     images: ArrayLike,
     depth: ArrayLike,
     layers: int,
-    titles: list[str] | None = None,
+    titles: Sequence[str] = (),
     columns: int = 10,
     grid: tuple[int, int] | None = None,
 ) -> Figure:
@@ -82,52 +90,13 @@ def depth_maps(
     grid = grids(depth, grid or np.shape(images)[2:])
     shallowest, deepest = np.percentile(grid, (2, 98))
     veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
-    rows = []
-    for first in range(0, len(grid), columns):
-        part = slice(first, first + columns)
-        rows += [
-            ("image", rgb(images[part]), (titles or [])[part]),
-            ("depth", coloured(grid[part], layers), []),
-            ("veiled\nby depth", veiled(images[part], veil[part]), []),
-            ("in the\nlast layer", veiled(images[part], grid[part] < layers), []),
-        ]
-    return mosaic(rows, layers)
-
-
-def depths_beside(
-    images: ArrayLike,
-    titles: list[str],
-    maps: dict[str, tuple[ArrayLike, list[str]]],
-    layers: int,
-    columns: int = 8,
-) -> Figure:
-    """Images [B, C, H, W] with titles [B], and below them the depth maps of several models.
-
-    ``maps`` has by name the depth [B, N] of the tokens and words [B] above the maps, if any. More
-    than ``columns`` images go on in further rows.
-    """
-    rows = []
-    for first in range(0, len(images), columns):
-        part = slice(first, first + columns)
-        rows.append(("image", rgb(images[part]), titles[part]))
-        for name, (depth, words) in maps.items():
-            grid = grids(depth[part], np.shape(images)[2:])
-            rows.append((name, coloured(grid, layers), words[part]))
-    return mosaic(rows, layers)
-
-
-def halting_progress(images: ArrayLike, depth: ArrayLike) -> Figure:
-    """What a layer still computes on, the share of patches above it; halted tokens are veiled.
-
-    At most seven layers, from the last that computes all patches of these images to the deepest
-    reached.
-    """
-    grid = grids(depth, np.shape(images)[2:])
-    rows = []
-    for layer in np.unique(np.linspace(grid.min(), grid.max(), 7).round().astype(int)):
-        shares = [f"{share:.0%}" for share in (grid >= layer).mean(axis=(1, 2))]
-        rows.append((f"layer {layer}", veiled(images, grid < layer), shares))
-    return mosaic(rows)
+    rows = [
+        ("image", rgb(images), titles),
+        ("depth", coloured(grid, layers), []),
+        ("veiled\nby depth", veiled(images, veil), []),
+        ("in the\nlast layer", veiled(images, grid < layers), []),
+    ]
+    return mosaic(rows, layers, columns)
 
 
 def grids(depth: ArrayLike, shape: tuple[int, int] = (1, 1)) -> np.ndarray:
@@ -158,20 +127,16 @@ def veiled(images: ArrayLike, veil: np.ndarray) -> np.ndarray:
     0 leaves it as it is, 1 covers nearly all of it.
     """
     pixels = rgb(images)
-    height, width = pixels.shape[1:3]
-    row = np.arange(height) * veil.shape[1] // height
-    column = np.arange(width) * veil.shape[2] // width
-    opacity = 0.88 * veil[:, row[:, None], column, None]
+    height, width = pixels.shape[1] // veil.shape[1], pixels.shape[2] // veil.shape[2]  # of a patch
+    opacity = 0.88 * np.kron(veil, np.ones((1, height, width)))[..., None]
     return (1 - opacity) * pixels + opacity * np.array(VEIL)
 
 
 def _depth_key(figure: Figure, axes: np.ndarray, layers: int) -> None:
     """The key of depth maps, below them: one colour a layer."""
-    shown = np.arange(1, layers + 1)
-    norm = BoundaryNorm(np.arange(layers + 1) + 0.5, layers)
-    key = ScalarMappable(norm, mpl.colormaps[DEPTH_COLOURS].resampled(layers))
+    colours = mpl.colormaps[DEPTH_COLOURS].resampled(layers)
+    key = ScalarMappable(Normalize(0.5, layers + 0.5), colours)
     look = {"orientation": "horizontal", "shrink": 0.7, "aspect": 45, "pad": 0.015}
-    bar = figure.colorbar(key, ax=axes, ticks=shown, **look)
+    bar = figure.colorbar(key, ax=axes, ticks=range(1, layers + 1), **look)
     bar.set_label(f"depth [layers of {layers}]")
-    bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)

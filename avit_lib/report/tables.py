@@ -41,9 +41,8 @@ def merged_models(study: Study) -> dict[str, nn.Module]:
     """
     plain = study.load(study.profile.plain.name)
     peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
-    if not peers:
-        return {}
-    return peers | adapted_like(plain, peers.values(), validation_images(study, 256))
+    images = draw_images(study, study.data.validation, 256)
+    return peers | adapted_like(plain, peers.values(), images)
 
 
 @torch.inference_mode()
@@ -70,7 +69,8 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     Nothing is trained: beta is set on 64 validation images, thresholds are set on 256.
     """
     run, models = study.profile.run(name), {}
-    model, pixels = study.load(run.name), validation_images(study, 64 if run.halting else 256)
+    model = study.load(run.name)
+    pixels = draw_images(study, study.data.validation, 64 if run.halting else 256)
     for depth in study.profile.recalibrated.get(name, ()):
         models[f"{run.label}, depth {depth:g}"] = recalibrate(model, pixels, depth)
     for saved in study.profile.budgets.get(name, ()):
@@ -86,17 +86,8 @@ def recalibrate(model: AViT, images: Tensor, depth: float) -> AViT:
     return deeper
 
 
-def test_images(study: Study, most: int) -> Tensor:
-    """Test images [B, C, H, W], at ``most`` so many, drawn by the seed from all classes."""
-    return _draw(study, study.test, most)
-
-
-def validation_images(study: Study, most: int) -> Tensor:
-    """Validation images [B, C, H, W], at ``most`` so many, drawn by the seed."""
-    return _draw(study, study.data.validation, most)
-
-
-def _draw(study: Study, data: Images, most: int) -> Tensor:
+def draw_images(study: Study, data: Images, most: int) -> Tensor:
+    """Images [B, C, H, W] of ``data``, at ``most`` so many, drawn by the seed from all classes."""
     chosen = torch.randperm(len(data), generator=torch.Generator().manual_seed(study.seed))[:most]
     return data[chosen][0].to(study.device)
 
@@ -137,32 +128,6 @@ def with_intervals(study: Study, predictions: Predictions) -> dict[str, float]:
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
     return row | values
-
-
-def summary_table(evaluation: pd.DataFrame, differences: pd.DataFrame) -> pd.DataFrame:
-    """The evaluation (with speed) and difference tables in words: percentages with intervals."""
-    table = evaluation[["model", "init"]].set_axis(["model", "starts from"], axis=1)
-
-    def with_interval(name: str) -> pd.Series:
-        columns = evaluation[[name, f"{name}_low", f"{name}_high"]]
-        return percentages(columns, "{:.1f} ({:.1f} to {:.1f})")
-
-    table["mean per-class accuracy [%]"] = with_interval("accuracy_macro")
-    for plain, part in differences.set_index("model").groupby("minus", sort=False):
-        words = percentages(part[MACRO_DIFFERENCE], "{:+.2f} ({:+.2f} to {:+.2f})")
-        table[f"minus {plain} [points]"] = table["model"].map(words).fillna("")
-    table["accuracy [%]"] = with_interval("accuracy")
-    table["macro F1 [%]"] = with_interval("f1_macro")
-    forms = {
-        "mean depth [layers]": ("mean_depth", "{:.2f}"),
-        "GFLOPs per image": ("gflops_per_image", "{:.4f}"),
-        "FLOPs saved": ("flops_saved", "{:.1%}"),
-        "images/s": ("images_per_second", "{:.0f}"),
-        "speed-up": ("speedup", "{:.2f}"),
-    }
-    for words, (column, form) in forms.items():
-        table[words] = evaluation[column].map(form.format).replace("nan", "")
-    return table
 
 
 def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:

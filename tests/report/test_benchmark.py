@@ -21,42 +21,15 @@ def benchmark():
     return module
 
 
-def test_what_cannot_be_measured_is_named_in_one_line(benchmark, capsys):
-    for wrong, message in (("--model resnet18", "no A-ViT"), ("--batch 0", "must be positive")):
-        assert benchmark.main([*SMALL.split(), *wrong.split()]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_synthetic_halting_has_the_stated_depth_and_a_spread(benchmark):
-    workload = benchmark.synthetic_workload(
-        "avit_nano", 64, 2.5, image_spread=0.5, token_spread=0.5
-    )
-    depth = workload.adaptive.forward_with_trace(workload.images)[1].depth
-    assert depth[:, 1:].double().mean() == pytest.approx(2.5, abs=0.2)
-    assert depth[:, 1:].double().mean(dim=1).std() > 0.2
-    assert (depth[:, 0] == 4).all()
-
-
 @pytest.mark.usefixtures("one_round")
 def test_it_leaves_tables_and_figures(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     # In this process: new ones know no small model.
     monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
     assert benchmark.main(SMALL.split()) == 0
-    folder = tmp_path / "benchmark"
+    found = {path.stem for path in (tmp_path / "benchmark").glob("*/*.*")}
     names = ("speed", "overhead", "depth_sweep", "layers", "memory", "summary", "cost")
-    assert {path.stem for path in folder.glob("tables/*.csv")} == {f"{name}_cpu" for name in names}
-    drawn = {path.stem for path in folder.glob("figures/*.png")}
-    assert drawn == {"throughput_cpu", "speedup_cpu", "layers_cpu"}
-    table = pd.read_csv(folder / "tables" / "speed_cpu.csv")
-    assert table["model"].tolist() == [*benchmark.MODELS] * 4
-    assert table["batch"].tolist() == ([1] * 3 + [4] * 3) * 2
+    assert found >= {f"{name}_cpu" for name in (*names, "throughput", "speedup", "layers")}
+    table = pd.read_csv(tmp_path / "benchmark" / "tables" / "speed_cpu.csv")
     ratio = table.groupby("model")["flops_ratio"].min()
     assert ratio["A-ViT packed"] > ratio["DeiT"] == ratio["A-ViT masked"] == 1
-
-
-def test_the_cost_of_imagenet_follows_from_the_fastest_batch(benchmark):
-    speeds = {"model": ["DeiT", "DeiT", "A-ViT"], "images_per_second": [10.0, 1271.167, 2542.334]}
-    speeds = pd.DataFrame({"task": "training", "precision": "float32", **speeds})
-    hours = benchmark.estimate_cost(speeds)["hours on 1"].tolist()
-    assert hours == pytest.approx([1000 * 100 / 3600, 500 * 100 / 3600], abs=0.05)

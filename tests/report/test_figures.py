@@ -2,12 +2,10 @@
 
 import numpy as np
 import pandas as pd
-import pytest
 from conftest import assert_labels_on_the_page
 from IPython.core.formatters import DisplayFormatter
 
 from avit_lib.report import figures
-from avit_lib.study import get_profile
 
 
 def evaluated(**columns):
@@ -17,39 +15,22 @@ def evaluated(**columns):
     return table.assign(**ends)
 
 
-def test_a_model_without_a_column_has_no_line_in_its_panel():
-    history = pd.DataFrame({"epoch": [1, 2, 3], "train_loss": [2, 1, 0.5], "depth": [6, 5, 5]})
-    histories = {"DeiT": history.drop(columns="depth"), "A-ViT": history}
-    figure = figures.learning_curves(histories, {"train_loss": "loss", "depth": "depth [layers]"})
-    assert_labels_on_the_page({"learning_curves": figure})
-    drawn = [[line.get_label() for line in axis.lines] for axis in figure.axes]
-    assert drawn == [["DeiT", "A-ViT"], ["A-ViT"]]
-
-
-def test_accuracy_stands_with_its_interval_and_merged_models_on_a_curve():
+def test_accuracy_stands_with_its_interval_and_models_of_a_kind_on_a_curve():
     table = evaluated(
         model=["DeiT", "ToMe, r = 4", "ToMe, r = 2", *(f"Adaptive merging, {n}" for n in "ab")],
-        speedup=[1.0, 1.5, 1.2, 1.4, 1.6],
         accuracy=[0.9, 0.8, 0.85, 0.85, 0.8],
         flops_saved=[0, 0.5, 0.3, 0.441, 0.553],
     )
-    points = evaluated(
-        model=["A-ViT, depth 4", "A-ViT"],
-        speedup=[1.5, 1.0],
-        accuracy=[0.7, 0.9],
-        mean_depth=[4.02, 6.5],
-    )
-    figure = figures.accuracy_against(table, "speedup", "speed-up", points=points)
+    points = evaluated(model=["A-ViT, depth 4", "A-ViT"], accuracy=[0.7, 0.9], mean_depth=[4.02, 6])
+    figure = figures.accuracy_against(table, "flops_saved", "FLOPs saved", points=points)
     assert_labels_on_the_page({"accuracy_against": figure})
     (axis,) = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    assert lines["ToMe, by r"] == [[1.2, 0.85], [1.5, 0.8]]
-    assert lines["A-ViT, by mean depth"] == [[1.0, 0.9], [1.5, 0.7]]
+    assert lines["ToMe, by r"] == [[0.3, 0.85], [0.5, 0.8]]
     bars = [segment.tolist() for part in axis.collections for segment in part.get_segments()]
-    assert len(bars) == 7
-    assert [[1.0, 0.8], [1.0, 1.0]] in bars
+    assert len(bars) == 7 and [[0, 0.8], [0, 1.0]] in bars
     words = sorted(text.get_text() for text in axis.texts)
-    assert words == ["2", "4", "4.0", "44%", "55%", "6.5"]
+    assert words == ["2", "4", "4.0", "44%", "55%", "6.0"]
 
 
 def test_words_beside_crowded_points_cover_neither_each_other_nor_a_point():
@@ -62,15 +43,6 @@ def test_words_beside_crowded_points_cover_neither_each_other_nor_a_point():
     assert len(boxes) == 4
     for number, box in enumerate(boxes):
         assert box.count_contains(points) == box.count_overlaps(boxes[:number]) == 0
-
-
-@pytest.mark.parametrize("profile", ["smoke", "caltech24", "caltech101", "caltech256"])
-def test_the_models_of_a_profile_have_colours_of_their_own(profile):
-    labels = [run.label for run in get_profile(profile).runs]
-    labels += ["ToMe, r = 8", "Adaptive merging, 44% saved"]
-    colours = [figures.model_colour(label) for label in labels]
-    assert len(set(colours)) == len(labels)
-    assert [figures.model_colour(f"{label}, depth 6") for label in labels] == colours
 
 
 def test_a_notebook_shows_a_figure_as_png_without_pyplot():
