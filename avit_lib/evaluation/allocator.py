@@ -1,6 +1,7 @@
 """How glibc keeps freed memory while something is timed."""
 
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ def buffers_kept() -> Iterator[None]:
     By default glibc gives buffers above 32 MiB back at once, and to get them anew takes time. In a
     large batch DeiT's are above, those of an A-ViT whose tokens have halted are not: the allocator
     would add to the speed-up. Afterwards the thresholds are as large as they grow. Where there is
-    no glibc, nothing changes.
+    no glibc, or the environment sets them (as our Makefile does), nothing changes.
     """
     _set_thresholds(2**30, -1)
     try:
@@ -26,7 +27,7 @@ def buffers_kept() -> Iterator[None]:
 
 
 def _set_thresholds(mmap: int, trim: int) -> None:
-    if platform.libc_ver()[0] == "glibc":
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_MMAP_THRESHOLD, mmap)
         glibc.mallopt(M_TRIM_THRESHOLD, trim)

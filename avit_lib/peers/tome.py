@@ -79,15 +79,15 @@ class TokenMerging(nn.Module):
         first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         depth = torch.full_like(first, len(model.blocks))
         for layer, block in enumerate(model.blocks, start=1):
-            shape = len(tokens), tokens.shape[1]
-            layout = whole_layout(*shape, tokens.device)
+            count = tokens.shape[1]
+            layout = whole_layout(len(tokens), count, tokens.device)
             bias = size.log().flatten()  # softmax(q k^T / sqrt(d) + log s) (equation 1)
             tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
-            matched = match(qkv[:, 1].mean(dim=1).unflatten(0, shape), limit(self.r, shape[1]))
-            whole = merge(size, *matched)
-            tokens = merge(tokens.unflatten(0, shape) * size, *matched) / whole
-            size = whole
-            stay, gone, _ = matched
+            keys = qkv[:, 1].mean(dim=1).unflatten(0, (-1, count))
+            stay, gone, target = match(keys, limit(self.r, count))
+            sums = merge(tokens.unflatten(0, (-1, count)) * size, stay, gone, target)
+            size = merge(size, stay, gone, target)
+            tokens = sums / size
             depth.scatter_(1, first.gather(1, gone), layer)
             first = first.gather(1, stay)
             tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))

@@ -65,8 +65,7 @@ def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
     ("name", "drawn"),
     [
         (r"bad$\foo$.jpg", r"bad$\foo$.jpg"),
-        ("caf\udce9.jpg", r"caf\udce9.jpg"),  # as Python names a file that is not UTF-8
-        ("\U000e1234", r"\U000e1234"),  # which no font has
+        ("caf\udce9 \U000e1234", r"caf\udce9 \U000e1234"),  # not UTF-8, and in no font
     ],
 )
 def test_names_are_drawn_as_they_are_written(name, drawn, recwarn):
