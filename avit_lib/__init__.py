@@ -36,19 +36,4 @@ def load(path, device="cpu"):
     return load_checkpoint(path, device)
 
 
-__all__ = [
-    "AViT",
-    "Adaptive",
-    "AdaptiveLoss",
-    "HaltingRule",
-    "HaltingTrace",
-    "TaskLoss",
-    "Teacher",
-    "UserError",
-    "adapt",
-    "calibrate_beta",
-    "fit_start",
-    "load",
-    "scale_channel_rate",
-]
 __version__ = "0.1.0"
