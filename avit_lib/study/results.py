@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import time
 from functools import cache
@@ -138,16 +139,7 @@ def _git_state() -> tuple[str, bool | None]:
 
     ("unknown", None) outside git.
     """
-    command = [
-        "git",
-        "status",
-        "--porcelain=v2",
-        "--branch",
-        "--",
-        ":/",
-        ":!/results",
-        ":!/README.md",
-    ]
+    command = shlex.split("git status --porcelain=v2 --branch -- :/ :!/results :!/README.md")
     try:
         told = subprocess.check_output(command, cwd=project_root(), stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
