@@ -49,7 +49,8 @@ def fit(common, output: Path | None, teacher: Path | None, changes: dict[str, An
             raise UserError(
                 "data, weights or settings of your own need a folder of their own: add --output DIR"
             )
-        output, history = study.folder(run.name), study.train(run.name)
+        output = study.folder(run.name)
+        history = study.train(run.name)
     else:
         tables = lay_over(to_builtins(run), {"training": changes})
         run = checked("these settings", run.name, tables, Run)

@@ -44,7 +44,9 @@ class Results:
 
     def __init__(self, profile: str, seed: int, source: str):
         """``source`` names the notebook, or what else makes these results; its clock starts."""
-        self.profile, self.seed, self.source = profile, seed, source
+        self.profile = profile
+        self.seed = seed
+        self.source = source
         self.folder = results_dir(profile)
         self._started = time.perf_counter()
 
