@@ -42,20 +42,21 @@ bluer; in the last row, those that did not reach the last layer."""
 
 def fit(common, output: Path | None, teacher: Path | None, changes: dict[str, Any]) -> None:
     """Train a run, for the notebooks or, with ``changes`` of its training, into ``output``."""
-    study, start = Study(common.profile, common.seed, device=common.device), common.ckpt
+    study = Study(common.profile, common.seed, device=common.device)
     run = study.profile.run(common.model or study.profile.focus)
     if output is None:
-        if common.data_dir or start or teacher or changes:
+        if common.data_dir or common.ckpt or teacher or changes:
             raise UserError(
                 "data, weights or settings of your own need a folder of their own: add --output DIR"
             )
-        output, history = study.folder(run.name), study.train(run.name)
+        output = study.folder(run.name)
+        history = study.train(run.name)
     else:
         tables = lay_over(to_builtins(run), {"training": changes})
         run = checked("these settings", run.name, tables, Run)
         if common.data_dir:
             study.data = data.folder_training_data(common.data_dir, study.profile.data, common.seed)
-        history = study.train_into(output, run, start, teacher)
+        history = study.train_into(output, run, common.ckpt, teacher)
     print(to_markdown(history.tail(1)))
     print(f"checkpoints and history: {output}")
 

@@ -34,15 +34,6 @@ def weights_file(timm_name: str) -> Path:
     return path
 
 
-def no_weights(timm_name: str) -> str:
-    """What to say where the weights of a timm name are missing and can't be downloaded."""
-    return (
-        f"no weights of {timm_name}: {weights_file(timm_name)} is missing and timm's hub is out of "
-        f"reach; work in a clone of the repository, put the file there, or name its folder in "
-        f"AVIT_WEIGHTS"
-    )
-
-
 def digest_file(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

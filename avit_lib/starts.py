@@ -67,7 +67,10 @@ def calibrate_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish: 
         found = depth(beta)
         if abs(found - wish) <= TOLERANCE:
             return beta
-        low, high = (beta, high) if found > wish else (low, beta)
+        if found > wish:
+            low = beta
+        else:
+            high = beta
     return low  # on the deeper side of a jump: less is lost
 
 

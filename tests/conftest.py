@@ -1,75 +1,165 @@
-"""What several tests share: small data and models, what a run left, no network."""
+"""What several tests share: small data and models, slow references, no network."""
 
 import gc
-from collections.abc import Callable, Iterator
+import shutil
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from msgspec import structs
 from PIL import Image
 from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
 
 from avit_lib import training
+from avit_lib.cli import main
 from avit_lib.data import Images
 from avit_lib.data.images import batch_transform
+from avit_lib.errors import UserError
 from avit_lib.evaluation import speed
-from avit_lib.losses import Losses
-from avit_lib.model import AViT
-from avit_lib.study import Profile, get_profile
-from avit_lib.training import read_json
+from avit_lib.starts import channel_parameters
 
 torch.set_num_threads(1)
 
 
+def refused(match):
+    """Expects a UserError of one line, which has these words."""
+    return pytest.raises(UserError, match=rf"\A[^\n]*{match}[^\n]*\Z")
+
+
+def read_files(folder):
+    """The content of every file in a folder or below."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+# The tiny shape made small: 16 patches, 4 layers.
 SMALL = dict(
     img_size=28, patch_size=7, num_classes=10, embed_dim=16, depth=4, num_heads=2, mlp_ratio=2.0
 )
 
 
-def small_model(kind: str, pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """An untrained "deit" or "avit" of the tiny shape, made small: 16 patches, 4 layers."""
-    return timm.create_model(f"{kind}_tiny_patch16_224", pretrained, **(SMALL | kwargs))
-
-
-# By name too, for what takes a name: checkpoints, timings, runs.
 @register_model
-def deit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    return small_model("deit", pretrained, **kwargs)
+def deit_nano(pretrained=False, **kwargs):
+    return timm.create_model("deit_tiny_patch16_224", pretrained, **(SMALL | kwargs))
 
 
 @register_model
-def avit_nano(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    return small_model("avit", pretrained, **kwargs)
+def avit_nano(pretrained=False, **kwargs):
+    return timm.create_model("avit_tiny_patch16_224", pretrained, **(SMALL | kwargs))
 
 
-def four_runs() -> Profile:
-    """The smoke profile with two plain runs and two that halt, under short labels."""
-    profile = get_profile("smoke")
-    labels = {
-        "deit": "DeiT",
-        "deit_longer": "DeiT trained longer",
-        "avit": "A-ViT",
-        "avit_finetuned": "A-ViT fine-tuned",
-    }
-    runs = []
-    for name, label in labels.items():
-        run = profile.run(name)
-        kind = "avit" if run.halting else "deit"
-        runs.append(structs.replace(run, label=label, model=f"{kind}_nano"))
-    return structs.replace(profile, runs=tuple(runs), recalibrated={}, budgets={}, merging=(2,))
+def varied_model(class_channel=0.0, seed=0, **kwargs):
+    """A float64 A-ViT in which the brightness of a patch decides how deep it goes.
+
+    Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel``
+    for the class token.
+    """
+    torch.manual_seed(seed)
+    settings = {"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs
+    model = timm.create_model("avit_nano", **settings).double().eval()
+    with torch.no_grad():
+        weight = model.patch_embed.proj.weight
+        weight[0] = 1 / weight[0].numel()
+        model.patch_embed.proj.bias[0] = 0.0
+        model.pos_embed[..., 0] = 0.0
+        model.cls_token[..., 0] = class_channel
+    return model
+
+
+@torch.no_grad()
+def scatter(model):
+    """The model with weights that make tokens differ: at the initialisation all are alike."""
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def channels(model):
+    """All that writes or reads channel 0."""
+    return [parameter[index].detach().clone() for parameter, index in channel_parameters(model)]
+
+
+def merge_slowly(model, image, choose):
+    """Token merging by loops over lists of places: logits [K] and depth [N] of an image [C, H, W].
+
+    ``choose(layer, keys, worth)`` says, of a layer 0..L-1, keys [M, d] of length 1 and what the
+    class token takes from each [M], which row joins which other, and the rows that stay, in their
+    new order.
+    """
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    groups = [[place] for place in range(len(tokens))]  # the first of each is what it still is
+    depth = torch.full((len(tokens),), len(model.blocks))
+    for layer, block in enumerate(model.blocks):
+        size = torch.tensor([len(group) for group in groups]).double()
+        qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+        q, k, v = qkv.unbind(1)
+        q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+        logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
+        attention = logits.softmax(dim=-1)
+        taken = torch.einsum("hqk,khd->qhd", attention, v).flatten(1)
+        tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(taken)))
+        worth = (attention[:, 0].T * v.norm(dim=-1)).mean(dim=1)
+        joins, kept = choose(layer, F.normalize(k.mean(dim=1), dim=-1), worth)
+        for one in joins:
+            depth[groups[one][0]] = layer + 1
+        means, joined = [], []
+        for place in kept:
+            members = [place, *(one for one, into in joins.items() if into == place)]
+            means.append(size[members] @ tokens[members] / size[members].sum())
+            joined.append([first for one in members for first in groups[one]])
+        tokens, groups = torch.stack(means), joined
+        tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+    whole = torch.empty(len(depth), tokens.shape[1]).double()
+    for group, token in zip(groups, tokens, strict=True):
+        whole[group] = token
+    return model.forward_head(model.norm(whole[None]))[0], depth
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def random_images(count, classes=10, seed=0):
+    """``count`` 28 x 28 images of noise, the brighter the higher their label, which take turns."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 100, (count, 3, 28, 28), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % classes
+    images += (labels * (150 // classes)).to(torch.uint8)[:, None, None, None]
+    return Images(images, labels, tuple(map(str, range(classes))), batch_transform(28))
+
+
+def bright_and_dark(seed=1):
+    """Images [4, 3, 28, 28]: two of patches of random brightness, one all bright, one all dark."""
+    generator = torch.Generator().manual_seed(seed)
+    brightness = torch.randn(4, 1, 4, 4, generator=generator, dtype=torch.float64) * 2
+    brightness[2], brightness[3] = 20.0, -20.0
+    pixels = brightness.repeat_interleave(7, 2).repeat_interleave(7, 3)
+    noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    return (pixels + 0.1 * noise).expand(-1, 3, -1, -1).contiguous()
+
+
+def write_photographs(root, **counts):
+    """Grey JPEGs of two classes, bright and dark: so many of each in every named part."""
+    generator = np.random.default_rng(0)
+    for part, count in counts.items():
+        for label, brightness in (("bright", 150), ("dark", 20)):
+            (root / part / label).mkdir(parents=True)
+            for number in range(count):
+                shape = (30 + number, 40)
+                pixels = generator.integers(brightness, brightness + 100, shape, dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{number}.jpg")
+
+
+# --- studies --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def small_profile(tmp_path_factory) -> Iterator[Path]:
+def small_profile(tmp_path_factory):
     """The file of the smoke profile with small models, which start from random weights."""
     path = tmp_path_factory.mktemp("profile") / "small.toml"
     models = {"deit": "deit", "deit_longer": "deit", "avit_finetuned": "avit", "merging": "deit"}
@@ -80,83 +170,29 @@ def small_profile(tmp_path_factory) -> Iterator[Path]:
         yield path
 
 
-def write_photographs(root: Path, **counts: int) -> Path:
-    """Grey JPEGs of two classes, bright and dark: so many of each in every named part."""
-    generator = np.random.default_rng(0)
-    for part, count in counts.items():
-        for label, brightness in (("bright", 150), ("dark", 20)):
-            (root / part / label).mkdir(parents=True)
-            for number in range(count):
-                shape = (30 + number, 40)
-                pixels = generator.integers(brightness, brightness + 100, shape, dtype=np.uint8)
-                Image.fromarray(pixels).save(root / part / label / f"{number}.jpg")
+@pytest.fixture(scope="module")
+def prepared(small_profile, tmp_path_factory):
+    """Images, a profile of small models, a DeiT and an A-ViT, trained an epoch each."""
+    root = tmp_path_factory.mktemp("prepared")
+    write_photographs(root / "images", train=12, test=4)
+    (root / "mine.toml").write_text(f"extends = '{small_profile}'\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for model in ("deit", "avit"):
+            own = f"--profile mine.toml --data-dir images --seed 3 --output {model}"
+            assert main(f"fit {own} --model {model} --epochs 1".split()) == 0
     return root
 
 
-def random_images(count: int, classes: int = 10, seed: int = 0) -> Images:
-    """``count`` 28 x 28 images of noise, the brighter the higher their label, which take turns."""
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 100, (count, 3, 28, 28), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(count) % classes
-    images += (labels * (150 // classes)).to(torch.uint8)[:, None, None, None]
-    return Images(images, labels, tuple(map(str, range(classes))), batch_transform(28))
+@pytest.fixture
+def workplace(prepared, tmp_path, monkeypatch):
+    """A copy of the prepared folder, in which we are."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AVIT_RESULTS", "results")
 
 
-def varied_model(class_channel: float = 0.0, **kwargs) -> AViT:
-    """A float64 model in which the brightness of a patch decides how deep it goes.
-
-    Channel 0 of the embedding starts as the mean of the patch's pixels, and as ``class_channel``
-    for the class token.
-    """
-    torch.manual_seed(0)
-    settings = {"gamma": 2.0, "beta": -1.0, "depth": 6} | kwargs
-    model = small_model("avit", **settings).double().eval()
-    with torch.no_grad():
-        weight = model.patch_embed.proj.weight
-        weight[0] = 1 / weight[0].numel()
-        model.patch_embed.proj.bias[0] = 0.0
-        model.pos_embed[..., 0] = 0.0
-        model.cls_token[..., 0] = class_channel
-    return model
-
-
-def bright_and_dark(patch: int = 7) -> torch.Tensor:
-    """Images [4, 3, 28, 28]: two of patches of random brightness, one all bright, one all dark."""
-    generator = torch.Generator().manual_seed(1)
-    side = 28 // patch
-    brightness = torch.randn(4, 1, side, side, generator=generator, dtype=torch.float64) * 2
-    brightness[2], brightness[3] = 20.0, -20.0
-    pixels = brightness.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
-    noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
-    return (pixels + 0.1 * noise).expand(-1, 3, -1, -1).contiguous()
-
-
-def finished_epochs(folder: Path) -> int:
-    """How many epochs the history of a run in ``folder`` has so far."""
-    history = folder / "history.csv"
-    return len(history.read_text().splitlines()) - 1 if history.is_file() else 0
-
-
-def content(folder: Path) -> dict:
-    """What a run left: weights byte for byte, all else without the seconds."""
-    found = {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-    for path in folder.glob("*.json"):
-        found[path.name] = read_json(path)
-        found[path.name].get("validation", {}).pop("seconds", None)
-        found[path.name].pop("provenance", None)
-    found["history.csv"] = pd.read_csv(folder / "history.csv").drop(columns="seconds").to_csv()
-    return found
-
-
-def assert_same(folder: Path, whole: Path) -> None:
-    """The runs in both folders left the same."""
-    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
-    assert content(folder) == content(whole)
-
-
-def at_batch(
-    patch: pytest.MonkeyPatch, loss: type, number: int, happens: Callable[[Losses], Losses]
-) -> None:
+def at_batch(patch, loss, number, happens):
     """Let something happen to what ``loss`` gives for a batch, counted over epochs."""
     calls, compute = 0, loss.__call__
 
@@ -169,37 +205,22 @@ def at_batch(
     patch.setattr(loss, "__call__", called)
 
 
-def assert_labels_on_the_page(drawn: dict[str, Figure]) -> None:
-    """Every figure draws, cuts nothing off, is as wide as all, and is unknown to pyplot."""
+def assert_on_the_page(figure):
+    """A figure draws, cuts nothing off, is as wide as all, and is unknown to pyplot."""
     from avit_lib.report import figures
 
-    for name, figure in drawn.items():
-        FigureCanvasAgg(figure).draw()
-        page, taken = figure.bbox_inches, figure.get_tightbbox()
-        assert min(taken.x0, taken.y0) > -0.05, f"{name} is cut off at the left or bottom: {taken}"
-        assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05, f"{name} is cut off"
-        assert figure.get_figwidth() == figures.WIDTH, name
+    FigureCanvasAgg(figure).draw()
+    page, taken = figure.bbox_inches, figure.get_tightbbox()
+    assert min(taken.x0, taken.y0) > -0.05
+    assert taken.x1 < page.x1 + 0.05 and taken.y1 < page.y1 + 0.05
+    assert figure.get_figwidth() == figures.WIDTH
     assert plt.get_fignums() == [], "pyplot knows a figure, so a notebook would show it twice"
 
 
 @pytest.fixture
-def one_round(monkeypatch):
-    """Timings take one short round."""
-    from avit_lib.report import tables
-
+def short_timings(monkeypatch):
+    """Timings are short."""
     monkeypatch.setattr(speed, "interleave", partial(speed.interleave, minimum=0.01))
-    for name in ("ROUNDS", "FEWER_ROUNDS"):
-        monkeypatch.setattr(tables, name, 1, raising=False)
     gc.freeze()  # what is there need not be looked through before each timing
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def no_network(monkeypatch):
-    """Every download fails at once, wherever the tests run."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-        monkeypatch.setenv(name.upper(), "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)

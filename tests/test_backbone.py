@@ -2,12 +2,11 @@
 
 import copy
 import pickle
-from functools import cache
 
 import pytest
 import timm
 import torch
-from conftest import bright_and_dark, varied_model
+from conftest import bright_and_dark, refused, scatter, varied_model
 from safetensors.torch import save_file
 from timm.layers import Mlp
 from timm.models import save_for_hf
@@ -16,7 +15,6 @@ from torch import nn
 
 from avit_lib import backbone
 from avit_lib.adaptive import adapt, without_thresholds
-from avit_lib.errors import UserError
 from avit_lib.flops import counted_flops, flops_of, trace_model
 from avit_lib.merging import stand_in
 from avit_lib.model import AViT, masked_block
@@ -29,22 +27,14 @@ def halting(**kwargs):
     return varied_model(**kwargs).float()
 
 
-def plain_model(**kwargs):
+def plain_model():
     """A DeiT whose tokens differ more than at the initialisation."""
     torch.manual_seed(0)
-    model = timm.create_model("deit_nano", depth=5, embed_dim=32, **kwargs).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return model
-
-
-@cache
-def _merging():
-    return adapt(plain_model(), images(), 0.25)
+    return scatter(timm.create_model("deit_nano", depth=5, embed_dim=32))
 
 
 def merging():
-    return copy.deepcopy(_merging())
+    return adapt(plain_model(), images(), 0.25)
 
 
 def images():
@@ -52,10 +42,6 @@ def images():
 
 
 each_kind = pytest.mark.parametrize("make", [halting, merging])
-
-
-def refused(match: str):
-    return pytest.raises(UserError, match=rf"\A[^\n]*{match}[^\n]*\Z")
 
 
 # --- features of every layer ----------------------------------------------------------------------
@@ -149,10 +135,7 @@ def test_halted_tokens_are_masked_by_a_bias():
     assert bias[:, 0, 0].tolist() == [[0, -torch.inf], [0, 0]]
 
 
-HOOKS = {
-    "forward": lambda part, hook: part.register_forward_hook(hook),
-    "backward": lambda part, hook: part.register_full_backward_hook(hook),
-}
+HOOKS = ("register_forward_hook", "register_full_backward_hook")
 
 
 @pytest.mark.parametrize("kind", HOOKS)
@@ -163,7 +146,7 @@ def test_hooks_on_blocks_are_called_or_refused(kind, part):
         block.attn.fused_attn = False
     expected = model(images())
     for one in (model, adaptive):
-        HOOKS[kind](one.blocks.get_submodule(part), lambda *_: seen.append(part))
+        getattr(one.blocks.get_submodule(part), kind)(lambda *_: seen.append(part))
     with refused("hook"):
         (adaptive if part else model)(images())
     if part:
@@ -195,12 +178,8 @@ def mixing(model):
 
 @pytest.mark.parametrize("change", [louder, mixing])
 def test_a_part_of_one_s_own_is_computed_or_refused(change):
-    model, masked, adaptive, plain = (
-        halting(),
-        halting(execution="masked"),
-        merging(),
-        plain_model(),
-    )
+    model, masked = halting(), halting(execution="masked")
+    adaptive, plain = merging(), plain_model()
     expected = model(images())
     for one in (model, masked, adaptive, plain):
         change(one)

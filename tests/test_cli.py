@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import write_photographs
+from conftest import read_files, refused, write_photographs
 
 from avit_lib import adaptive, commands, data
 from avit_lib.cli import main
@@ -27,26 +28,9 @@ AVIT = Path("avit/last.safetensors")
 OWN = "--profile mine.toml --data-dir images"
 
 
-@pytest.fixture(scope="module")
-def prepared(small_profile, tmp_path_factory):
-    """Images, a profile of small models, a DeiT and an A-ViT, trained an epoch each."""
-    root = tmp_path_factory.mktemp("prepared")
-    write_photographs(root / "images", train=12, test=4)
-    (root / "mine.toml").write_text(f"extends = '{small_profile}'\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for model in ("deit", "avit"):
-            fit = f"fit {OWN} --model {model} --epochs 1 --seed 3 --output {model}"
-            assert main(fit.split()) == 0
-    return root
-
-
 @pytest.fixture
-def run(prepared, tmp_path, monkeypatch, capsys):
+def run(workplace, capsys):
     """Runs a command line in a copy of the prepared folder, and returns what it printed."""
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AVIT_RESULTS", "results")
 
     def run(line, status=0):
         assert main(shlex.split(line)) == status, capsys.readouterr().err
@@ -104,13 +88,8 @@ def test_a_model_is_tested_beside_the_images_that_trained_it(run):
 
 
 def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
-    drawn, depth_maps = [], commands.pictures.depth_maps
-
-    def record(*arguments):
-        drawn.append([title.split("\n") for title in arguments[3]])
-        return depth_maps(*arguments)
-
-    monkeypatch.setattr(commands.pictures, "depth_maps", record)
+    spy = Mock(wraps=commands.pictures.depth_maps)
+    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
     draw = f"visualize {OWN} --ckpt {AVIT} --output"
     shutil.copy("images/test/dark/0.jpg", "0.jpg")
     for options, begins in (
@@ -120,6 +99,7 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     ):
         run(f"{draw} {options}")
         assert Path(options.split()[0]).read_bytes().startswith(begins)
+    drawn = [[title.split("\n") for title in call.args[3]] for call in spy.call_args_list]
     assert drawn[0][1][1] in ("predicted: bright", "predicted: dark")
     assert [[title[0] for title in titles] for titles in drawn] == [
         [f"{tmp_path.name}/0.jpg", "dark/1.jpg"],
@@ -221,11 +201,15 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
     torch.manual_seed(0)
     tiny = dict(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=2, num_classes=2)
     model = timm.create_model("vit_tiny_patch16_224", **tiny).eval()
-    arguments = model, folder, 0, torch.device("cpu"), 4
-    with pytest.raises(script["UserError"], match="has 2 classes, the model 2; ImageNet has 1,000"):
-        compare(*arguments)
+    arguments = 0, torch.device("cpu"), 4
+    for place, message in (
+        ("imagenet", "has 2 classes, the model 2; ImageNet has 1,000"),
+        ("images/test", "identifiers such as n01440764: bright, dark; rename them"),
+    ):
+        with refused(message):
+            compare(model, Path(place), *arguments)
     compare.__globals__.update(CLASSES=2, PEERS=(2, 5))
-    table = compare(*arguments).set_index("model")
+    table = compare(model, folder, *arguments).set_index("model")
     assert table["images"].tolist()[:5] == [8] * 5 and table["images"][5:].isna().all()
     gflops = table["gflops"].to_numpy()
     assert gflops[1:3] == pytest.approx(gflops[3:5], rel=0.05) and (gflops[1:5] < gflops[0]).all()
@@ -253,7 +237,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
 def test_what_cannot_be_adapted_is_told_in_one_line(changes, message, run, weights):
     Path("empty").mkdir()
     Path("annotations.json").write_text("[]")
-    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
+    before = read_files(".")
     words = (
         f"--model vit_tiny_patch16_224 --weights {weights} --images images --output b.safetensors"
     )
@@ -261,7 +245,7 @@ def test_what_cannot_be_adapted_is_told_in_one_line(changes, message, run, weigh
     given |= dict(zip(changes.split()[::2], changes.split()[1::2], strict=True))
     line = run(f"adapt {' '.join(map(' '.join, given.items()))}", 2).err.splitlines()[-1]
     assert line.startswith("error: ") and message in line
-    assert {path: path.read_bytes() for path in Path().rglob("*.*")} == before
+    assert read_files(".") == before
 
 
 # --- as a program ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import at_batch, write_photographs
+from conftest import at_batch, read_files
 
 from avit_lib.cli import main
 from avit_lib.losses import AdaptiveLoss, Losses
@@ -16,74 +16,47 @@ from avit_lib.training import files
 
 FINISHED = {"best.json", "best.safetensors", "history.csv", "last.json", "last.safetensors"}
 UNFINISHED = FINISHED | {"resume.pt"}
-OWN = ["--profile", "mine.toml", "--data-dir", "images", "--device", "cpu"]
-FIT = ["fit", *OWN, "--output", "output"]  # two epochs of three batches
-WEIGHTS = Path("trained/last.safetensors")
-TEST = ["test", *OWN, "--ckpt", str(WEIGHTS)]
+OWN = "--profile mine.toml --data-dir images --device cpu"
+START = f"fit {OWN} --output output"
+FIT = f"{START} --model avit --epochs 2 --batch-size 6"  # of three batches
+WEIGHTS = Path("avit/last.safetensors")
+TEST = f"test {OWN} --ckpt {WEIGHTS}"
 TRAIN = Path("images/train")
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory, small_profile):
-    """A folder with images, a finished run, and a profile by which another is to be trained."""
-    root = tmp_path_factory.mktemp("prepared")
-    write_photographs(root / "images", train=10, test=3)
-    (root / "mine.toml").write_text(
-        f"extends = '{small_profile}'\nfocus = 'avit'\n"
-        "runs.avit.training = { epochs = 2, batch_size = 6 }\n"
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main([*FIT[:-1], "trained", "--epochs", "1"]) == 0
-    return root
-
-
-@pytest.fixture
-def patch(prepared, tmp_path, monkeypatch):
-    """What faults are made by, in a copy of the prepared folder."""
-    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AVIT_RESULTS", "results")
-    return monkeypatch
-
-
-def content(folder: str) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in Path(folder).rglob("*.*") if path.is_file()}
-
-
 TYPED = {
-    "Unknown option: --epoch-count. Did you mean --epochs?": ["--epoch-count", "3"],
-    "--seed: '1.5' is no whole number": ["--seed", "1.5"],
-    "--lr: '1_0' is no number": ["--lr", "1_0"],
-    "avit.training.epochs: Expected `int` >= 1": ["--epochs", "-1"],
-    "avit.training.batch_size: Expected `int` <= 2147483647": ["--batch-size", str(10**22)],
-    "avit.training.learning_rate: Expected `float` > 0": ["--lr", "nan"],
-    "avit.training.learning_rate: Expected `float` <= 1000000.0": ["--lr", "inf"],
-    "profile 'mine' has no run 'resnet'; choose from deit, ": ["--model", "resnet"],
-    '"none.safetensors" does not exist': ["--ckpt", "none.safetensors"],
+    "Unknown option: --epoch-count. Did you mean --epochs?": "--epoch-count 3",
+    "--seed: '1.5' is no whole number": "--seed 1.5",
+    "--lr: '1_0' is no number": "--lr 1_0",
+    "avit_finetuned.training.epochs: Expected `int` >= 1": "--epochs -1",
+    "training.batch_size: Expected `int` <= 2147483647": "--batch-size 10000000000000000000000",
+    "avit_finetuned.training.learning_rate: Expected `float` > 0": "--lr nan",
+    "avit_finetuned.training.learning_rate: Expected `float` <= 1000000.0": "--lr inf",
+    "mine.toml has no run 'resnet'; choose from deit, ": "--model resnet",
+    '"none.safetensors" does not exist': "--ckpt none.safetensors",
 }
 
 
 @pytest.mark.parametrize("message", TYPED)
-def test_what_is_typed_wrong_is_told_in_one_line(message, patch, capsys):
-    before = content(".")
-    assert main([*FIT, *TYPED[message]]) == 2
+def test_what_is_typed_wrong_is_told_in_one_line(message, workplace, capsys):
+    before = read_files(".")
+    assert main(f"{START} {TYPED[message]}".split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
-    assert content(".") == before and not Path("output").exists()
+    assert read_files(".") == before
 
 
 ROWS = []
 
 
-def fault(message: str, leaves: set[str] = frozenset()):
+def fault(message, leaves=frozenset()):
     """A row of the table: ``message`` is in the line, ``leaves`` are the files left in output."""
     return lambda arrange: ROWS.append(pytest.param(arrange, message, leaves, id=arrange.__name__))
 
 
 @fault("add --output DIR")
 def own_settings_for_the_profiles_folder(patch):
-    return ["fit", "--profile", "smoke", "--epochs", "1"]
+    return "fit --profile smoke --epochs 1"
 
 
 @fault("train/dark/3.jpg")
@@ -108,7 +81,7 @@ def other_classes_for_the_test(patch):
 @fault("knows other classes than the training images")
 def a_start_that_knows_other_classes(patch):
     shutil.move(TRAIN / "bright", TRAIN / "light")
-    return [*FIT, "--ckpt", str(WEIGHTS)]
+    return f"{FIT} --ckpt {WEIGHTS}"
 
 
 @fault("last.safetensors is not a whole safetensors file")
@@ -160,18 +133,21 @@ def no_memory_for_an_evaluation(patch):
 
 
 @pytest.mark.parametrize(("arrange", "message", "leaves"), ROWS)
-def test_a_fault_is_one_line_and_loses_nothing(arrange, message, leaves, patch, tmp_path, capsys):
-    arguments = arrange(patch)
-    before = content("trained")
+@pytest.mark.usefixtures("workplace")
+def test_a_fault_is_one_line_and_loses_nothing(
+    arrange, message, leaves, tmp_path, monkeypatch, capsys
+):
+    arguments = arrange(monkeypatch).split()
+    before = read_files("avit")
     capsys.readouterr()
     assert main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert {path.name for path in Path("output").glob("*")} == leaves
-    assert content("trained") == before
+    assert read_files("avit") == before
     assert not Path("exploded").exists() and not Path("results").exists()
-    patch.undo()
-    patch.chdir(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     if leaves == UNFINISHED:  # the fault is mended: the same command goes on
         assert main(arguments) == 0
         assert "going on after epoch 1" in capsys.readouterr().out

@@ -65,10 +65,6 @@ def test_values_by_hand(scores, eps, depth, ponder, weights):
     assert found[:, 0].tolist() == weights
 
 
-def test_the_score_is_the_sigmoid_of_channel_zero():
-    tokens = torch.randn(2, 3, 5)
-    rule = HaltingRule(gamma=5.0, beta=-10.0, eps=0.01)
-    score = halting_score(tokens, rule)
-    torch.testing.assert_close(score, 1 / (1 + torch.exp(-(5 * tokens[..., 0] - 10))))
-    assert (halting_score(tokens, rule, last=True) == 1).all()
-    assert halting_score(tokens.half(), rule).dtype == torch.float32
+def test_scores_are_in_single_precision_whatever_the_tokens_are():
+    tokens, rule = torch.randn(2, 3, 5).half(), HaltingRule(gamma=5.0, beta=-10.0, eps=0.01)
+    assert halting_score(tokens, rule).dtype == torch.float32

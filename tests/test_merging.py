@@ -3,10 +3,9 @@
 import pytest
 import timm
 import torch
-from slow_merging import merge_slowly
+from conftest import merge_slowly, refused, scatter
 
 from avit_lib.adaptive import adapt, without_thresholds
-from avit_lib.errors import UserError
 from avit_lib.flops import counted_flops, flops_of, plain_flops
 from avit_lib.merging import IMPORTANCE_WEIGHT
 
@@ -26,11 +25,7 @@ ARCHITECTURES = {
 
 def make(name="vit_tiny_patch16_224", **settings):
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SMALL | ARCHITECTURES[name] | settings)).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # tokens are all alike at the initialisation
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return scatter(timm.create_model(name, **(SMALL | ARCHITECTURES[name] | settings)).double())
 
 
 def photographs(model, number=6):
@@ -122,7 +117,7 @@ BAD_MODELS = {
 
 @pytest.mark.parametrize("reason", BAD_MODELS)
 def test_a_model_that_cannot_be_adapted_is_told_why(reason):
-    with pytest.raises(UserError, match=rf"\A[^\n]*{reason}[^\n]*\Z"):
+    with refused(reason):
         adapt(BAD_MODELS[reason](), torch.zeros(4, 3, 96, 96), 0.3)
 
 
@@ -131,20 +126,21 @@ def interrupt(share):
 
 
 @pytest.mark.parametrize(
-    ("change", "saved", "error", "message"),
+    ("change", "saved", "message"),
     [
-        (lambda images: images[:1], 0.3, UserError, "1 images are too few"),
-        (lambda images: images / 0, 0.3, UserError, "no numbers"),
-        (list, 0.2, UserError, "one tensor of floats"),
-        (torch.Tensor.byte, 0.2, UserError, "one tensor of floats"),
-        (torch.clone, -0.1, UserError, "between 0 and 0.8"),
-        (torch.clone, 0.8, UserError, "out of reach"),
-        (torch.clone, 0.1, KeyboardInterrupt, ""),
+        (lambda images: images[:1], 0.3, "1 images are too few"),
+        (lambda images: images / 0, 0.3, "no numbers"),
+        (list, 0.2, "one tensor of floats"),
+        (torch.Tensor.byte, 0.2, "one tensor of floats"),
+        (torch.clone, -0.1, "between 0 and 0.8"),
+        (torch.clone, 0.8, "out of reach"),
     ],
 )
-def test_a_bad_or_interrupted_calibration_changes_nothing(change, saved, error, message):
+def test_a_bad_or_interrupted_calibration_changes_nothing(change, saved, message):
     adaptive = adapted(make())
-    before, images = adaptive.thresholds.clone(), change(photographs(adaptive))
-    with pytest.raises(error, match=rf"\A[^\n]*{message}[^\n]*\Z"):
-        adaptive.calibrate(images, saved, interrupt if error is KeyboardInterrupt else print)
+    before, images = adaptive.thresholds.clone(), photographs(adaptive)
+    with refused(message):
+        adaptive.calibrate(change(images), saved)
+    with pytest.raises(KeyboardInterrupt):
+        adaptive.calibrate(images, 0.1, interrupt)
     assert torch.equal(adaptive.thresholds, before)

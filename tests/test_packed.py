@@ -3,32 +3,13 @@
 import copy
 
 import pytest
-import timm
 import torch
+from conftest import bright_and_dark, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import avit_lib  # noqa: F401  registers the models
 from avit_lib.packed import attend_buckets, attend_padded, packed_block, run_packed, whole_layout
-
-
-def make_model(gamma=5.0, beta=-2.0, eps=0.01, seed=0, **kwargs):
-    """A small A-ViT whose tokens halt at many different depths."""
-    torch.manual_seed(seed)
-    model = timm.create_model("avit_nano", depth=6, gamma=gamma, beta=beta, eps=eps, **kwargs)
-    model = model.double().eval()
-    with torch.no_grad():
-        model.pos_embed[..., 0].normal_()
-        for block in model.blocks:
-            block.attn.proj.weight.normal_(std=0.3)
-            block.mlp.fc2.weight.normal_(std=0.3)
-    return model
-
-
-def make_images(batch, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, 28, 28, dtype=torch.float64, generator=generator)
 
 
 def run(model, images, execution):
@@ -53,20 +34,18 @@ def assert_same(model, images):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    batch=st.integers(1, 5),
+    batch=st.integers(1, 4),
     gamma=st.floats(1, 10),
     # With the greatest all tokens halt in the first layer, with the least in the last.
     beta=st.one_of(st.floats(-8, 3), st.sampled_from([-1e6, 1e6])),
     eps=st.floats(0.001, 0.5),
     seed=st.integers(0, 1000),
-    class_token=st.sampled_from([0.0, -1e4, 1e4]),  # it halts last, or first
+    class_channel=st.sampled_from([0.0, -1e4, 1e4]),  # the class token halts last, or first
     image=st.sampled_from([0.0, -1e4, 1e4]),  # so do all patches of one image
 )
-def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_token, image):
-    model, images = make_model(gamma, beta, eps, seed), make_images(batch, seed)
-    with torch.no_grad():
-        model.cls_token[..., 0] += class_token
-        model.patch_embed.proj.weight[0] = 1.0  # channel 0 of a patch: the sum of its pixels
+def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_channel, image):
+    model = varied_model(class_channel, seed, gamma=gamma, beta=beta, eps=eps)
+    images = bright_and_dark(seed)[:batch]
     images[-1] += image
     assert_same(model, images)
 
@@ -74,12 +53,12 @@ def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_token
 @pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
 def test_every_attention_gives_the_same(attend, monkeypatch):
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
-    depth = assert_same(make_model(), make_images(8))
+    depth = assert_same(varied_model(0.5), bright_and_dark())
     assert len(depth.unique()) >= 4 and len(depth.sum(dim=1).unique()) >= 4
 
 
 def test_packed_in_evaluation_masked_in_training(monkeypatch):
-    model, images = make_model(), make_images(2)
+    model, images = varied_model(), bright_and_dark()
     monkeypatch.setattr("avit_lib.model.run_packed", None)
     model.train()(images)
     with pytest.raises(TypeError):
@@ -109,8 +88,8 @@ WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repea
 @pytest.mark.parametrize("every_token", [True, False])
 def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(every_token, monkeypatch):
     """No operator whose result the host must know, but the one that reads how many are left."""
-    model = make_model(beta=-4.0)
-    tokens, reads, read = model.embed(make_images(6)), [], torch.Tensor.tolist
+    model = varied_model()
+    tokens, reads, read = model.embed(bright_and_dark()), [], torch.Tensor.tolist
     monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend_padded)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
     with torch.inference_mode(), Operators() as seen:
@@ -121,8 +100,8 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(every_token, monkeypat
 
 def test_stochastic_depth_drops_whole_images():
     """After a block, the tokens of an image have all moved or all stayed."""
-    model = make_model(drop_path_rate=0.5).train()
-    tokens = model.embed(make_images(32))
+    model = varied_model(drop_path_rate=0.5).train()
+    tokens = model.embed(bright_and_dark().repeat(8, 1, 1, 1))
     after = packed_block(
         model.blocks[-1], tokens.flatten(0, 1), whole_layout(32, 17, tokens.device)
     )
@@ -131,5 +110,5 @@ def test_stochastic_depth_drops_whole_images():
 
 
 def test_dropout_of_attention_still_runs():
-    model = make_model(attn_drop_rate=0.5, proj_drop_rate=0.1, execution="packed").train()
-    assert model(make_images(4)).isfinite().all()
+    model = varied_model(attn_drop_rate=0.5, proj_drop_rate=0.1, execution="packed").train()
+    assert model(bright_and_dark()).isfinite().all()

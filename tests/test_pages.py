@@ -22,7 +22,7 @@ LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-0
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch) -> Path:
+def results(tmp_path, monkeypatch):
     """The results of a profile, as its notebooks write them."""
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     made = Results("smoke", 3, "04_evaluation")

@@ -23,15 +23,15 @@ PAGES = ("README.md", "CONTRIBUTING.md", "results/README.md", "notebooks/README.
 each_notebook = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 
 
-def read(path: Path) -> nbformat.NotebookNode:
+def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def tagged(path: Path, tag: str) -> list[str]:
+def tagged(path, tag):
     return [cell.source for cell in read(path).cells if tag in cell.metadata.get("tags", [])]
 
 
-def tracked() -> list[Path]:
+def tracked():
     """The files under version control, relative to the root."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import time
 from functools import cache
@@ -43,7 +44,9 @@ class Results:
 
     def __init__(self, profile: str, seed: int, source: str):
         """``source`` names the notebook, or what else makes these results; its clock starts."""
-        self.profile, self.seed, self.source = profile, seed, source
+        self.profile = profile
+        self.seed = seed
+        self.source = source
         self.folder = results_dir(profile)
         self._started = time.perf_counter()
 
@@ -138,16 +141,7 @@ def _git_state() -> tuple[str, bool | None]:
 
     ("unknown", None) outside git.
     """
-    command = [
-        "git",
-        "status",
-        "--porcelain=v2",
-        "--branch",
-        "--",
-        ":/",
-        ":!/results",
-        ":!/README.md",
-    ]
+    command = shlex.split("git status --porcelain=v2 --branch -- :/ :!/results :!/README.md")
     try:
         told = subprocess.check_output(command, cwd=project_root(), stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):

@@ -76,7 +76,8 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     distillation: NotNegative = 1.0  # weight of the teacher, beside the cross-entropy's 1
 
     def __post_init__(self):
-        warmup, epochs = self.training.warmup_epochs, self.training.epochs
+        warmup = self.training.warmup_epochs
+        epochs = self.training.epochs
         if bool(self.halting) != self.model.startswith("avit_"):
             raise ValueError(
                 f"model {self.model!r}: models avit_* have a section halting, and no others have"

@@ -110,13 +110,13 @@ class Study:
         else:
             training.load_pretrained(model, run.pretrained)
         model.to(self.device)
-        if run.saved or (run.halting and run.halting.fitted):
+        halting = run.halting
+        if run.saved or (halting and halting.fitted):
             batches = loader(self.data.train, FIT_IMAGES, shuffle_seed=self.seed)
             images = next(iter(batches))[0].to(self.device)
-        if run.saved:
-            model = adapt(model, images, run.saved)
-        elif run.halting and run.halting.fitted:
-            wanted = run.halting.target_depth, run.halting.target_std
+            if run.saved:
+                return adapt(model, images, run.saved)
+            wanted = halting.target_depth, halting.target_std
             fit_start(model, images, target_distribution(*wanted, len(model.blocks)))
         return model
 
@@ -179,11 +179,10 @@ class Study:
         fault = "has not been trained to the end"
         if path.is_file():
             found = read_json(path.with_suffix(".json"))
-            same = found.get("run") == self.describe(run, *self.needed(run))
-            if same and found["epoch"] == run.training.epochs:
-                return path
-            if not same:
+            if found.get("run") != self.describe(run, *self.needed(run)):
                 fault = "has settings or images that changed since it was trained"
+            elif found["epoch"] == run.training.epochs:
+                return path
         raise UserError(
             f"{run.label} {fault}, in profile {self.profile.name}: run `make reproduce`, or "
             f"`python -m avit_lib fit --model {name}`, with this profile; or name a checkpoint by "

@@ -14,7 +14,7 @@ from torch import nn
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError, name_some
-from avit_lib.places import digest_file, no_weights, weights_file
+from avit_lib.places import digest_file, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
 
 
@@ -105,7 +105,11 @@ def _download(timm_name: str) -> Path:
     try:
         return Path(hf_hub_download(repository, "model.safetensors"))
     except (OSError, RuntimeError) as error:
-        raise UserError(no_weights(timm_name)) from error
+        raise UserError(
+            f"no weights of {timm_name}: {weights_file(timm_name)} is missing and timm's hub is "
+            f"out of reach; work in a clone of the repository, put the file there, or name its "
+            f"folder in AVIT_WEIGHTS"
+        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,19 +1,22 @@
 """Where images come from: what lies on disk is what a data set holds; what is missing is named."""
 
 import pytest
+from conftest import refused
 from msgspec.structs import replace
 from small_sets import COLOUR, carried, write_images
 
 from avit_lib import data
 from avit_lib.data import Data, check_embedded, project_root
-from avit_lib.errors import UserError
 from avit_lib.places import digest_file
 
 
 @pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch, no_network):
+def elsewhere(tmp_path, monkeypatch):
     """Data sets lie in a folder of their own, and none can be downloaded."""
     monkeypatch.setenv("AVIT_DATA", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
 def test_caltech256(tmp_path):
@@ -47,20 +50,20 @@ def test_imagenet(imagenet, tmp_path):
     with pytest.raises(ValueError, match="of ImageNet all classes and images take part"):
         replace(imagenet, train_per_class=3)
     (tmp_path / "imagenet" / "val" / "n01443537").rename(tmp_path / "imagenet" / "val" / "1")
-    with pytest.raises(UserError, match="identifiers such as n01440764: 1; rename"):
+    with refused("identifiers such as n01440764: 1; rename"):
         data.test_data(imagenet)
 
 
 @pytest.mark.parametrize("name", ["ImageNet", "Caltech256"])
 def test_data_that_are_missing_are_named(name, tmp_path):
-    with pytest.raises(UserError, match=rf"{tmp_path}/{name.lower()}/\w+/<class>.* set AVIT_DATA"):
+    with refused(rf"{tmp_path}/{name.lower()}/\w+/<class>.* set AVIT_DATA"):
         data.test_data(Data(dataset=name, image_size=16, validation_per_class=2))
 
 
 def test_classes_that_a_pool_lacks_are_named(tmp_path):
     write_images(tmp_path / "caltech101" / "101_ObjectCategories", {"ant": 9, "bee": 9})
     for classes, lacking in ((("ant", "wasp"), "wasp"), ((), "99 of its classes")):
-        with pytest.raises(UserError, match=f"{tmp_path}.* it lacks {lacking};"):
+        with refused(f"{tmp_path}.* it lacks {lacking};"):
             data.training_data(replace(COLOUR, classes=classes), 0)
 
 
@@ -95,6 +98,6 @@ def test_an_embedded_file_that_is_not_as_published_is_named(checkout, content):
     (checkout / name).unlink()
     if content is not None:
         (checkout / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"damaged in .*: {name}; .*git checkout -- data"):
+    with refused(rf"damaged in .*: {name}; .*git checkout -- data"):
         data.training_data(replace(COLOUR, classes=("ant",)), 0)
     assert check_embedded(checkout / "weights") == 0  # of which there are no checksums

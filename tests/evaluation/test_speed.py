@@ -49,7 +49,7 @@ def test_speed_is_the_median_with_quartiles_and_compared_with_the_first(clock):
     assert found == pytest.approx([8 / 5, 8 / 2, 1.0])  # of 1, 2, 4, 5, 5 seconds
 
 
-@pytest.mark.usefixtures("one_round")
+@pytest.mark.usefixtures("short_timings")
 def test_a_model_stands_beside_its_plain_twin_at_each_batch_size():
     data, model = random_images(4), varied_model().float()
     images = torch.stack([image for image, _ in data])

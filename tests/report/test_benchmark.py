@@ -21,7 +21,7 @@ def benchmark():
     return module
 
 
-@pytest.mark.usefixtures("one_round")
+@pytest.mark.usefixtures("short_timings")
 def test_it_leaves_tables_and_figures(benchmark, tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     # In this process: new ones know no small model.

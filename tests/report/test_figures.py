@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from conftest import assert_labels_on_the_page
+from conftest import assert_on_the_page
 from IPython.core.formatters import DisplayFormatter
 
 from avit_lib.report import figures
@@ -23,7 +23,7 @@ def test_accuracy_stands_with_its_interval_and_models_of_a_kind_on_a_curve():
     )
     points = evaluated(model=["A-ViT, depth 4", "A-ViT"], accuracy=[0.7, 0.9], mean_depth=[4.02, 6])
     figure = figures.accuracy_against(table, "flops_saved", "FLOPs saved", points=points)
-    assert_labels_on_the_page({"accuracy_against": figure})
+    assert_on_the_page(figure)
     (axis,) = figure.axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert lines["ToMe, by r"] == [[0.3, 0.85], [0.5, 0.8]]

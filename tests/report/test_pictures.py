@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import assert_labels_on_the_page
+from conftest import assert_on_the_page
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from avit_lib.report import pictures
@@ -32,7 +32,7 @@ def show(figure, name):
 def test_depth_maps_draw_with_their_labels_on_the_page():
     images, depth = np.ones((5, 1, 32, 64)), np.arange(5)[:, None] + np.arange(129) % 8 + 1
     names = [f"some_class_{number} 7.5" for number in range(5)]
-    assert_labels_on_the_page({"depth_maps": pictures.depth_maps(images, depth, 12, names)})
+    assert_on_the_page(pictures.depth_maps(images, depth, 12, names))
 
 
 def test_maps_show_patches_in_reading_order_without_the_class_token_also_if_not_square():

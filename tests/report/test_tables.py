@@ -6,20 +6,19 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-from conftest import four_runs, random_images, varied_model
+from conftest import random_images, varied_model
 from msgspec.structs import replace
 
 from avit_lib.evaluation import Predictions, predict
 from avit_lib.flops import plain_flops
 from avit_lib.report import tables
-
-LABELS = ["DeiT", "DeiT trained longer", "A-ViT", "A-ViT fine-tuned"]
+from avit_lib.study import get_profile
 
 
 @pytest.fixture
 def study():
-    """A study of two plain models alike and two that halt, whose batch is larger than its data."""
-    profile = replace(four_runs(), recalibrated={"avit": (2.0,)})
+    """A study whose plain models are alike, as are those that halt, on a few images."""
+    profile = replace(get_profile("smoke"), merging=(2,), recalibrated={"avit": (2.0,)})
     torch.manual_seed(0)
     plain, adaptive = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
     models = {run.name: adaptive if run.halting else plain for run in profile.runs}
@@ -35,13 +34,14 @@ def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
     right = Predictions(torch.eye(10), torch.arange(10), torch.full((10, 17), 3), None, full, 4)
     wrong = replace_fields(right, logits=torch.eye(10).roll(1, 0), flops=full / 4)
     others = ["ToMe, r = 2", "Adaptive merging, 9% saved"]
-    names = [run.name for run in study.profile.runs] + others
+    runs = study.profile.runs
+    names = [run.name for run in runs] + others
     table = tables.evaluation_table(study, dict.fromkeys(names, right) | {"avit": wrong}, others)
-    assert table["model"].tolist() == [*LABELS, *others]
-    assert table["method"].tolist() == ["plain", "plain", "paper", "paper", "peer", "ours"]
-    assert table["accuracy_macro_high"].tolist() == [1, 1, 0, 1, 1, 1]
-    assert table["flops_saved"].tolist() == pytest.approx([0, 0, 0.75, 0, 0, 0])
-    assert table["mean_depth"].fillna(0).tolist() == [3, 3, 3, 3, 0, 3]
+    assert table["model"].tolist() == [run.label for run in runs] + others
+    assert table["method"].tolist() == ["plain"] * 2 + ["paper"] * 4 + ["ours", "peer", "ours"]
+    assert table["accuracy_macro_high"].tolist() == [1] * 5 + [0] + [1] * 3
+    assert table["flops_saved"].tolist() == pytest.approx([0] * 5 + [0.75] + [0] * 3)
+    assert table["mean_depth"].fillna(0).tolist() == [3] * 7 + [0, 3]
 
 
 def test_models_that_need_no_training_save_what_they_are_named_after(study):
@@ -53,5 +53,5 @@ def test_models_that_need_no_training_save_what_they_are_named_after(study):
     assert saved[1] == pytest.approx(saved[0], abs=0.02)
     assert saved[0] > 0.1
     ((label, deeper),) = tables.recalibrated_models(study, "avit").items()
-    assert label == "A-ViT, depth 2"
+    assert label == "A-ViT from ImageNet, depth 2"
     assert predict(deeper, study.test).depth.double().mean() == pytest.approx(2, abs=0.2)

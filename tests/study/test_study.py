@@ -8,16 +8,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import random_images
+from conftest import channels, random_images, refused
 from matplotlib.figure import Figure
 from msgspec import structs
 from PIL import Image
 
 from avit_lib import load
 from avit_lib.data import TrainingData
-from avit_lib.errors import UserError
 from avit_lib.flops import plain_flops
-from avit_lib.starts import channel_parameters
 from avit_lib.study import Sentence, Study
 from avit_lib.study.results import Results
 from avit_lib.study.study import released
@@ -32,7 +30,7 @@ def open_study(small_profile, tmp_path, monkeypatch):
 
     def open_study(text="", data=DATA):
         path = tmp_path / "mine.toml"
-        path.write_text(f"extends = '{small_profile}'\ntraining.weight_decay = 0.0\n{text}\n")
+        path.write_text(f"extends = '{small_profile}'\n{text}\n")
         study = Study(str(path), device="cpu")
         study.data = data
         return study
@@ -40,14 +38,9 @@ def open_study(small_profile, tmp_path, monkeypatch):
     return open_study
 
 
-def channels(model):
-    """All that writes or reads channel 0."""
-    return [parameter[index].detach().clone() for parameter, index in channel_parameters(model)]
-
-
 def test_a_training_is_kept_until_its_settings_or_images_change(open_study, capsys):
     study = open_study()
-    with pytest.raises(UserError, match="has not been trained to the end, in profile mine: run"):
+    with refused("has not been trained to the end, in profile mine: run"):
         study.load("avit_finetuned")
     history = study.train("avit_finetuned")
     trained = {path.name for path in study.checkpoints.iterdir()}
@@ -61,32 +54,27 @@ def test_a_training_is_kept_until_its_settings_or_images_change(open_study, caps
     changed = "runs.avit_finetuned.halting.alpha_distr = 0.3"
     other = replace(DATA, split=DATA.split | {"content": {"train": "another digest"}})
     for study, again in ((open_study(changed), 1), (open_study(changed, other), 2)):
-        with pytest.raises(UserError, match="changed since it was trained"):
+        with refused("changed since it was trained"):
             study.checkpoint("avit_finetuned")
         capsys.readouterr()
         study.train("avit_finetuned")  # and deit, if that is of other images, too
         assert capsys.readouterr().out.count("images changed; training again") == again
 
-    known = study.folder("deit") / "last.json"
-    known.write_text(json.dumps(json.loads(known.read_text()) | {"epoch": 1}))
-    with pytest.raises(UserError, match="DeiT fine-tuned has not been trained to the end"):
+    known = study.folder("deit") / "last.json"  # as an editor saves it, with a mark of its encoding
+    known.write_text("\ufeff" + known.read_text().replace('"epoch": 2', '"epoch": 1'))
+    with refused("DeiT fine-tuned has not been trained to the end"):
         study.checkpoint("deit")  # of two epochs: it was interrupted
 
 
-def test_a_fitted_channel_is_held_or_learns_at_a_rate_of_its_own(open_study, tmp_path):
-    study, steps = open_study(), {}
-    plain = structs.replace(study.profile.run("avit"), training=study.profile.plain.training)
-    fitted = channels(study.initial_model(plain))
-    unfitted = structs.replace(plain, halting=structs.replace(plain.halting, start="beta"))
+def test_a_fitted_channel_is_held_or_trained(open_study):
+    study = open_study()
+    for name, held in (("avit_held", True), ("avit_finetuned", False)):
+        study.train(name)
+        run = study.profile.run(name)
+        fitted = channels(study.initial_model(run))
+        assert all(map(torch.equal, channels(study.load(name)), fitted)) == held
+    unfitted = structs.replace(run, halting=structs.replace(run.halting, start="beta"))
     assert not all(map(torch.equal, channels(study.initial_model(unfitted)), fitted))
-    for rate in (0.0, 0.5, 1.0):
-        halting = structs.replace(plain.halting, channel_rate=rate)
-        run = structs.replace(plain, name=f"rate{rate}", halting=halting)
-        training = structs.replace(run.training, epochs=1)
-        study.train_into(tmp_path / run.name, structs.replace(run, training=training))
-        trained = channels(load(tmp_path / run.name / "last.safetensors")[0])
-        steps[rate] = sum((new - old).abs().sum() for new, old in zip(trained, fitted, strict=True))
-    assert steps[0.0] == 0 and 0.3 < steps[0.5] / steps[1.0] < 0.7
 
 
 def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
@@ -131,7 +119,7 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
         "Made by notebook 04_evaluation.",
     ]
     assert results.read("04_short")["accuracy"][0] == 0.123457
-    with pytest.raises(UserError, match=r"other\.csv is missing; run the notebooks before"):
+    with refused(r"other\.csv is missing; run the notebooks before"):
         results.read("other")
 
     results.figure(Figure(figsize=(1, 1)), "04_points", "Points.")

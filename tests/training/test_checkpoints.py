@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
+from conftest import refused
 from safetensors.torch import save_file
 
 from avit_lib.adaptive import without_thresholds
-from avit_lib.errors import UserError
 from avit_lib.training import (
     count_classes,
     load_checkpoint,
@@ -23,21 +23,6 @@ PUBLISHED = "deit_tiny_patch16_224.fb_in1k"
 def model():
     torch.manual_seed(0)
     return timm.create_model(NAME, **ARGUMENTS)
-
-
-@pytest.fixture
-def saved(model, tmp_path):
-    """The path of a whole checkpoint of ``model``."""
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, model, NAME, ARGUMENTS, epoch=3)
-    return path
-
-
-def assert_refused(load, words):
-    """The error is one line that has these words."""
-    with pytest.raises(UserError) as error:
-        load()
-    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- what is written is what is read ----
@@ -70,9 +55,11 @@ def test_a_plain_model_starts_one_that_halts(tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.items())
 
 
-def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(saved, model):
+def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(model, tmp_path):
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, model, NAME, ARGUMENTS)
     other = timm.create_model(NAME, num_classes=5, beta=-9.0)
-    load_weights(other, saved)
+    load_weights(other, path)
     assert (other.gamma, other.beta) == (5.0, -9.0)
     assert torch.equal(other.head.weight, model.head.weight)
 
@@ -81,7 +68,8 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(save
 def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path, kind):
     path = tmp_path / "other.safetensors"
     save_file({name: value.to(kind) for name, value in model.state_dict().items()}, path)
-    assert_refused(lambda: load_weights(model, path), "has weights that are no real numbers: beta")
+    with refused("has weights that are no real numbers: beta"):
+        load_weights(model, path)
 
 
 # ---- pretrained weights, from a folder or timm's hub ----
@@ -97,10 +85,10 @@ def test_weights_in_a_folder_keep_a_head_of_another_size(model, tmp_path, monkey
     assert torch.equal(model.head.weight, head)
 
 
-def test_without_weights_and_network_both_ways_are_named(tmp_path, monkeypatch, no_network):
+def test_without_weights_and_network_both_ways_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     model = timm.create_model(PUBLISHED, depth=1)
-    words = "timm's hub is out of reach; work in a clone of the repository, put the file there"
-    assert_refused(lambda: load_pretrained(model, PUBLISHED), words)
+    with refused("hub is out of reach; work in a clone of the repository, put the file there"):
+        load_pretrained(model, PUBLISHED)

@@ -1,6 +1,5 @@
 """Two processes do what one does: the same losses and weights, every image in its place."""
 
-import multiprocessing
 import os
 import socket
 
@@ -8,9 +7,9 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import random_images
+import torch.multiprocessing
+from conftest import random_images, refused
 
-from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss
 from avit_lib.training import Training, fit, processes, seed_everything
 
@@ -45,7 +44,7 @@ def join_and_compute(rank, port, folder):
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     with processes.join_others():
         found = {execution: train(folder, execution) for execution in EXECUTIONS}
-        with pytest.raises(UserError, match="a multiple of 2, at most the 64 training images"):
+        with refused("a multiple of 2, at most the 64 training images"):
             train(folder / "odd", "masked", batch_size=15)
     torch.save(found, folder / f"{rank}.pt")
 
@@ -57,17 +56,9 @@ def several(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["avit_lib.training"])
-    started = [
-        context.Process(target=join_and_compute, args=(rank, port, folder))
-        for rank in range(PROCESSES)
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(timeout=600)
-        assert process.exitcode == 0
+    torch.multiprocessing.start_processes(
+        join_and_compute, (port, folder), PROCESSES, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 
