@@ -65,6 +65,8 @@ def test_values_by_hand(scores, eps, depth, ponder, weights):
     assert found[:, 0].tolist() == weights
 
 
-def test_scores_are_in_single_precision_whatever_the_tokens_are():
+def test_the_score_is_read_from_channel_0_in_single_precision():
     tokens, rule = torch.randn(2, 3, 5).half(), HaltingRule(gamma=5.0, beta=-10.0, eps=0.01)
-    assert halting_score(tokens, rule).dtype == torch.float32
+    tokens[0, 0, 0] = 2.5
+    score = halting_score(tokens, rule)
+    assert score.dtype == torch.float32 and score[0, 0].item() == pytest.approx(0.92414, abs=1e-5)
