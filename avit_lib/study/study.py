@@ -133,6 +133,7 @@ class Study:
         description = self.describe(run, start, teacher)
         history = training.finished_history(folder, description, run.training)
         if history is not None:  # before a start is fitted for nothing
+            print(f"{folder} holds this run, trained before: kept", flush=True)
             return history
         for path in filter(None, (start, teacher)):
             classes = read_json(path.with_suffix(".json")).get("run", {}).get("classes")
