@@ -99,23 +99,21 @@ def training_data(data: Data, seed: int) -> TrainingData:
     return _load_training(data.dataset, seed, parts, data)
 
 
-def test_data(data: Data, seed: int = 0, decode: bool = True) -> Images:
+def test_data(data: Data, seed: int = 0) -> Images:
     """The test images, for the final evaluation only: official, or of a pool's split by ``seed``.
 
-    Decoded once, here, if memory allows; with ``decode`` False when they are asked for.
+    Decoded once, here, if memory allows.
     """
     images = official_images(data, train=False)
     if data.dataset in POOLS:
         images = draw(images, seed, partial(plan_pool, data))["test"]
-    return load({"test": images})[0]["test"] if decode else images
+    return load({"test": images})[0]["test"]
 
 
-def folder_test_data(
-    folder: Path, size: int, classes: Sequence[str], decode: bool = True
-) -> Images:
+def folder_test_data(folder: Path, size: int, classes: Sequence[str]) -> Images:
     """The images of ``folder``/test, like ``test_data``; UserError if they are of other classes."""
     images = folder_images(folder / "test", size, classes)
-    return load({"test": images})[0]["test"] if decode else images
+    return load({"test": images})[0]["test"]
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
