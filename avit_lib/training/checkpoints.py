@@ -1,6 +1,7 @@
 """Checkpoints: weights as safetensors, beside each a JSON from which the model is rebuilt."""
 
 import hashlib
+import pickle
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
@@ -16,6 +18,18 @@ from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError, name_some
 from avit_lib.places import digest_file, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
+
+# What safetensors and torch raise for files that are damaged or hold something else, such as code.
+BAD_WEIGHTS = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ValueError,
+)
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -117,7 +131,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     path.open("rb").close()  # what may not be read is told by Python best
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)
-    except Exception:  # of a damaged file, or one that holds code: of many types
+    except BAD_WEIGHTS:
         raise UserError(
             f"{path} is not a whole safetensors file, nor a state dict that torch saved; train or "
             f"download it again, or save the state_dict() of its model"
