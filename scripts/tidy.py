@@ -3,7 +3,7 @@
     python scripts/tidy.py NOTEBOOK
 
 The file is changed in place: without times of day, progress bars that are over and paths of this
-machine.
+machine; its links lead from results/PROFILE/notebooks to where those from notebooks/ led.
 """
 
 import sys
@@ -36,6 +36,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             part.metadata.pop(key, None)
     for cell in notebook.cells:
         if cell.cell_type != "code":
+            cell.source = cell.source.replace("](../", "](../../../")
             continue
         cell.source = shorten_paths(cell.source)  # of a profile of one's own
         cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
