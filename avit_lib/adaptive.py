@@ -27,16 +27,16 @@ from avit_lib.flops import MergingTrace, flops_of_depth, plain_flops
 from avit_lib.merging import (
     IMPORTANCE_WEIGHT,
     SPREAD,
+    STEP,
     Packed,
     feed_forward,
-    importance,
     merge,
     pack,
     plan,
-    stand_in,
+    score_tokens,
     unpack,
 )
-from avit_lib.packed import packed_attention
+from avit_lib.packed import packed_attention, to_dense, to_packed
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that may be asked for
@@ -51,6 +51,7 @@ class Adaptive(TokensLeave):
 
     added = ("thresholds", "importance_weight")
     spread: float = SPREAD
+    step: int = STEP
 
     def compute_features(
         self, x: Tensor, traced: bool, observe: Callable | None = None
@@ -148,24 +149,24 @@ class Adaptive(TokensLeave):
     def _attend(
         self, block: nn.Module, packed: Packed, merges: bool
     ) -> tuple[Packed, Tensor | None, Tensor | None]:
-        """Tokens after attention; if it ``merges`` their scores [T], and rows [T] of partners.
-
-        One of score -inf may not merge.
-        """
+        """Tokens after attention; if it ``merges``, scores [T] and places [T] of partners."""
         layout, prefix = packed.layout, self.num_prefix_tokens
         # ToMe's proportional attention: a token counts as often as tokens are in it.
-        bias = packed.size.log() if len(packed.size) < len(packed.into) else None
+        log_size = packed.size.log()
+        bias = log_size if len(packed.size) < len(packed.into) else None
         tokens, qkv = packed_attention(block, packed.tokens, layout, bias)
         packed = replace(packed, tokens=tokens)
         if not merges:
             return packed, None, None
-        count = len(packed.into) // len(layout.lengths)  # tokens of an image in the first layer
-        patches = layout.index % count >= prefix
-        # Heads are summed: the cosine of their mean is the same.
-        score, partner = stand_in(sum(qkv[:, 1].unbind(1)), layout, patches, prefix)
-        if self.cls_token is not None and self.importance_weight:
-            score = score - self.importance_weight * importance(qkv, packed.size, layout, patches)
-        return packed, score, partner
+        weight = self.importance_weight.item() if self.cls_token is not None else 0.0
+        scores, partners = [], []
+        tables = zip(to_dense(qkv, layout), to_dense(log_size, layout, -torch.inf), strict=True)
+        for table, sizes in tables:
+            query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
+            score, partner = score_tokens(query, key, value, sizes, prefix, weight)
+            scores.append(score)
+            partners.append(partner)
+        return packed, to_packed(scores, layout), to_packed(partners, layout)
 
     def _find_thresholds(self, images: Tensor, wish: float) -> tuple[list[float], float]:
         """Thresholds that save about ``wish`` of the FLOPs, and the share that they really save.
@@ -175,7 +176,8 @@ class Adaptive(TokensLeave):
         parts = [pack(self.embed(part), len(self.blocks)) for part in images.split(64)]
         count = parts[0].layout.lengths[0]
         thresholds = []
-        for layer, number in enumerate(plan(self, count, wish, self.spread), start=1):
+        numbers = plan(self, count, wish, self.spread, self.step)
+        for layer, number in enumerate(numbers, start=1):
             block = self.blocks[layer - 1]
             found = [self._attend(block, part, merges=True) for part in parts]
             scores = torch.cat([score for _, score, _ in found])

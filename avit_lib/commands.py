@@ -21,11 +21,10 @@ from avit_lib import adaptive, data, training
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import bootstrap_intervals, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
-from avit_lib.profiles import lay_over
+from avit_lib.profiles import check, lay_over
 from avit_lib.report import pictures
 from avit_lib.study import Run, Study, get_profile
 from avit_lib.study.results import provenance, results_dir, to_markdown
-from avit_lib.study.settings import checked
 from avit_lib.study.study import released
 from avit_lib.training import processes
 
@@ -53,7 +52,7 @@ def fit(common, output: Path | None, teacher: Path | None, changes: dict[str, An
         history = study.train(run.name)
     else:
         tables = lay_over(to_builtins(run), {"training": changes})
-        run = checked("these settings", run.name, tables, Run)
+        run = check("these settings", run.name, tables, Run)
         if common.data_dir:
             study.data = data.folder_training_data(common.data_dir, study.profile.data, common.seed)
         history = study.train_into(output, run, common.ckpt, teacher)
@@ -106,15 +105,11 @@ def find_test_images(
             return found, about
         trained_on = data.folder_training_data(folder, wanted, seed)
     about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
-    known = run.get("images") or [None]
-    by_name = isinstance(known[0], int)  # written before files were compared by content
-    if about["sha256"] not in known or not (by_name or about["content"] in known):
+    if run.get("images", [])[:2] != [about["sha256"], about["content"]]:
         raise UserError(
             f"{path} was trained on other images than those of {folder or profile.name}: name its "
             f"own by --profile or --data-dir, or a folder with test/ alone"
         )
-    if by_name:
-        print(f"{path} is older: its images are compared by name alone", file=sys.stderr)
     return found, about
 
 
@@ -144,7 +139,8 @@ def describe_data(common) -> None:
     path = results_dir(profile.name) / "metrics" / "split.json"
     recorded = training.read_json(path) if path.is_file() else {}
     if recorded.get("seed") == common.seed:
-        print(f"the same as in {path}, compared by {data.check_split(recorded, found.split)}")
+        data.check_split(recorded, found.split)
+        print(f"the same as in {path}")
 
 
 # --- adapt, benchmark -----------------------------------------------------------------------------

@@ -14,70 +14,66 @@ of tokens run as one packed batch: what has merged is computed no more.
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
-from avit_lib.packed import (
-    Layout,
-    find_places,
-    find_slots,
-    packed_mlp,
-    pad,
-    split_off,
-    whole_layout,
-)
+from avit_lib.packed import Layout, packed_mlp, split_off, whole_layout
 
 # Of the logarithm of a token's importance, against similarity (notebook 07 compares)
 IMPORTANCE_WEIGHT = 0.2
 # Exponent of the schedule of merges over the layers, see ``plan`` (notebook 07 compares)
 SPREAD = 1.0
+# Layers from one merge to the next: to merge costs time (notebook 07 compares)
+STEP = 2
 
 
-def stand_in(keys: Tensor, layout: Layout, patches: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Of each token [T]: its similarity to its partner, and the row of that partner.
+def find_partners(key: Tensor, prefix: int, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """The similarity of every second patch to its partner, and where in its image that one lies.
 
-    The similarity is the cosine of ``keys`` [T, d]. Bipartite, as in ToMe: of the ``patches`` [T]
-    of an image, which follow ``prefix`` other tokens, every second looks for the most similar one
-    among those between. All other tokens have similarity -inf.
+    Both [S, m]. Bipartite, as in ToMe: of the patches of an image, which follow ``prefix`` other
+    tokens, every second looks for the most similar one among those between. Similarity is the
+    cosine of ``key`` [S, heads, n, d], mean over heads; nobody is similar to ``padding`` [S, n].
     """
-    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))  # float16 overflows at 256
-    keys = keys / _norm(keys).clamp(min=1e-12)[:, None]
-    table = pad(keys, layout)[:, prefix:]
-    nobody = pad(torch.zeros_like(keys[:, 0]), layout, -torch.inf)[:, prefix:]
-    similarity = table[:, 1::2] @ table[:, ::2].transpose(1, 2) + nobody[:, None, ::2]
+    key = key.to(torch.promote_types(key.dtype, torch.float32))  # float16 overflows at 256
+    patches = F.normalize(key.mean(dim=1)[:, prefix:], dim=-1)
+    similarity = patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)
+    similarity = similarity.masked_fill(padding[:, None, prefix::2], -torch.inf)
     best = similarity.max(dim=2)
-    first = layout.starts[layout.segment]
-    if not best.values.shape[1]:  # in no image is a patch left that looks for a partner
-        return torch.full_like(keys[:, 0], -torch.inf), first
-    place = find_places(layout) - prefix
-    asks = patches & (place % 2 == 1)
-    found = layout.segment, (place // 2).clamp(0, best.values.shape[1] - 1)
-    score = torch.where(asks, best.values[found], -torch.inf)
-    return score, first + prefix + 2 * best.indices[found]
+    return best.values, prefix + 2 * best.indices
 
 
-def importance(qkv: Tensor, size: Tensor, layout: Layout, patches: Tensor) -> Tensor:
-    """The logarithm of what the class token takes from each token [T], against the mean patch.
+def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int) -> Tensor:
+    """The logarithm of what the class token takes from each patch [S, n - prefix].
 
     That is attention times norm of the value, mean over heads, relative to the mean over the
-    ``patches`` [T] of the image. The class token is the first of its image.
+    patches. ``query``, ``key`` and ``value`` are [S, heads, n, d], the class token is the first;
+    ``log_size`` [S, n] counts in attention, -inf for padding.
     """
-    query, key, value = qkv.unbind(1)  # [T, heads, d]
-    query = query[layout.starts].index_select(0, layout.segment)  # of the class token
-    logits = torch.linalg.vecdot(query, key) / query.shape[-1] ** 0.5
-    logits = logits + size.log()[:, None]  # as in attention
-    attention = pad(logits, layout, -torch.inf).softmax(dim=1)
-    attention = attention.flatten(0, 1).index_select(0, find_slots(layout))  # [T, heads]
-    taken = (attention * _norm(value)).mean(dim=1)
-    number = pad(patches, layout).sum(dim=1).clamp(min=1)
-    mean = pad(taken * patches, layout).sum(dim=1) / number
-    return (taken / mean[layout.segment]).log()
+    logits = query[:, :, :1] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
+    attention = (logits[:, :, 0] + log_size[:, None]).softmax(dim=2)  # [S, heads, n]
+    norm = torch.linalg.vecdot(value, value).sqrt()  # on CPUs several times as fast as torch's
+    taken = (attention * norm).mean(dim=1)[:, prefix:]
+    patches = log_size[:, prefix:].isfinite().sum(dim=1, keepdim=True)
+    return (taken * patches / taken.sum(dim=1, keepdim=True)).log()
 
 
-def _norm(vectors: Tensor) -> Tensor:
-    """Euclidean norm of short vectors: on CPUs several times as fast as torch's."""
-    return torch.linalg.vecdot(vectors, vectors).sqrt()
+def score_tokens(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Scores [S, n] of tokens, -inf for those that may not merge, and where their partners lie.
+
+    Arguments as of ``importance``, which ``weight`` weighs (0: no class token is needed).
+    """
+    best, place = find_partners(key, prefix, log_size.isinf())
+    if weight:
+        best = best - weight * importance(query, key, value, log_size, prefix)[:, 1::2]
+    score = torch.full_like(log_size, -torch.inf, dtype=best.dtype)
+    score[:, prefix + 1 :: 2] = best
+    partner = torch.zeros_like(score, dtype=torch.long)
+    partner[:, prefix + 1 :: 2] = place
+    return score, partner
 
 
 @dataclass(frozen=True)
@@ -111,15 +107,16 @@ def unpack(packed: Packed, values: Tensor) -> Tensor:
 
 
 def merge(packed: Packed, goes: Tensor, partner: Tensor, layer: int) -> Packed:
-    """The tokens after those that ``goes`` [T] marks have joined the rows ``partner`` [T].
+    """The tokens after those that ``goes`` [T] marks have joined others of their image.
 
-    A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
+    Those lie in the places ``partner`` [T] of it. A token becomes the mean of what is in it,
+    weighted by size. ``layer`` counts from 1.
     """
     layout, stay = split_off(packed.layout, ~goes)
     if stay is None:
         return packed
-    gone = goes.nonzero()[:, 0]
-    target = partner[gone]
+    gone = torch.nonzero_static(goes, size=len(goes) - len(stay))[:, 0]
+    target = packed.layout.starts[packed.layout.segment[gone]] + partner[gone]
     size = packed.size.index_add(0, target, packed.size[gone])
     # A mean is what it was plus what each that joins differs from it, by its share of the whole.
     share = packed.size[gone] / size[target]
@@ -137,18 +134,20 @@ def feed_forward(block: nn.Module, packed: Packed) -> Packed:
     return replace(packed, tokens=packed_mlp(block, packed.tokens, packed.layout))
 
 
-def plan(model: VisionTransformer, count: int, saved: float, spread: float) -> list[float]:
+def plan(
+    model: VisionTransformer, count: int, saved: float, spread: float, step: int
+) -> list[float]:
     """How many tokens each layer merges, mean over images, to save about ``saved`` of the FLOPs.
 
-    Layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at most half; the last
-    layer merges none.
+    Every ``step``-th layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at
+    most half; the last layer merges none.
     """
     layers, whole = len(model.blocks), plain_flops(model, count)
 
     def try_scale(scale: float) -> tuple[float, list[float]]:
         left, done, numbers = count, fixed_flops(model), []
         for layer, block in enumerate(model.blocks, start=1):
-            merges = layer < layers
+            merges = layer < layers and layer % step == 0
             share = min(scale * (layer + 1) ** spread, 0.5) if merges else 0.0
             numbers.append(share * (left - model.num_prefix_tokens))
             done += block_flops(block, left, left - numbers[-1], merges)

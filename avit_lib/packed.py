@@ -33,67 +33,86 @@ class Layout:
     lengths: tuple[int, ...]  # S numbers on the host: tokens of each, most first
 
 
-# --- attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d] -----
-# ``bias`` [T], if any, is added to the attention logits of each key.
+# --- attention inside each image ------------------------------------------------------------------
 
 
-def attend_buckets(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
-    """One call of attention for all images of the same length: no padding, good on CPUs."""
+def prefers_padding(device: torch.device) -> bool:
+    """Whether the device is faster in one padded call than in one for each length of images."""
+    return device.type == "cuda"
+
+
+def to_dense(values: Tensor, layout: Layout, fill: float = 0.0) -> list[Tensor]:
+    """``values`` [T, ...] of the tokens as tensors [images, length, ...], to attend inside of.
+
+    One for each length that occurs; or one for all images, padded with ``fill`` to the longest.
+    """
     buckets = Counter(layout.lengths)  # how many images have each length
-    sizes = [length * images for length, images in buckets.items()]
-    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-    outputs = []
-    for length, rows, mask in zip(buckets, qkv.split(sizes), biases, strict=True):
-        rows = rows.unflatten(0, (-1, length)).permute(2, 0, 3, 1, 4)  # [3, images, heads, ...]
-        mask = None if mask is None else mask.view(-1, 1, 1, length)
-        output = F.scaled_dot_product_attention(*rows.unbind(), mask, dropout)
-        outputs.append(output.transpose(1, 2).flatten(2).flatten(0, 1))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(buckets) == 1 or not prefers_padding(values.device):
+        parts = values.split([length * images for length, images in buckets.items()])
+        pairs = zip(parts, buckets, strict=True)
+        return [part.unflatten(0, (-1, length)) for part, length in pairs]
+    shape = len(layout.lengths), layout.lengths[0]
+    table = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
+    return [table.index_copy(0, find_slots(layout), values).unflatten(0, shape)]
 
 
-def attend_padded(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
-    """One masked call for all images, each padded to the longest: plain, and works everywhere."""
-    rows = pad(qkv, layout).permute(2, 0, 3, 1, 4)  # [3, images, heads, longest, d]
-    bias = qkv.new_zeros(len(qkv)) if bias is None else bias
-    mask = pad(bias, layout, -torch.inf)[:, None, None]
-    output = F.scaled_dot_product_attention(*rows.unbind(), mask, dropout)
-    return output.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, find_slots(layout))
-
-
-def attend_varlen(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
-    """One ragged flash-attention kernel (CUDA, half precision, neither dropout nor bias)."""
-    from torch.nn.attention.varlen import varlen_attn  # here, because it exists for CUDA only
-
-    ends, longest = F.pad(layout.starts, (0, 1), value=len(qkv)).int(), layout.lengths[0]
-    return varlen_attn(*qkv.unbind(1), ends, ends, longest, longest).flatten(1)
-
-
-def pick_attention(
-    qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None
-) -> Callable[..., Tensor]:
-    """The fastest way to attend for the device and type of ``qkv``."""
-    if qkv.device.type != "cuda" or layout.lengths[0] == layout.lengths[-1]:
-        return attend_buckets
-    half = qkv.dtype in (torch.float16, torch.bfloat16)
-    return attend_varlen if half and dropout == 0 and bias is None else attend_padded
-
-
-def find_places(layout: Layout) -> Tensor:
-    """The place [T] of each token among those of its image, from 0."""
-    rows = torch.arange(len(layout.segment), device=layout.segment.device)
-    return rows - layout.starts[layout.segment]
+def to_packed(tables: list[Tensor], layout: Layout) -> Tensor:
+    """The values [T, ...] of the tokens in ``tables`` [images, length, ...] as of ``to_dense``."""
+    values = [table.flatten(0, 1) for table in tables]
+    whole = values[0] if len(values) == 1 else torch.cat(values)
+    return whole if len(whole) == len(layout.index) else whole[find_slots(layout)]
 
 
 def find_slots(layout: Layout) -> Tensor:
     """The row [T] of each token where all images are padded to the longest."""
-    return layout.segment * layout.lengths[0] + find_places(layout)
+    place = torch.arange(len(layout.index), device=layout.index.device)
+    return layout.segment * layout.lengths[0] + place - layout.starts[layout.segment]
 
 
-def pad(values: Tensor, layout: Layout, fill: float = 0.0) -> Tensor:
-    """``values`` [T, ...] of tokens as [S, longest, ...], with ``fill`` where there is none."""
-    shape = len(layout.lengths), layout.lengths[0]
-    table = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
-    return table.index_copy(0, find_slots(layout), values).unflatten(0, shape)
+def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
+    """Attention inside each image: queries, keys and values [T, 3, heads, d] -> [T, heads * d].
+
+    ``bias`` [T], if any, is added to the attention logits of each key.
+    """
+    ragged = layout.lengths[0] != layout.lengths[-1]
+    half = qkv.dtype in (torch.float16, torch.bfloat16)
+    if qkv.device.type == "cuda" and ragged and half and not dropout:
+        return attend_varlen(qkv, layout, bias)
+    tables = to_dense(qkv, layout)
+    masks: list[Tensor | None] = [None] * len(tables)
+    if bias is not None or tables[0].numel() > qkv.numel():  # padding is attended by nobody
+        bias = qkv.new_zeros(len(qkv)) if bias is None else bias.to(qkv.dtype)
+        masks = [mask[:, None, None] for mask in to_dense(bias, layout, -torch.inf)]
+    outputs = []
+    for table, mask in zip(tables, masks, strict=True):
+        query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
+        output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
+        outputs.append(output.transpose(1, 2).flatten(2))
+    return to_packed(outputs, layout)
+
+
+def attend_varlen(qkv: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
+    """As ``attend``, by one ragged flash-attention kernel (CUDA, half precision, no dropout)."""
+    from torch.nn.attention.varlen import varlen_attn  # here, because it exists for CUDA only
+
+    width, scale = qkv.shape[-1], qkv.shape[-1] ** -0.5
+    query, key, value = (qkv if bias is None else fold_bias(qkv, bias / scale)).unbind(1)
+    ends, longest = F.pad(layout.starts, (0, 1), value=len(qkv)).int(), layout.lengths[0]
+    output = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale)
+    return output[..., :width].flatten(1)
+
+
+def fold_bias(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Queries, keys and values [T, 3, heads, d + 8] whose products q k have ``bias`` [T] in them.
+
+    In half precision a second channel adds what rounding takes from the first.
+    """
+    rounded = bias.to(qkv.dtype)
+    more = qkv.new_zeros(*qkv.shape[:3], 8)  # kernels want multiples of 8
+    more[:, 0, :, :2] = 1
+    more[:, 1, :, 0] = rounded[:, None]
+    more[:, 1, :, 1] = (bias - rounded)[:, None]
+    return torch.cat([qkv, more], dim=-1)
 
 
 # --- one transformer block on the buffer ----------------------------------------------------------
@@ -120,9 +139,8 @@ def packed_attention(
         q, k, v = qkv.unbind(1)
         qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0
-    bias = None if bias is None else bias.to(qkv.dtype)
-    attended = pick_attention(qkv, layout, dropout, bias)(qkv, layout, dropout, bias)
-    attended = module.proj_drop(module.proj(module.norm(attended)))
+    attended = module.norm(attend(qkv, layout, dropout, bias))
+    attended = module.proj_drop(module.proj(attended))
     return tokens + drop_path(block.drop_path1, block.ls1(attended), layout), qkv
 
 
@@ -149,21 +167,21 @@ def whole_layout(images: int, count: int, device: torch.device) -> Layout:
 
 def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
     """The layout of the tokens to ``keep`` [T], and the rows that stay (None: all as they lie)."""
-    counts = torch.zeros_like(layout.images).index_add_(0, layout.segment, keep.long())
-    lengths = counts.tolist()  # on the host: the only synchronisation of a layer
-    total = sum(lengths)
+    counts = torch.zeros_like(layout.images).index_add_(0, layout.segment, keep.long()).tolist()
+    total = sum(counts)  # known on the host: the only synchronisation of a layer
     if total == len(keep):
         return layout, None
-    counts, by_length = counts.sort(descending=True, stable=True)
-    rank = torch.empty_like(by_length)
-    rank[by_length] = torch.arange(len(rank), device=rank.device)
-    segment = rank[layout.segment]
-    order = torch.where(keep, segment, len(rank)).argsort(stable=True)
-    stay = order[:total]  # those that leave come last
-    lengths = tuple(sorted(filter(None, lengths), reverse=True))
+    stay = torch.nonzero_static(keep, size=total)[:, 0]
+    by_length = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    if len(counts) > 1:
+        rows = stay.split(counts)
+        stay = torch.cat([rows[image] for image in by_length])
+    lengths = tuple(counts[image] for image in by_length if counts[image])
     images = layout.images[by_length[: len(lengths)]]
-    starts = (counts.cumsum(0) - counts)[: len(lengths)]
-    return Layout(layout.index[stay], segment[stay], images, starts, lengths), stay
+    ends = torch.tensor(lengths, device=keep.device).cumsum(0)
+    starts = F.pad(ends[:-1], (1, 0))
+    segment = torch.repeat_interleave(ends - starts, output_size=total)
+    return Layout(layout.index[stay], segment, images, starts, lengths), stay
 
 
 # --- Algorithm 1 on the buffer --------------------------------------------------------------------

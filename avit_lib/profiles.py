@@ -1,7 +1,7 @@
 """Profiles as files: TOML tables, laid over those of the profile that they extend.
 
 What the tables may say stands in ``study.settings``. This imports nothing slow, so that the command
-line can tell at once what is not there.
+line can tell at once what is not there. What is wrong is told in one line that names file and key.
 """
 
 from pathlib import Path
@@ -23,6 +23,41 @@ def find_profile(name: str, folder: Path = Path()) -> Path:
     raise UserError(
         f"unknown profile {name!r}; choose from {known}, or name a file that ends in .toml"
     )
+
+
+def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a profile, and its tables with complete runs, a list.
+
+    A run lies over the one that it extends, else over the section ``training`` for all. Raises
+    UserError when something is missing.
+    """
+    path = find_profile(name)
+    if path.parent != PROFILES and (PROFILES / path.name).is_file():
+        raise UserError(
+            f"{path} would share the results of the profile {path.stem}: give the file another name"
+        )
+    tables = read_tables(path)
+    shared = {"training": tables.pop("training", {})}
+    runs: dict[str, dict] = {}  # by name, those of which a later one may say that it extends them
+    for run, table in check(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
+        extends = table.pop("extends", None)
+        if extends not in (None, *runs):
+            raise UserError(f"{path}: runs.{run}.extends: there is no run {extends!r} before it")
+        runs[run] = lay_over(runs[extends] if extends else shared, table | {"name": run})
+    return path, tables | {"name": path.stem, "runs": list(runs.values())}
+
+
+def check(path: Path | str, key: str, tables: Any, kind: Any) -> Any:
+    """``tables`` as settings of a ``kind``.
+
+    Raises UserError, one line that names ``path``, the key below ``key``, and what is wrong.
+    """
+    try:
+        return msgspec.convert(tables, kind)
+    except msgspec.ValidationError as error:
+        what, _, place = str(error).partition(" - at `$")
+        key = f"{key}{place.rstrip('`')}".lstrip(".")
+        raise UserError(f"{path}: {key}{': ' if key else ''}{what}") from None
 
 
 def read_tables(path: Path) -> dict[str, Any]:

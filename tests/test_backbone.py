@@ -16,9 +16,8 @@ from torch import nn
 from avit_lib import backbone
 from avit_lib.adaptive import adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, trace_model
-from avit_lib.merging import stand_in
+from avit_lib.merging import find_partners
 from avit_lib.model import AViT, masked_block
-from avit_lib.packed import whole_layout
 
 NAME = "avit_nano"
 
@@ -209,9 +208,9 @@ def test_a_frozen_part_stays_in_its_mode_after_a_calibration():
 
 
 def test_large_keys_in_half_precision_merge_as_in_single():
-    keys = torch.randn(9, 8, generator=torch.Generator().manual_seed(0)) * 300
-    layout, patches = whole_layout(1, 9, keys.device), torch.arange(9) > 0
-    expected, found = (stand_in(one, layout, patches, 1) for one in (keys, keys.half()))
+    keys = torch.randn(1, 2, 9, 8, generator=torch.Generator().manual_seed(0)) * 300
+    nobody = torch.zeros(1, 9, dtype=torch.bool)
+    expected, found = (find_partners(one, 1, nobody) for one in (keys, keys.half()))
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
 
 

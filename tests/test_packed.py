@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avit_lib.packed import attend_buckets, attend_padded, packed_block, run_packed, whole_layout
+from avit_lib.packed import fold_bias, packed_block, run_packed, whole_layout
 
 
 def run(model, images, execution):
@@ -50,11 +50,24 @@ def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_chann
     assert_same(model, images)
 
 
-@pytest.mark.parametrize("attend", [attend_buckets, attend_padded])
-def test_every_attention_gives_the_same(attend, monkeypatch):
-    monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend)
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_changes_nothing(padded, monkeypatch):
+    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: padded)
     depth = assert_same(varied_model(0.5), bright_and_dark())
     assert len(depth.unique()) >= 4 and len(depth.sum(dim=1).unique()) >= 4
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
+def test_a_bias_folded_into_queries_and_keys_acts_as_one_that_is_added(dtype, error):
+    qkv = torch.randn(20, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    bias = torch.arange(1, 21).log()
+    query, key, _ = qkv.double().unbind(1)
+    expected = torch.einsum("qhd,khd->hqk", query, key) + bias
+    query, key, value = fold_bias(qkv, bias).double().unbind(1)
+    torch.testing.assert_close(
+        torch.einsum("qhd,khd->hqk", query, key), expected, atol=error, rtol=0
+    )
+    assert torch.equal(value[..., :16], qkv[:, 2].double()) and not value[..., 16:].any()
 
 
 def test_packed_in_evaluation_masked_in_training(monkeypatch):
@@ -82,7 +95,7 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave"}
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2"}
 
 
 @pytest.mark.parametrize("every_token", [True, False])
@@ -90,7 +103,7 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(every_token, monkeypat
     """No operator whose result the host must know, but the one that reads how many are left."""
     model = varied_model()
     tokens, reads, read = model.embed(bright_and_dark()), [], torch.Tensor.tolist
-    monkeypatch.setattr("avit_lib.packed.pick_attention", lambda *_: attend_padded)  # as on a GPU
+    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: True)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
     with torch.inference_mode(), Operators() as seen:
         run_packed(model.blocks, tokens, model.rule, every_token)

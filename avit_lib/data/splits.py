@@ -156,13 +156,10 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
     return TrainingData(train, loaded["validation"], split, data.image_size, data.augmentation)
 
 
-def check_split(recorded: dict, split: dict) -> str:
-    """By what ``split`` (see ``TrainingData``) is the ``recorded`` one: "content", or "names".
-
-    The latter where the record has no more. Raises UserError when they are not of the same images.
-    """
-    content = recorded.get("content", split["content"])
-    other = [role for role, checksum in split["content"].items() if content.get(role) != checksum]
+def check_split(recorded: dict, split: dict) -> None:
+    """Raise UserError unless ``split`` (see ``TrainingData``) is of the ``recorded`` images."""
+    known = recorded["content"]
+    other = [role for role, checksum in split["content"].items() if known.get(role) != checksum]
     if recorded["sha256"] != split["sha256"]:
         other.append("names")
     if other:
@@ -171,4 +168,3 @@ def check_split(recorded: dict, split: dict) -> str:
             f"record: different {', '.join(other)}; compare the files with those of the published "
             f"archive"
         )
-    return "content" if "content" in recorded else "names"

@@ -1,4 +1,27 @@
-"""Other methods on the same backbone, one small file each, from its paper; a new peer goes here.
+"""Other methods on the same backbone: a small file each, written from its paper, and an entry here.
 
-May import the method (the files beside this folder), no other room.
+A peer is made from a trained model and one number. Like our models it says its logits and trace
+(``forward_with_trace``) and what they cost (``flops_of``).
 """
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from avit_lib.peers.tome import TokenMerging
+
+# Of each, how it is made from a model and its number, and what that is called.
+PEERS = {
+    "ToMe": (TokenMerging, "r"),
+    "ToMe in every second layer": (partial(TokenMerging, step=2), "r"),
+}
+
+
+def make_peers(model: nn.Module, numbers: Mapping[str, Sequence[float]]) -> dict[str, nn.Module]:
+    """The peers of a trained ``model`` by label, such as "ToMe, r = 8", for each of its numbers."""
+    made = {}
+    for name, chosen in numbers.items():
+        make, meaning = PEERS[name]
+        made |= {f"{name}, {meaning} = {number}": make(model, number) for number in chosen}
+    return made

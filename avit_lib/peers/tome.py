@@ -48,10 +48,11 @@ def limit(r: int, count: int) -> int:
 class TokenMerging(nn.Module):
     """A trained VisionTransformer that merges the ``r`` most similar pairs in each layer.
 
-    It shares the weights.
+    It shares the weights. With ``step`` 2 it merges in every second layer alone, which the paper
+    doesn't try.
     """
 
-    def __init__(self, model: VisionTransformer, r: int):
+    def __init__(self, model: VisionTransformer, r: int, step: int = 1):
         """Raises UserError unless ``model`` is plain, with one class token, and for r < 0."""
         super().__init__()
         plain = type(model) is VisionTransformer and model.has_class_token
@@ -62,7 +63,8 @@ class TokenMerging(nn.Module):
             )
         if r < 0:
             raise UserError(f"a layer cannot merge {r} tokens; choose r = 0 or more")
-        self.model, self.r, self.blocks = model, r, model.blocks
+        self.model, self.blocks = model, model.blocks
+        self.numbers = [0 if layer % step else r for layer in range(1, len(model.blocks) + 1)]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""
@@ -78,18 +80,20 @@ class TokenMerging(nn.Module):
         size = torch.ones_like(tokens[..., :1])  # how many of the first tokens each stands for
         first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         depth = torch.full_like(first, len(model.blocks))
-        for layer, block in enumerate(model.blocks, start=1):
+        for layer, (block, r) in enumerate(zip(model.blocks, self.numbers, strict=True), start=1):
             count = tokens.shape[1]
             layout = whole_layout(len(tokens), count, tokens.device)
             bias = size.log().flatten()  # softmax(q k^T / sqrt(d) + log s) (equation 1)
             tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
-            keys = qkv[:, 1].mean(dim=1).unflatten(0, (-1, count))
-            stay, gone, target = match(keys, limit(self.r, count))
-            sums = merge(tokens.unflatten(0, (-1, count)) * size, stay, gone, target)
-            size = merge(size, stay, gone, target)
-            tokens = sums / size
-            depth.scatter_(1, first.gather(1, gone), layer)
-            first = first.gather(1, stay)
+            tokens = tokens.unflatten(0, (-1, count))
+            if r:
+                keys = qkv[:, 1].mean(dim=1).unflatten(0, (-1, count))
+                stay, gone, target = match(keys, limit(r, count))
+                sums = merge(tokens * size, stay, gone, target)
+                size = merge(size, stay, gone, target)
+                tokens = sums / size
+                depth.scatter_(1, first.gather(1, gone), layer)
+                first = first.gather(1, stay)
             tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
         return model.forward_head(model.norm(tokens)), MergingTrace(depth)
 
@@ -97,9 +101,9 @@ class TokenMerging(nn.Module):
         """FLOPs [B] of the images traced: the same for all, since all merge as many tokens."""
         model, count = self.model, trace.depth.shape[1]
         done = fixed_flops(model)
-        for block in model.blocks:
-            r = limit(self.r, count)
+        for block, r in zip(model.blocks, self.numbers, strict=True):
+            r = limit(r, count)
             matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B
-            done += matching + block_flops(block, count, count - r, merges=False)
+            done += block_flops(block, count, count - r, merges=False) + matching * (r > 0)
             count -= r
         return torch.full((len(trace.depth),), done, dtype=torch.float64)

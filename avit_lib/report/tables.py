@@ -18,14 +18,14 @@ from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
 from avit_lib.flops import flops_of, plain_flops, trace_model
 from avit_lib.model import AViT
-from avit_lib.peers.tome import TokenMerging
+from avit_lib.peers import PEERS, make_peers
 from avit_lib.starts import calibrate_beta
 from avit_lib.study import Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
-NO_DEPTH = {"mean_depth": math.nan, "mean_executed_depth": math.nan}  # of a peer: r says it all
+PEER = {"method": "peer", "mean_depth": math.nan, "mean_executed_depth": math.nan}
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
 # What others published of DeiT-T on ImageNet's validation images.
 IMAGENET = PUBLISHED.pop("imagenet")
@@ -35,12 +35,12 @@ IMAGENET = PUBLISHED.pop("imagenet")
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
-    """The plain model with ToMe, the bar for a model that learns to halt, and adapted, by label.
+    """The plain model with its peers, the bar for what learns to halt, and adapted, by label.
 
-    ``adaptive.adapt`` saves as much as each ToMe, its thresholds set on 256 validation images.
+    ``adaptive.adapt`` saves as much as each peer, its thresholds set on 256 validation images.
     """
     plain = study.load(study.profile.plain.name)
-    peers = {f"ToMe, r = {r}": TokenMerging(plain, r) for r in study.profile.merging}
+    peers = make_peers(plain, study.profile.peers)
     images = draw_images(study, study.data.validation, 256)
     return peers | adapted_like(plain, peers.values(), images)
 
@@ -58,9 +58,9 @@ def adapted_like(
     return adapted
 
 
-def untrained_method(label: str) -> str:
-    """Whose one of ``merged_models`` is: "peer" or "ours"."""
-    return "ours" if label.startswith(ADAPTED) else "peer"
+def is_peer(label: str) -> bool:
+    """Whether a label of ``merged_models`` is a peer's."""
+    return label.split(", ")[0] in PEERS
 
 
 def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
@@ -102,32 +102,33 @@ def evaluation_table(
 
     First the trained ones; ``others`` are the labels of ``merged_models``.
     """
-    rows = []
+    plain, full = study.profile.plain, full_flops(study)
+    rows: list[dict] = []
     for run in study.profile.runs:
         facts = {"model": run.label, "method": run.method, "init": run.init}
-        rows.append(facts | with_intervals(study, predictions[run.name]))
+        rows.append(facts | measure(predictions[run.name], full))
     for label in others:
-        method, init = untrained_method(label), f"{study.profile.plain.name}, not trained"
-        facts = {"model": label, "method": method, "init": init}
-        depth = NO_DEPTH if method == "peer" else {}
-        rows.append(facts | with_intervals(study, predictions[label]) | depth)
+        facts = {"model": label, "method": "ours", "init": f"{plain.name}, not trained"}
+        beside = PEER if is_peer(label) else {}
+        rows.append(facts | measure(predictions[label], full) | beside)
     return pd.DataFrame(rows)
 
 
-def measure(study: Study, predictions: Predictions) -> dict[str, float]:
-    """The metrics of a model, and the share of FLOPs that it saves against the plain one."""
-    values = metrics(predictions)
+def full_flops(study: Study) -> float:
+    """FLOPs of an image in the plain model."""
     plain = study.load(study.profile.plain.name)
-    full = plain_flops(plain, predictions.depth.shape[1]) / 1e9
-    return values | {"flops_saved": 1 - values["gflops_per_image"] / full}
+    return plain_flops(plain, plain.patch_embed.num_patches + plain.num_prefix_tokens)
 
 
-def with_intervals(study: Study, predictions: Predictions) -> dict[str, float]:
-    """What a model is ``measure``d; after what has a 95 % interval its ends, _low and _high."""
-    values, row = measure(study, predictions), {}
+def measure(predictions: Predictions, full: float) -> dict[str, float]:
+    """Metrics of a model, the share that it saves of ``full`` FLOPs, and ends of intervals.
+
+    The ends of the 95 % interval of a metric, if it has one, stand after it, as _low and _high.
+    """
+    values, row = metrics(predictions), {}
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
-    return row | values
+    return row | values | {"flops_saved": 1 - 1e9 * values["gflops_per_image"] / full}
 
 
 def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:

@@ -6,16 +6,15 @@ own come first.
 """
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import Meta, Struct
 
 from avit_lib.adaptive import MOST
 from avit_lib.data import Data
 from avit_lib.errors import UserError
-from avit_lib.profiles import PROFILES, find_profile, lay_over, read_tables
+from avit_lib.peers import PEERS
+from avit_lib.profiles import check, read_profile
 from avit_lib.training import Training
 from avit_lib.training.loop import NotNegative, Positive
 
@@ -113,8 +112,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     recalibrated: dict[Name, tuple[Layers, ...]] = {}
     # Shares of FLOPs to which a run that merges is set after training.
     budgets: dict[Name, tuple[Saved, ...]] = {}
-    # Tokens that merge in each layer of a peer (``peers.tome``).
-    merging: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    # Other methods, each with its number at several budgets (``peers``).
+    peers: dict[str, tuple[int | float, ...]] = {}
     sweep: tuple[str, ...] = ()  # runs that notebook 08 trains once for each of these seeds
     sweep_seeds: tuple[Seed, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that ``scripts/release.py`` writes
@@ -132,6 +131,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(
                     f"image_size {self.data.image_size} is no multiple of the patch of {run.model}"
                 )
+        for name in self.peers.keys() - PEERS:
+            raise ValueError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
         if len(set(self.sweep_seeds)) < len(self.sweep_seeds):
             raise ValueError("sweep_seeds names a seed twice")
 
@@ -156,37 +157,6 @@ def get_profile(name: str) -> Profile:
     A profile is called like its file. Raises UserError, one line that names file and key, when it
     is missing or something in it is wrong.
     """
-    path = find_profile(name)
-    if path.parent != PROFILES and (PROFILES / path.name).is_file():
-        raise UserError(
-            f"{path} would share the results of the profile {path.stem}: give the file another name"
-        )
-    tables = read_tables(path)
-    shared = {"training": tables.pop("training", {})}
-    runs = {}  # by name, those of which a later one may say that it extends them
-    for run, table in checked(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
-        runs[run] = _complete(path, run, table, runs, shared)
-    return checked(path, "", tables | {"name": path.stem, "runs": list(runs.values())}, Profile)
-
-
-def _complete(path: Path, name: str, table: dict, runs: dict, shared: dict) -> dict[str, Any]:
-    """A run as a complete table, over the run it extends, else over what all runs share."""
-    key = f"runs.{name}"
-    extends = table.pop("extends", None)
-    if extends not in (None, *runs):
-        raise UserError(f"{path}: {key}.extends: there is no run {extends!r} before it")
-    whole = lay_over(runs[extends] if extends else shared, table | {"name": name})
-    return msgspec.to_builtins(checked(path, key, whole, Run))
-
-
-def checked(path: Path | str, key: str, tables: Any, kind: Any) -> Any:
-    """``tables`` as settings of a ``kind``.
-
-    Raises UserError, one line that names ``path``, the key below ``key``, and what is wrong.
-    """
-    try:
-        return msgspec.convert(tables, kind)
-    except msgspec.ValidationError as error:
-        what, _, place = str(error).partition(" - at `$")
-        key = f"{key}{place.rstrip('`')}".lstrip(".")
-        raise UserError(f"{path}: {key}{': ' if key else ''}{what}") from None
+    path, tables = read_profile(name)
+    tables["runs"] = [check(path, f"runs.{run['name']}", run, Run) for run in tables["runs"]]
+    return check(path, "", tables, Profile)

@@ -18,7 +18,7 @@ from avit_lib.study import get_profile
 @pytest.fixture
 def study():
     """A study whose plain models are alike, as are those that halt, on a few images."""
-    profile = replace(get_profile("smoke"), merging=(2,), recalibrated={"avit": (2.0,)})
+    profile = replace(get_profile("smoke"), peers={"ToMe": (2,)}, recalibrated={"avit": (2.0,)})
     torch.manual_seed(0)
     plain, adaptive = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
     models = {run.name: adaptive if run.halting else plain for run in profile.runs}
@@ -46,8 +46,9 @@ def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
 
 def test_models_that_need_no_training_save_what_they_are_named_after(study):
     models = tables.merged_models(study)
+    full = tables.full_flops(study)
     saved = [
-        tables.measure(study, predict(one, study.test))["flops_saved"] for one in models.values()
+        tables.measure(predict(one, study.test), full)["flops_saved"] for one in models.values()
     ]
     assert list(models) == ["ToMe, r = 2", f"Adaptive merging, {saved[0]:.0%} saved"]
     assert saved[1] == pytest.approx(saved[0], abs=0.02)
