@@ -19,7 +19,7 @@ if sys.argv[:1] != ["-m"] or "avit_lib" not in sys.orig_argv:
     from avit_lib.adaptive import Adaptive, adapt
     from avit_lib.errors import UserError
     from avit_lib.halting import HaltingRule, HaltingTrace
-    from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher
+    from avit_lib.losses import AdaptiveLoss, TaskLoss
     from avit_lib.model import AViT
     from avit_lib.starts import calibrate_beta, fit_start, scale_channel_rate
 

@@ -13,6 +13,7 @@ class HaltingRule:
     gamma: float | Tensor  # scales channel 0 into a halting score
     beta: float | Tensor  # shifts it
     eps: float | Tensor  # a token halts when its scores add up to 1 - eps
+    task_gradient: float = 0.0  # strength of ``fade``; 0: as published
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ def decide(cumulative: Tensor, score: Tensor, eps: float | Tensor) -> tuple[Tens
     cumulative = cumulative + score  # cumul += h
     halts = cumulative >= 1 - eps
     return cumulative, halts, torch.where(halts, remainder, score)  # w
+
+
+def fade(cumulative: Tensor, rule: HaltingRule) -> Tensor:
+    """A bias on the attention logits of keys: 0, but with a gradient (ours).
+
+    To halt is a hard decision, so in A-ViT the task has no say in when a patch halts. With the
+    gradient of a token that fades while its scores add up, it has; what is computed stays the same.
+    """
+    left = rule.task_gradient * (1 - cumulative)
+    return left - left.detach()
 
 
 def channel_to_halt(cumulative: Tensor, rule: HaltingRule) -> Tensor:

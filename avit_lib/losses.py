@@ -74,25 +74,15 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A trained model in evaluation mode whose logits another model learns to give.
-
-    It is not in the paper.
-    """
-
-    model: nn.Module
-    alpha: float = 1.0  # weight of the distillation, beside the cross-entropy's 1
-
-
-@dataclass(frozen=True)
 class TaskLoss:
     """Cross-entropy of classes [B] or, as Mixup makes them, probabilities [B, K].
 
-    A teacher adds its distillation.
+    A teacher, which is not in the paper, adds its distillation.
     """
 
     label_smoothing: float = 0.0
-    teacher: Teacher | None = None
+    teacher: nn.Module | None = None  # a trained model in evaluation mode
+    distillation: float = 1.0  # its weight, beside the cross-entropy's 1
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0
@@ -105,9 +95,9 @@ class TaskLoss:
         if self.teacher is None:
             return Losses(task, {"task": task})
         with torch.no_grad():
-            taught = self.teacher.model(images)
+            taught = self.teacher(images)
         distillation = distillation_loss(logits, taught)
-        total = task + self.teacher.alpha * distillation
+        total = task + self.distillation * distillation
         return Losses(total, {"task": task, "distillation": distillation})
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from avit_lib.backbone import attend_as_class
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.packed import Layout, packed_mlp, split_off, whole_layout
 
@@ -47,14 +48,10 @@ def find_partners(key: Tensor, prefix: int, padding: Tensor) -> tuple[Tensor, Te
 def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int) -> Tensor:
     """The logarithm of what the class token takes from each patch [S, n - prefix].
 
-    That is attention times norm of the value, mean over heads, relative to the mean over the
-    patches. ``query``, ``key`` and ``value`` are [S, heads, n, d], the class token is the first;
-    ``log_size`` [S, n] counts in attention, -inf for padding.
+    It is relative to the mean over the patches. Arguments as of ``attend_as_class``, with the
+    logarithm of the tokens' sizes [S, n] as bias, -inf for padding.
     """
-    logits = query[:, :, :1] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
-    attention = (logits[:, :, 0] + log_size[:, None]).softmax(dim=2)  # [S, heads, n]
-    norm = torch.linalg.vecdot(value, value).sqrt()  # on CPUs several times as fast as torch's
-    taken = (attention * norm).mean(dim=1)[:, prefix:]
+    taken = attend_as_class(query, key, value, log_size)[:, prefix:]
     patches = log_size[:, prefix:].isfinite().sum(dim=1, keepdim=True)
     return (taken * patches / taken.sum(dim=1, keepdim=True)).log()
 

@@ -22,6 +22,7 @@ from avit_lib.halting import (
     HaltingRule,
     HaltingTrace,
     executed_depth,
+    fade,
     halting_score,
     halting_step,
     initial_state,
@@ -41,6 +42,7 @@ class AViT(TokensLeave):
     """
 
     added = ("gamma", "beta", "eps")
+    task_gradient = 0.0  # in training, see ``halting.fade``; 0: as published
 
     def __init__(
         self,
@@ -72,7 +74,8 @@ class AViT(TokensLeave):
     @property
     def rule(self) -> HaltingRule:
         """When a token halts."""
-        return HaltingRule(self.gamma, self.beta, self.eps)
+        strength = self.task_gradient if self.training else 0.0
+        return HaltingRule(self.gamma, self.beta, self.eps, strength)
 
     def compute_features(
         self, x: Tensor, traced: bool, observe: Callable | None = None
@@ -123,7 +126,8 @@ def run_masked(
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        tokens = run(masked_block, block, tokens, active)
+        bias = fade(state.cumulative, rule) if rule.task_gradient else None
+        tokens = run(masked_block, block, tokens, active, bias)
         if observe:
             seen = torch.where(active[..., None], tokens, seen)
             observe(seen)
@@ -136,12 +140,20 @@ def run_masked(
     return representation.to(tokens.dtype), HaltingTrace(state.depth, state.ponder, scores, weights)
 
 
-def masked_block(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
-    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended."""
+def masked_block(
+    block: nn.Module, tokens: Tensor, active: Tensor, added: Tensor | None = None
+) -> Tensor:
+    """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended.
+
+    ``added`` [B, N], if any, is added to the attention logits of each key.
+    """
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
     keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
     # A bias, not a mask of truth values: some versions of timm would add those.
-    bias = torch.zeros_like(keys, dtype=tokens.dtype).masked_fill(~keys, -torch.inf)
+    bias = torch.zeros_like(keys, dtype=tokens.dtype)
+    if added is not None:
+        bias = bias + added[:, None, None].to(tokens.dtype)
+    bias = bias.masked_fill(~keys, -torch.inf)
     return block(tokens, attn_mask=bias)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avit_lib.backbone import call
-from avit_lib.halting import HaltingRule, HaltingTrace, decide, halting_score
+from avit_lib.halting import HaltingRule, HaltingTrace, decide, fade, halting_score
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,14 @@ def fold_bias(qkv: Tensor, bias: Tensor) -> Tensor:
 # --- one transformer block on the buffer ----------------------------------------------------------
 
 
-def packed_block(block: nn.Module, tokens: Tensor, layout: Layout) -> Tensor:
-    """timm's Block on a packed buffer: tokens [T, D] -> [T, D].
+def packed_block(
+    block: nn.Module, tokens: Tensor, layout: Layout, bias: Tensor | None = None
+) -> Tensor:
+    """timm's Block on a packed buffer: tokens [T, D] -> [T, D]; ``bias`` as of ``attend``.
 
     Stochastic depth drops whole images, as timm does.
     """
-    return packed_mlp(block, packed_attention(block, tokens, layout)[0], layout)
+    return packed_mlp(block, packed_attention(block, tokens, layout, bias)[0], layout)
 
 
 def packed_attention(
@@ -204,7 +206,8 @@ def packed_layers(
     buffer, layout = tokens.flatten(0, 1), whole_layout(images, count, tokens.device)
     cumulative = torch.zeros_like(halting_score(buffer, rule))  # cumul
     for layer, block in enumerate(blocks, start=1):
-        buffer = run(packed_block, block, buffer, layout)
+        bias = fade(cumulative, rule) if rule.task_gradient else None
+        buffer = run(packed_block, block, buffer, layout, bias)
         last = layer == len(blocks)
         score = halting_score(buffer, rule, last)  # h
         cumulative, halts, weight = decide(cumulative, score, rule.eps)

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from avit_lib.backbone import check_images, evaluating
+from avit_lib.backbone import attend_as_class, check_images, evaluating
 from avit_lib.errors import UserError
 from avit_lib.halting import channel_to_halt, halting_score, halting_step, initial_state
 from avit_lib.model import AViT, masked_block
@@ -86,11 +86,10 @@ def class_attention(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:
     """
     layer = block.attn
     qkv = layer.qkv(block.norm1(tokens)).unflatten(-1, (3, layer.num_heads, layer.head_dim))
-    query, key, value = qkv.unbind(2)
-    query, key, value = layer.q_norm(query[:, 0]), layer.k_norm(key[:, 1:]), value[:, 1:]
-    logits = torch.einsum("bhd,bphd->bph", query, key) / layer.head_dim**0.5
-    attention = logits.masked_fill(~active[:, 1:, None], -torch.inf).softmax(dim=1)
-    return (attention * value.norm(dim=-1)).mean(dim=2)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    bias = torch.zeros_like(tokens[..., 0]).masked_fill(~active, -torch.inf)
+    bias[:, 0] = -torch.inf
+    return attend_as_class(layer.q_norm(query), layer.k_norm(key), value, bias)[:, 1:]
 
 
 def unimportance(block: nn.Module, tokens: Tensor, active: Tensor) -> Tensor:

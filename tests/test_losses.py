@@ -14,7 +14,6 @@ import avit_lib
 from avit_lib.losses import (
     AdaptiveLoss,
     TaskLoss,
-    Teacher,
     distillation_loss,
     distribution_loss,
     halting_distribution,
@@ -149,7 +148,7 @@ def test_distillation_by_hand():
 def test_a_teacher_adds_its_term_and_learns_nothing():
     model, images = varied_model(0.5), bright_and_dark()
     other = varied_model(0.0, beta=-3.0)
-    tasks = TaskLoss(0.1), TaskLoss(0.1, Teacher(other, alpha=0.25))
+    tasks = TaskLoss(0.1), TaskLoss(0.1, other, 0.25)
     alone, taught = (AdaptiveLoss(task=task)(model, images, LABELS) for task in tasks)
     expected = distillation_loss(model(images), other(images))
     torch.testing.assert_close(taught.parts, alone.parts | {"distillation": expected})

@@ -40,11 +40,16 @@ def assert_same(model, images):
     beta=st.one_of(st.floats(-8, 3), st.sampled_from([-1e6, 1e6])),
     eps=st.floats(0.001, 0.5),
     seed=st.integers(0, 1000),
+    strength=st.sampled_from([0.0, 2.0]),
     class_channel=st.sampled_from([0.0, -1e4, 1e4]),  # the class token halts last, or first
     image=st.sampled_from([0.0, -1e4, 1e4]),  # so do all patches of one image
 )
-def test_random_models_and_thresholds(batch, gamma, beta, eps, seed, class_channel, image):
+def test_random_models_and_thresholds(
+    batch, gamma, beta, eps, seed, strength, class_channel, image
+):
     model = varied_model(class_channel, seed, gamma=gamma, beta=beta, eps=eps)
+    model.train()
+    model.task_gradient = strength
     images = bright_and_dark(seed)[:batch]
     images[-1] += image
     assert_same(model, images)

@@ -42,6 +42,7 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # that, see ``starts.py``.
     start: Literal["beta", "class_attention"] = "beta"
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, of that of all else
+    task_gradient: NotNegative = 0.0  # with which the task trains scores (``halting.fade``); 0: not
 
     @property
     def fitted(self) -> bool:
@@ -56,7 +57,7 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @property
     def objective(self) -> dict[str, Any]:
         """What ``losses.AdaptiveLoss`` needs."""
-        own = {"start", "channel_rate", *self.model_arguments}
+        own = {"start", "channel_rate", "task_gradient", *self.model_arguments}
         return {name: getattr(self, name) for name in self.__struct_fields__ if name not in own}
 
 

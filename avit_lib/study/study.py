@@ -13,7 +13,7 @@ from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
 from avit_lib.data import Images, TrainingData, loader, test_data, training_data
 from avit_lib.errors import UserError
-from avit_lib.losses import AdaptiveLoss, TaskLoss, Teacher, target_distribution
+from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Run, get_profile
@@ -141,12 +141,12 @@ class Study:
                 raise UserError(f"{path} knows other classes than the training images")
         model = self.initial_model(run, start)
         taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
-        teaching = taught_by and Teacher(taught_by, run.distillation)
-        task = TaskLoss(run.training.label_smoothing, teaching)
+        task = TaskLoss(run.training.label_smoothing, taught_by, run.distillation)
         loss: TaskLoss | AdaptiveLoss = task
         adjust = None
         if run.halting:
             model.execution = run.training.execution
+            model.task_gradient = run.halting.task_gradient
             loss = AdaptiveLoss(**run.halting.objective, task=task, average=processes.mean)
             if run.halting.fitted:
                 adjust = partial(scale_channel_rate, model, rate=run.halting.channel_rate)
