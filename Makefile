@@ -93,7 +93,7 @@ reproduce: $(NAMES:%=$(STAMPS)/%)  ## Train and run what is out of date in PROFI
 $(STAMPS)/03_train_avit: $(STAMPS)/02_finetune_deit
 $(STAMPS)/04_evaluation: $(STAMPS)/03_train_avit
 $(STAMPS)/05_halting_analysis: $(STAMPS)/03_train_avit
-$(STAMPS)/06_efficiency: $(STAMPS)/03_train_avit
+$(STAMPS)/06_efficiency: $(STAMPS)/04_evaluation
 $(STAMPS)/07_adapt: $(STAMPS)/04_evaluation
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 

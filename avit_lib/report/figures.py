@@ -16,25 +16,24 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
 from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
 
 WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
-AVIT_COLOURS = {  # by a word of the label
-    "halting trained": PALETTE[3],
-    "halting held": PALETTE[1],
-    "ImageNet": PALETTE[5],
-    "": PALETTE[2],
+AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
+    "halting trained": "C3",
+    "halting held": "C1",
+    "ImageNet": "C5",
+    "": "C2",
 }
 OTHER_COLOURS = {
-    "ToMe": PALETTE[4],
+    "ToMe": "C4",
     "merging trained": INK,
-    "Adaptive": PALETTE[7],
-    "longer": PALETTE[9],
-    "": PALETTE[0],
+    "Adaptive": "C7",
+    "longer": "C9",
+    "": "C0",
 }
 CURVES = {  # marker, line, what is varied and stands beside the points
     "ToMe": ("s", ":", "r"),
@@ -42,8 +41,9 @@ CURVES = {  # marker, line, what is varied and stands beside the points
     "Adaptive merging trained": ("P", "-", "FLOPs saved"),
 }
 BY_BETA = ("o", "--", "mean depth")
-# Where words stand beside their point, in points right and up of it.
-PLACES = [(7, 5), (7, -12), (-25, 5), (-25, -12)]
+# Where the middle of words stands beside their point, in points right and up of it: around it, then
+# farther out.
+PLACES = [(x * r, y * r) for r in (1, 1.7) for y in (10, -10, 0) for x in (15, -15, 0) if x or y]
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 
@@ -59,8 +59,9 @@ class NotebookFigure(Figure):
 @cache
 def theme() -> dict[str, Any]:
     """The settings of matplotlib in ``theme.mplstyle``, of its fonts those that this system has."""
-    path = Path(__file__).with_name("theme.mplstyle")
-    settings = rc_params_from_file(path, use_default_template=False)
+    settings = rc_params_from_file(
+        Path(__file__).with_name("theme.mplstyle"), use_default_template=False
+    )
     # A font that is missing would warn at every word.
     settings["font.family"] = [one for one in settings["font.family"] if one in get_font_names()]
     return settings
@@ -110,8 +111,9 @@ def learning_curves(histories: dict[str, pd.DataFrame], panels: dict[str, str]) 
     for axis, (column, label) in zip(axes[0], panels.items(), strict=True):
         for model, history in histories.items():
             if column in history:
-                look = {"marker": "o", "color": model_colour(model), "label": model}
-                axis.plot(history["epoch"], history[column], **look)
+                axis.plot(
+                    history["epoch"], history[column], "o-", color=model_colour(model), label=model
+                )
         axis.set(xlabel="epoch", ylabel=label)
         if "accuracy" in column:
             percent(axis)
@@ -152,17 +154,17 @@ def accuracy_against(
     for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
         part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
         ends = part[f"{accuracy}_low"], part[f"{accuracy}_high"]
-        several = len(part) > 1
-        label = f"{name}, by {varied}" if several else name
+        label = name
+        if len(part) > 1:
+            label += f", by {varied}"
+            for _, row in part.iterrows():
+                beside = {
+                    "r": row.model.split()[-1],
+                    "mean depth": f"{row.mean_depth:.1f}",
+                    "FLOPs saved": f"{row.flops_saved:.0%}",
+                }
+                notes.append((beside[varied], row[[x, accuracy]], model_colour(name)))
         curve(axis, name, part[x], part[accuracy], *ends, label)
-        for row in part.itertuples() if several else ():
-            beside = {
-                "r": row.model.split()[-1],
-                "mean depth": f"{row.mean_depth:.1f}",
-                "FLOPs saved": f"{row.flops_saved:.0%}",
-            }
-            point = getattr(row, x), getattr(row, accuracy)
-            notes.append((beside[varied], point, model_colour(name)))
     axis.margins(x=0.07)
     mean = "accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy"
     axis.set(xlabel=xlabel, ylabel=mean)
@@ -177,16 +179,30 @@ def label_points(
 ) -> None:
     """Write each note (words, point, colour) beside its point, at the first of the best places.
 
-    The best are those at which it covers the fewest notes and ``points`` [P, 2].
+    The best are those at which it covers the fewest notes and ``points`` [P, 2], then the fewest
+    lines.
     """
     figure.draw_without_rendering()  # places in pixels are known only now
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axis.transData.transform(points)]
-    look = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
+    pixels = axis.transData.transform(points)
+    lines = [line.get_path().transformed(axis.transData) for line in axis.lines]
+    taken = []
     for words, point, colour in notes:
-        note = axis.annotate(words, point, PLACES[0], color=colour, **look)
+        note = axis.annotate(
+            words,
+            point,
+            PLACES[0],
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=colour,
+            path_effects=HALO,
+        )
         covered = {}
         for place in PLACES:
             note.set_position(place)
-            covered[place] = note.get_window_extent().count_overlaps(taken)
+            box = note.get_window_extent()
+            hidden = box.padded(5).count_contains(pixels) + box.count_overlaps(taken)
+            covered[place] = hidden, sum(line.intersects_bbox(box, False) for line in lines)
         note.set_position(min(PLACES, key=covered.__getitem__))
-        taken.append(note.get_window_extent())
+        taken += [note.get_window_extent()]

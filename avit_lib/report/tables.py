@@ -69,7 +69,7 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     Nothing is trained: beta is set on 64 validation images, thresholds are set on 256.
     """
     run, models = study.profile.run(name), {}
-    model = study.load(run.name)
+    model = study.load(name)
     pixels = draw_images(study, study.data.validation, 64 if run.halting else 256)
     for depth in study.profile.recalibrated.get(name, ()):
         models[f"{run.label}, depth {depth:g}"] = recalibrate(model, pixels, depth)
