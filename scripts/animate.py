@@ -26,10 +26,12 @@ DURATION, HELD = 450, 2000  # milliseconds that a layer is shown, and the last o
 
 def draw_frame(images: torch.Tensor, grids: dict, titles: list[str], layer: int) -> Image.Image:
     """The photographs after ``layer`` layers: what has left is covered."""
-    rows = []
+    rows: list[pictures.Row] = []
     for name, grid in grids.items():
         words = f"{name}\nafter layer\n{layer}"
-        rows.append((words, pictures.veiled(images, (grid <= layer) * (layer < grid.max())), titles))
+        rows.append(
+            (words, pictures.veiled(images, (grid <= layer) * (layer < grid.max())), titles)
+        )
         titles = []
     figure = pictures.mosaic(rows)
     canvas = FigureCanvasAgg(figure)

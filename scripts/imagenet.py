@@ -23,12 +23,10 @@ from avit_lib.data import Images, to_pixels
 from avit_lib.data.datasets import imagenet_images
 from avit_lib.errors import UserError
 from avit_lib.evaluation import predict
-from avit_lib.peers import make_peers
-from avit_lib.report.tables import IMAGENET, adapted_like
+from avit_lib.report.tables import IMAGENET, merge_both_ways
+from avit_lib.study import get_profile
 from avit_lib.study.results import to_markdown
 from avit_lib.training import pick_device
-
-BUDGETS = {"ToMe": (8, 13, 16)}  # of peers, beside which an adapted model is measured
 
 
 def open_folder(model: nn.Module, folder: Path) -> Images:
@@ -59,8 +57,8 @@ def compare(
         source = open_folder(model, train) if train.is_dir() else tested
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
         images = source[order[:CALIBRATION]][0].to(device)
-        peers = make_peers(model, BUDGETS)
-        models = {"plain": model} | peers | adapted_like(model, peers.values(), images)
+        merged = merge_both_ways(model, get_profile("imagenet"), images)
+        models = {"plain": model} | merged
     rows = []
     for name, one in models.items():
         found = predict(one, tested, batch_size, device)

@@ -19,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
 
+from avit_lib.peers import PEERS
+
 WIDTH = 8.0  # inches of every figure: at 100 dots an inch it fills a README
 INK, MUTED = "#222222", "#707070"
 PALETTE = sns.color_palette("colorblind")
@@ -28,19 +30,19 @@ AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "ImageNet": "C5",
     "": "C2",
 }
+PEER_COLOURS = ("C4", "C8", "C6")  # in the order of the registry, then again
 OTHER_COLOURS = {
-    "ToMe": "C4",
     "merging trained": INK,
     "Adaptive": "C7",
     "longer": "C9",
     "": "C0",
 }
-CURVES = {  # marker, line, what is varied and stands beside the points
-    "ToMe": ("s", ":", "r"),
-    "Adaptive merging": ("D", "-.", "FLOPs saved"),
-    "Adaptive merging trained": ("P", "-", "FLOPs saved"),
+CURVES = {  # marker and line of models that are no A-ViTs; of their peers the last
+    "Adaptive merging": ("D", "-."),
+    "Adaptive merging trained": ("P", "-"),
+    "": ("s", ":"),
 }
-BY_BETA = ("o", "--", "mean depth")
+BY_BETA = ("o", "--")
 # Where the middle of words stands beside their point, in points right and up of it: around it, then
 # farther out.
 PLACES = [(x * r, y * r) for r in (1, 1.7) for y in (10, -10, 0) for x in (15, -15, 0) if x or y]
@@ -88,6 +90,9 @@ def legible(words: str) -> str:
 
 def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
+    kind = label.split(", ")[0]
+    if kind in PEERS:
+        return PEER_COLOURS[[*PEERS].index(kind) % len(PEER_COLOURS)]
     kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
     return next(colour for word, colour in kinds.items() if word in label)
 
@@ -131,7 +136,8 @@ def curve(
     label: str,
 ) -> None:
     """A curve in the look of the model ``name``, with a bar ``low`` to ``high`` at each point."""
-    colour, (marker, line, _) = model_colour(name), CURVES.get(name, BY_BETA)
+    looks = {"": BY_BETA} if name.startswith("A-ViT") else CURVES
+    colour, (marker, line) = model_colour(name), looks.get(name, looks[""])
     axis.plot(x, value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.45)
 
@@ -146,24 +152,20 @@ def accuracy_against(
     """Column ``accuracy`` of the evaluation ``table``, with its interval, against column ``x``.
 
     What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of
-    each model at several depths; beside a point of a curve stands its r, share of FLOPs saved or
-    mean depth.
+    each model at several depths; beside a point of a curve stands the number of a peer, the share
+    of FLOPs saved or the mean depth.
     """
     figure, [[axis]] = subplots(height=5.0)
     rows, notes = pd.concat([table, points]).drop_duplicates("model"), []
     for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
-        part, varied = part.sort_values(x), CURVES.get(name, BY_BETA)[2]
+        part = part.sort_values(x)
         ends = part[f"{accuracy}_low"], part[f"{accuracy}_high"]
         label = name
         if len(part) > 1:
-            label += f", by {varied}"
             for _, row in part.iterrows():
-                beside = {
-                    "r": row.model.split()[-1],
-                    "mean depth": f"{row.mean_depth:.1f}",
-                    "FLOPs saved": f"{row.flops_saved:.0%}",
-                }
-                notes.append((beside[varied], row[[x, accuracy]], model_colour(name)))
+                varied, beside = describe_point(row)
+                notes.append((beside, row[[x, accuracy]], model_colour(name)))
+            label += f", by {varied}"
         curve(axis, name, part[x], part[accuracy], *ends, label)
     axis.margins(x=0.07)
     mean = "accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy"
@@ -172,6 +174,16 @@ def accuracy_against(
     legend_above(figure, axis)
     label_points(figure, axis, notes, rows[[x, accuracy]].to_numpy())
     return figure
+
+
+def describe_point(row: pd.Series) -> tuple[str, str]:
+    """What is varied along the curve of a model, and its value at the point of this row."""
+    if " = " in row.model:  # a peer's
+        varied, beside = row.model.split(", ")[1].split(" = ")
+        return varied, beside
+    if row.model.startswith("A-ViT"):
+        return "mean depth", f"{row.mean_depth:.1f}"
+    return "FLOPs saved", f"{row.flops_saved:.0%}"
 
 
 def label_points(

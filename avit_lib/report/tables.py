@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from avit_lib.adaptive import Adaptive, adapt
+from avit_lib.adaptive import adapt
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
-from avit_lib.flops import flops_of, plain_flops, trace_model
+from avit_lib.flops import plain_flops
 from avit_lib.model import AViT
 from avit_lib.peers import PEERS, make_peers
 from avit_lib.starts import calibrate_beta
-from avit_lib.study import Study
+from avit_lib.study import Profile, Study
 
 DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
@@ -35,27 +35,20 @@ IMAGENET = PUBLISHED.pop("imagenet")
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
-    """The plain model with its peers, the bar for what learns to halt, and adapted, by label.
-
-    ``adaptive.adapt`` saves as much as each peer, its thresholds set on 256 validation images.
-    """
-    plain = study.load(study.profile.plain.name)
-    peers = make_peers(plain, study.profile.peers)
+    """``merge_both_ways`` of the study's plain model, thresholds set on 256 validation images."""
     images = draw_images(study, study.data.validation, 256)
-    return peers | adapted_like(plain, peers.values(), images)
+    return merge_both_ways(study.load(study.profile.plain.name), study.profile, images)
 
 
-@torch.inference_mode()
-def adapted_like(
-    plain: nn.Module, peers: Iterable[nn.Module], images: Tensor
-) -> dict[str, Adaptive]:
-    """``plain`` adapted on ``images`` so that it saves as many FLOPs as each of its ``peers``."""
-    adapted = {}
-    for peer in peers:
-        trace = trace_model(peer, images[:1])[1]
-        share = 1 - flops_of(peer, trace).item() / plain_flops(plain, trace.depth.shape[1])
-        adapted[f"{ADAPTED}, {share:.0%} saved"] = adapt(plain, images, share)
-    return adapted
+def merge_both_ways(plain: nn.Module, profile: Profile, images: Tensor) -> dict[str, nn.Module]:
+    """A plain model with its peers, the bar for what learns, and adapted on ``images``, by label.
+
+    At the budgets that the profile names.
+    """
+    models = make_peers(plain, profile.peers)
+    for share in profile.adapted:
+        models[f"{ADAPTED}, {share:.0%} saved"] = adapt(plain, images, share)
+    return models
 
 
 def is_peer(label: str) -> bool:

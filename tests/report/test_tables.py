@@ -18,7 +18,9 @@ from avit_lib.study import get_profile
 @pytest.fixture
 def study():
     """A study whose plain models are alike, as are those that halt, on a few images."""
-    profile = replace(get_profile("smoke"), peers={"ToMe": (2,)}, recalibrated={"avit": (2.0,)})
+    profile = replace(
+        get_profile("smoke"), peers={"ToMe": (2,)}, adapted=(0.1,), recalibrated={"avit": (2.0,)}
+    )
     torch.manual_seed(0)
     plain, adaptive = timm.create_model("deit_nano").eval(), varied_model(depth=4).float()
     models = {run.name: adaptive if run.halting else plain for run in profile.runs}
@@ -33,7 +35,7 @@ def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
     full = torch.full((10,), plain_flops(study.load("deit"), 17))
     right = Predictions(torch.eye(10), torch.arange(10), torch.full((10, 17), 3), None, full, 4)
     wrong = replace_fields(right, logits=torch.eye(10).roll(1, 0), flops=full / 4)
-    others = ["ToMe, r = 2", "Adaptive merging, 9% saved"]
+    others = ["ToMe, r = 2", "Adaptive merging, 10% saved"]
     runs = study.profile.runs
     names = [run.name for run in runs] + others
     table = tables.evaluation_table(study, dict.fromkeys(names, right) | {"avit": wrong}, others)
@@ -50,9 +52,8 @@ def test_models_that_need_no_training_save_what_they_are_named_after(study):
     saved = [
         tables.measure(predict(one, study.test), full)["flops_saved"] for one in models.values()
     ]
-    assert list(models) == ["ToMe, r = 2", f"Adaptive merging, {saved[0]:.0%} saved"]
-    assert saved[1] == pytest.approx(saved[0], abs=0.02)
-    assert saved[0] > 0.1
+    assert list(models) == ["ToMe, r = 2", "Adaptive merging, 10% saved"]
+    assert saved[0] > 0.1 and saved[1] == pytest.approx(0.1, abs=0.01)
     ((label, deeper),) = tables.recalibrated_models(study, "avit").items()
     assert label == "A-ViT from ImageNet, depth 2"
     assert predict(deeper, study.test).depth.double().mean() == pytest.approx(2, abs=0.2)
