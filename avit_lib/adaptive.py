@@ -25,9 +25,11 @@ from avit_lib.backbone import (
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, flops_of_depth, plain_flops
 from avit_lib.merging import (
+    GRAIN,
     IMPORTANCE_WEIGHT,
     SPREAD,
     STEP,
+    Candidates,
     Packed,
     feed_forward,
     merge,
@@ -36,7 +38,7 @@ from avit_lib.merging import (
     score_tokens,
     unpack,
 )
-from avit_lib.packed import packed_attention, to_dense, to_packed
+from avit_lib.packed import packed_attention, to_dense
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that may be asked for
@@ -138,9 +140,9 @@ class Adaptive(TokensLeave):
         packed = pack(tokens, len(self.blocks))
         for layer, threshold in enumerate(self.thresholds.tolist(), start=1):
             block, merges = self.blocks[layer - 1], math.isfinite(threshold)
-            packed, score, partner = self.run(self._attend, block, packed, merges)
+            packed, found = self.run(self._attend, block, packed, merges)
             if merges:
-                packed = merge(packed, score > threshold, partner, layer)
+                packed = merge(packed, found, threshold, layer)
             packed = self.run(feed_forward, block, packed)
             if observe:
                 observe(unpack(packed, packed.tokens).view_as(tokens))
@@ -148,8 +150,8 @@ class Adaptive(TokensLeave):
 
     def _attend(
         self, block: nn.Module, packed: Packed, merges: bool
-    ) -> tuple[Packed, Tensor | None, Tensor | None]:
-        """Tokens after attention; if it ``merges``, scores [T] and places [T] of partners."""
+    ) -> tuple[Packed, list[Candidates]]:
+        """Tokens after attention; if it ``merges``, who may merge."""
         layout, prefix = packed.layout, self.num_prefix_tokens
         # ToMe's proportional attention: a token counts as often as tokens are in it.
         log_size = packed.size.log()
@@ -157,16 +159,14 @@ class Adaptive(TokensLeave):
         tokens, qkv = packed_attention(block, packed.tokens, layout, bias)
         packed = replace(packed, tokens=tokens)
         if not merges:
-            return packed, None, None
+            return packed, []
         weight = self.importance_weight.item() if self.cls_token is not None else 0.0
-        scores, partners = [], []
+        found = []
         tables = zip(to_dense(qkv, layout), to_dense(log_size, layout, -torch.inf), strict=True)
         for table, sizes in tables:
             query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
-            score, partner = score_tokens(query, key, value, sizes, prefix, weight)
-            scores.append(score)
-            partners.append(partner)
-        return packed, to_packed(scores, layout), to_packed(partners, layout)
+            found.append(score_tokens(query, key, value, sizes, prefix, weight))
+        return packed, found
 
     def _find_thresholds(self, images: Tensor, wish: float) -> tuple[list[float], float]:
         """Thresholds that save about ``wish`` of the FLOPs, and the share that they really save.
@@ -179,12 +179,13 @@ class Adaptive(TokensLeave):
         numbers = plan(self, count, wish, self.spread, self.step)
         for layer, number in enumerate(numbers, start=1):
             block = self.blocks[layer - 1]
-            found = [self._attend(block, part, merges=True) for part in parts]
-            scores = torch.cat([score for _, score, _ in found])
-            threshold = _find_threshold(scores, round(number * len(images)))
+            attended = [self._attend(block, part, merges=True) for part in parts]
+            scores = torch.cat([one.score.flatten() for _, found in attended for one in found])
+            wanted = number + (GRAIN - 1) / 2 if number else 0  # what ``choose`` leaves out
+            threshold = _find_threshold(scores, round(wanted * len(images)))
             parts = [
-                feed_forward(block, merge(part, score > threshold, partner, layer))
-                for part, score, partner in found
+                feed_forward(block, merge(part, found, threshold, layer))
+                for part, found in attended
             ]
             thresholds.append(threshold)
         depth = torch.cat([part.depth for part in parts]).view(-1, count)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from avit_lib.backbone import attend_as_class
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
-from avit_lib.packed import Layout, packed_mlp, split_off, whole_layout
+from avit_lib.packed import Layout, packed_mlp, split_off, to_packed, whole_layout
 
 # Of the logarithm of a token's importance, against similarity (notebook 07 compares)
 IMPORTANCE_WEIGHT = 0.2
@@ -28,20 +28,22 @@ IMPORTANCE_WEIGHT = 0.2
 SPREAD = 1.0
 # Layers from one merge to the next: to merge costs time (notebook 07 compares)
 STEP = 2
+# Images keep a multiple of so many tokens: lengths that they share are fewer calls of attention
+GRAIN = 8
 
 
-def find_partners(key: Tensor, prefix: int, padding: Tensor) -> tuple[Tensor, Tensor]:
+def find_partners(key: Tensor, prefix: int, log_size: Tensor) -> tuple[Tensor, Tensor]:
     """The similarity of every second patch to its partner, and where in its image that one lies.
 
     Both [S, m]. Bipartite, as in ToMe: of the patches of an image, which follow ``prefix`` other
     tokens, every second looks for the most similar one among those between. Similarity is the
-    cosine of ``key`` [S, heads, n, d], mean over heads; nobody is similar to ``padding`` [S, n].
+    cosine of ``key`` [S, heads, n, d], mean over heads; nobody is similar to padding, for which
+    ``log_size`` [S, n] is -inf.
     """
     key = key.to(torch.promote_types(key.dtype, torch.float32))  # float16 overflows at 256
-    patches = F.normalize(key.mean(dim=1)[:, prefix:], dim=-1)
+    patches = F.normalize(key.sum(dim=1)[:, prefix:], dim=-1)
     similarity = patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)
-    similarity = similarity.masked_fill(padding[:, None, prefix::2], -torch.inf)
-    best = similarity.max(dim=2)
+    best = (similarity + log_size[:, None, prefix::2].clamp(max=0)).max(dim=2)
     return best.values, prefix + 2 * best.indices
 
 
@@ -52,25 +54,45 @@ def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, pref
     logarithm of the tokens' sizes [S, n] as bias, -inf for padding.
     """
     taken = attend_as_class(query, key, value, log_size)[:, prefix:]
-    patches = log_size[:, prefix:].isfinite().sum(dim=1, keepdim=True)
-    return (taken * patches / taken.sum(dim=1, keepdim=True)).log()
+    patches = log_size.isfinite().sum(dim=1, keepdim=True) - prefix
+    return (taken * (patches / taken.sum(dim=1, keepdim=True))).log()
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Who may merge in a layer, of S images of n tokens."""
+
+    score: Tensor  # [S, n], -inf: may not
+    partner: Tensor  # [S, n] where in its image the one lies that can stand for it
+    count: Tensor  # [S, 1] tokens of each image; less than n where it is padded
 
 
 def score_tokens(
     query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int, weight: float
-) -> tuple[Tensor, Tensor]:
-    """Scores [S, n] of tokens, -inf for those that may not merge, and where their partners lie.
+) -> Candidates:
+    """Score tokens by similarity minus ``weight`` times importance, whose arguments these are.
 
-    Arguments as of ``importance``, which ``weight`` weighs (0: no class token is needed).
+    With weight 0 no class token is needed.
     """
-    best, place = find_partners(key, prefix, log_size.isinf())
+    best, place = find_partners(key, prefix, log_size)
     if weight:
         best = best - weight * importance(query, key, value, log_size, prefix)[:, 1::2]
     score = torch.full_like(log_size, -torch.inf, dtype=best.dtype)
     score[:, prefix + 1 :: 2] = best
     partner = torch.zeros_like(score, dtype=torch.long)
     partner[:, prefix + 1 :: 2] = place
-    return score, partner
+    return Candidates(score, partner, log_size.isfinite().sum(dim=1, keepdim=True))
+
+
+def choose(found: Candidates, threshold: float) -> Tensor:
+    """Which tokens merge, [S, n] bool: those whose score exceeds the threshold.
+
+    But for the least of them: each image keeps a multiple of ``GRAIN`` tokens.
+    """
+    above = (found.score > threshold).sum(dim=1, keepdim=True)
+    number = (above - (above - found.count) % GRAIN).clamp(min=0)
+    limit = found.score.sort(dim=1, descending=True).values.gather(1, number)
+    return found.score > limit.clamp(min=threshold)
 
 
 @dataclass(frozen=True)
@@ -103,12 +125,13 @@ def unpack(packed: Packed, values: Tensor) -> Tensor:
     return values[row[packed.into]]
 
 
-def merge(packed: Packed, goes: Tensor, partner: Tensor, layer: int) -> Packed:
-    """The tokens after those that ``goes`` [T] marks have joined others of their image.
+def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int) -> Packed:
+    """The tokens after those chosen from the candidates (as of ``to_dense``) have merged.
 
-    Those lie in the places ``partner`` [T] of it. A token becomes the mean of what is in it,
-    weighted by size. ``layer`` counts from 1.
+    A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
     """
+    goes = to_packed([choose(one, threshold) for one in found], packed.layout)
+    partner = to_packed([one.partner for one in found], packed.layout)
     layout, stay = split_off(packed.layout, ~goes)
     if stay is None:
         return packed
