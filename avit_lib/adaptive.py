@@ -25,7 +25,6 @@ from avit_lib.backbone import (
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, flops_of_depth, plain_flops
 from avit_lib.merging import (
-    GRAIN,
     IMPORTANCE_WEIGHT,
     SPREAD,
     STEP,
@@ -181,7 +180,9 @@ class Adaptive(TokensLeave):
             block = self.blocks[layer - 1]
             attended = [self._attend(block, part, merges=True) for part in parts]
             scores = torch.cat([one.score.flatten() for _, found in attended for one in found])
-            wanted = number + (GRAIN - 1) / 2 if number else 0  # what ``choose`` leaves out
+            wanted = (
+                number + (parts[0].grain - 1) / 2 if number else 0
+            )  # ``choose`` leaves out some
             threshold = _find_threshold(scores, round(wanted * len(images)))
             parts = [
                 feed_forward(block, merge(part, found, threshold, layer))

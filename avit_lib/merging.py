@@ -28,8 +28,8 @@ IMPORTANCE_WEIGHT = 0.2
 SPREAD = 1.0
 # Layers from one merge to the next: to merge costs time (notebook 07 compares)
 STEP = 2
-# Images keep a multiple of so many tokens: lengths that they share are fewer calls of attention
-GRAIN = 8
+# How many lengths images may have: those that share one are attended in one call
+LENGTHS = 24
 
 
 def find_partners(key: Tensor, prefix: int, log_size: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,13 +84,13 @@ def score_tokens(
     return Candidates(score, partner, log_size.isfinite().sum(dim=1, keepdim=True))
 
 
-def choose(found: Candidates, threshold: float) -> Tensor:
+def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
     """Which tokens merge, [S, n] bool: those whose score exceeds the threshold.
 
-    But for the least of them: each image keeps a multiple of ``GRAIN`` tokens.
+    But for the least of them: each image keeps a multiple of ``grain`` tokens.
     """
     above = (found.score > threshold).sum(dim=1, keepdim=True)
-    number = (above - (above - found.count) % GRAIN).clamp(min=0)
+    number = (above - (above - found.count) % grain).clamp(min=0)
     limit = found.score.sort(dim=1, descending=True).values.gather(1, number)
     return found.score > limit.clamp(min=threshold)
 
@@ -104,6 +104,11 @@ class Packed:
     layout: Layout
     into: Tensor  # [B * N] which of the first tokens stands for each of them
     depth: Tensor  # [B * N] the layer in which each became part of another, or the last
+
+    @property
+    def grain(self) -> int:
+        """Of how many tokens each image keeps a multiple."""
+        return max(1, len(self.into) // len(self.layout.lengths) // LENGTHS)
 
 
 def pack(tokens: Tensor, layers: int) -> Packed:
@@ -130,7 +135,7 @@ def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int)
 
     A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
     """
-    goes = to_packed([choose(one, threshold) for one in found], packed.layout)
+    goes = to_packed([choose(one, threshold, packed.grain) for one in found], packed.layout)
     partner = to_packed([one.partner for one in found], packed.layout)
     layout, stay = split_off(packed.layout, ~goes)
     if stay is None:
@@ -160,7 +165,7 @@ def plan(
     """How many tokens each layer merges, mean over images, to save about ``saved`` of the FLOPs.
 
     Every ``step``-th layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at
-    most half; the last layer merges none.
+    most half; every layer does where that would not do, but the last merges none.
     """
     layers, whole = len(model.blocks), plain_flops(model, count)
 
@@ -175,6 +180,8 @@ def plan(
         return 1 - done / whole, numbers
 
     low, high = 0.0, 0.5 if saved else 0.0  # few merges cost more than they save
+    if try_scale(high)[0] < saved and step > 1:
+        return plan(model, count, saved, spread, 1)
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if try_scale(middle)[0] < saved else (low, middle)

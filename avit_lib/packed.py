@@ -174,13 +174,15 @@ def split_off(layout: Layout, keep: Tensor) -> tuple[Layout, Tensor | None]:
     if total == len(keep):
         return layout, None
     stay = torch.nonzero_static(keep, size=total)[:, 0]
+    if len(counts) == 1 and total:  # one image: nothing is to be sorted
+        index, segment = layout.index[stay], layout.segment[:total]
+        return Layout(index, segment, layout.images, layout.starts, (total,)), stay
     by_length = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
-    if len(counts) > 1:
-        rows = stay.split(counts)
-        stay = torch.cat([rows[image] for image in by_length])
+    rows = stay.split(counts)
+    stay = torch.cat([rows[image] for image in by_length])
     lengths = tuple(counts[image] for image in by_length if counts[image])
     images = layout.images[by_length[: len(lengths)]]
-    ends = torch.tensor(lengths, device=keep.device).cumsum(0)
+    ends = torch.tensor(lengths, dtype=torch.long, device=keep.device).cumsum(0)
     starts = F.pad(ends[:-1], (1, 0))
     segment = torch.repeat_interleave(ends - starts, output_size=total)
     return Layout(layout.index[stay], segment, images, starts, lengths), stay

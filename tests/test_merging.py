@@ -41,7 +41,9 @@ def adapted(model, saved=0.2):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_does_what_a_loop_over_single_images_does(name):
+@pytest.mark.parametrize("grain", [1, 3])
+def test_every_architecture_does_what_a_loop_over_single_images_does(name, grain, monkeypatch):
+    monkeypatch.setattr("avit_lib.merging.Packed.grain", grain)
     model = make(name)
     adaptive, images = adapted(model), photographs(model)
     prefix = model.num_prefix_tokens
@@ -50,11 +52,15 @@ def test_every_architecture_does_what_a_loop_over_single_images_does(name):
         likeness = keys @ keys.T
         if model.cls_token is not None:
             likeness -= IMPORTANCE_WEIGHT * (worth / worth[prefix:].mean()).log()[:, None]
-        joins = {}
+        above = []
         for asks in range(prefix + 1, len(keys), 2):
             best = likeness[asks, prefix::2].max(dim=0)
             if best.values > adaptive.thresholds[layer]:
-                joins[asks] = prefix + 2 * best.indices.item()
+                above.append((best.values.item(), asks, prefix + 2 * best.indices.item()))
+        above.sort()  # the least first
+        while above and (len(keys) - len(above)) % grain:
+            del above[0]
+        joins = {asks: into for _, asks, into in above}
         return joins, [place for place in range(len(keys)) if place not in joins]
 
     logits, trace = adaptive.forward_with_trace(images)
