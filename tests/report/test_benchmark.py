@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import assert_on_the_page
+
+from avit_lib import packed
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -26,6 +29,12 @@ def benchmark():
     return load("benchmark")
 
 
+@pytest.fixture(scope="module")
+def gpu_benchmark(benchmark):
+    """The script for GPUs, which takes from the other one."""
+    return load("gpu_benchmark")
+
+
 @pytest.fixture
 def small(benchmark, tmp_path, monkeypatch):
     """A small size, timed in one round; the folder of the tables."""
@@ -34,7 +43,9 @@ def small(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "TRAINING_ROUNDS", 1)
     monkeypatch.setattr(benchmark, "PROFILED", 1)
     sizes = [benchmark.Size("nano", "nano", 28, {1: 1, 4: 1}, photographs=16)]
-    monkeypatch.setattr(benchmark, "SIZES", sizes)
+    for name in ("benchmark", "gpu_benchmark"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "SIZES", sizes)
     return tmp_path / "benchmark" / "tables"
 
 
@@ -63,3 +74,30 @@ def test_it_leaves_tables_and_figures(benchmark, small, monkeypatch):
     assert operators.loc["DeiT", 1] == operators.loc["DeiT", 4]
     assert operators.loc["Adaptive merging", 4] > operators.loc["DeiT", 4]
     assert set(tables["memory"]["model"]) == {*benchmark.TRAINED, "Adaptive merging"}
+
+
+@pytest.mark.usefixtures("short_timings")
+def test_on_a_gpu_it_compares_results_and_speeds_in_half_precision(gpu_benchmark, small, capsys):
+    gpu_benchmark.main(["--device", "cpu"])
+    exactness = pd.read_csv(small / "gpu_exactness.csv")
+    assert exactness["max_difference"].between(0, 0.2).all()
+    speeds = pd.read_csv(small / "gpu_speed.csv")
+    assert {"A-ViT varlen", "Adaptive merging, padded"} < set(speeds["model"])
+    assert "| A-ViT varlen |" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so_in_one_line(gpu_benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*no CUDA GPU[^\n]*\Z"):
+        gpu_benchmark.main([])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_padded_attention_is_that_of_each_image_alone(benchmark, gpu_benchmark, biased):
+    torch.manual_seed(0)
+    keep = torch.tensor([True] * 5 + [True, True, False, True, False])
+    layout, _ = packed.split_off(packed.whole_layout(2, 5, keep.device), keep)
+    qkv = torch.randn(len(layout.index), 3, 2, 4)
+    bias = torch.randn(len(qkv)) if biased else None
+    found = benchmark.pad(lambda: gpu_benchmark.attend_padded(qkv, layout, bias))
+    torch.testing.assert_close(found(), packed.attend(qkv, layout, 0.0, bias))
