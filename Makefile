@@ -130,7 +130,7 @@ train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an inter
 release: setup  ## Write the headline models of PROFILE in half precision, to be committed
 	@$(BIN)/python scripts/release.py --profile "$(PROFILE)" --seed "$(SEED)"
 
-benchmark: setup  ## Time DeiT, masked and packed A-ViT side by side (25 minutes on 2 cores; leave it alone)
+benchmark: setup  ## Time all methods side by side (25 minutes on 2 cores; leave it alone)
 	@$(BIN)/python scripts/benchmark.py --seed "$(SEED)"
 	@$(BIN)/python scripts/pages.py --profile benchmark
 

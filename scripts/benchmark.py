@@ -1,252 +1,224 @@
-"""Time DeiT, masked and packed A-ViT side by side, and write what is found to results/benchmark.
+"""Time DeiT, A-ViT, ToMe and adaptive merging side by side; write it to results/benchmark.
 
-    python scripts/benchmark.py [--model avit_tiny_patch16_224] [--depth 7] [--batch 1 8 64 256] ...
+    python scripts/benchmark.py [--seed 0] [--device auto]
 
-The halting is synthetic: an untrained model whose patches halt in layers drawn for them, the class
-token in the last. Times depend on how many tokens are left where, not on what the weights have
-learnt. bfloat16 means weights and activations in inference, autocast in training.
+All save about ``SAVED`` of DeiT's FLOPs on the embedded photographs: halting is fitted
+(``starts.fit_start``), thresholds are set, ToMe's r is chosen. DeiT-T has its ImageNet weights, the
+other sizes are untrained: times depend on how many tokens are left where, not on what they mean.
 """
 
 import argparse
-import copy
 import gc
-import math
 import multiprocessing
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
+import msgspec
 import numpy as np
 import pandas as pd
 import timm
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from avit_lib import packed
+from avit_lib.adaptive import adapt, without_thresholds
+from avit_lib.data.datasets import official_images
 from avit_lib.errors import UserError
 from avit_lib.evaluation import speed
 from avit_lib.evaluation.allocator import buffers_kept
 from avit_lib.evaluation.speed import Step, infer, read_clock
-from avit_lib.flops import counted_flops
-from avit_lib.halting import executed_depth
-from avit_lib.losses import AdaptiveLoss, TaskLoss
-from avit_lib.model import AViT
-from avit_lib.packed import packed_layers
+from avit_lib.flops import MergingTrace, flops_of, plain_flops, trace_model
+from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
+from avit_lib.peers import PEERS, make_peers
 from avit_lib.report import figures
+from avit_lib.starts import fit_start, mean_depth
 from avit_lib.study import get_profile
-from avit_lib.study.results import Results, hardware
-from avit_lib.training import pick_device
+from avit_lib.study.results import Results, hardware, to_markdown
+from avit_lib.training import load_pretrained, pick_device
 
-MODELS = ("DeiT", "A-ViT masked", "A-ViT packed")
-COLOURS = {name: figures.PALETTE[one] for name, one in zip(MODELS, (0, 7, 1), strict=True)}
-TASKS = ("inference", "training")
+Models = Mapping[str, nn.Module]  # by the name of the method, DeiT first
+Decorator = Callable[[Step], Step]
+
+
+class Size(NamedTuple):
+    """A shape of DeiT, and how it is timed."""
+
+    label: str
+    model: str  # of timm's, without deit_ or avit_
+    pixels: int
+    rounds: Mapping[int, int]  # of each batch size
+    photographs: int = 128  # on which halting is fitted and thresholds are set; the first are timed
+
+
+SIZES = (  # what is not timed for every size is for the first
+    Size("DeiT-T, 224", "tiny_patch16_224", 224, {1: 21, 8: 21, 64: 11}),
+    Size("DeiT-S, 224", "small_patch16_224", 224, {1: 11, 8: 11, 64: 7}),
+    Size("DeiT-T, 384", "tiny_patch16_224", 384, {1: 11, 8: 11, 64: 7}),
+    Size("DeiT-B, 224", "base_patch16_224", 224, {1: 7, 8: 7}, photographs=32),
+)
+PRETRAINED = "tiny_patch16_224"  # the model whose weights are embedded
+SAVED = 0.4  # share of FLOPs
+DEPTH, SPREAD = 0.75, 0.5  # of the target of halting, in parts of the layers: saves as much
+SINGLE = 8  # images of a sample, at least: how many tokens are left differs from one to another
+LOOKS = {  # marker and line
+    "A-ViT masked": ("v", ":"),
+    "A-ViT padded": ("s", "--"),
+    "A-ViT packed": ("o", "-"),
+    "ToMe": ("s", "-"),
+    "ToMe in every second layer": ("D", "--"),
+    "Adaptive merging": ("P", "-"),
+}
+EXECUTIONS = {"A-ViT masked": "masked"}  # all others: packed
+TRAINED = ("DeiT", "A-ViT masked", "A-ViT packed")
+MEASURED = (*TRAINED, "Adaptive merging")  # memory
+ACCOUNTED = ("DeiT", "A-ViT packed", "Adaptive merging")
 PRECISIONS = ("float32", "bfloat16")
-SYNTHETIC = dict(gamma=1.0, beta=-8.0, eps=0.01)  # with which no sigmoid is saturated
-SWEEP = (0.25, 0.4, 0.6, 0.75, 0.9)  # mean depths, as shares of the layers
+TRAINING_ROUNDS, PROFILED = 5, 3
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training
 COST_CAPTION = (
-    "Hours of one training of the imagenet profile on several devices like this one, at the "
-    "batch size that is fastest here, as if they lost nothing by working together; evaluation "
-    "not counted."
+    "Hours of one training of the imagenet profile on several devices like this one, as if they "
+    "lost nothing by working together; evaluation not counted."
 )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is to be timed, and how long."""
+class Rivals(NamedTuple):
+    """The methods in one size, and photographs."""
 
-    model: str  # of timm's, avit_*
-    depth: float  # mean depth in layers
-    batches: Sequence[int]
-    tasks: Sequence[str]
-    precisions: Sequence[str]
-    repeats: int  # rounds of a timing
-    seed: int
-    device: torch.device
-
-    @property
-    def middle(self) -> int:
-        """The batch size of what is measured at one alone."""
-        return sorted(self.batches)[len(self.batches) // 2]
-
-
-class Workload(NamedTuple):
-    """A model that halts, the plain one of the same shape, and images."""
-
-    adaptive: AViT
-    plain: nn.Module
+    size: Size
+    models: Models
     images: Tensor
 
-
-def run_benchmark(plan: Plan) -> pd.DataFrame:
-    """Measure everything and write it down; returns the table of speeds.
-
-    Raises UserError for what cannot be measured.
-    """
-    check(plan)
-    results, kind = Results("benchmark", plan.seed, "benchmark"), plan.device.type
-    about = f"{plan.model} on {hardware()}; {describe(make_workload(plan))}."
-    single = f"Batch {plan.middle}, inference, float32. {about}"
-
-    speeds = time_models(plan)
-    results.table(speeds, f"speed_{kind}", f"DeiT, masked and packed A-ViT side by side. {about}")
-    caption = f"Images a second, with quartiles. {about}"
-    results.figure(draw_throughput(speeds), f"throughput_{kind}", caption)
-
-    caption = f"Packed inference when no token halts, as a share above DeiT. {about}"
-    results.table(time_overhead(plan), f"overhead_{kind}", caption)
-
-    sweep = sweep_depths(plan)
-    results.table(sweep, f"depth_sweep_{kind}", f"Packed A-ViT at several mean depths. {single}")
-    results.figure(draw_speedup(sweep), f"speedup_{kind}", f"Speed-up against FLOPs. {single}")
-
-    layers = time_layers(plan)
-    results.table(layers, f"layers_{kind}", f"Milliseconds an image in each layer. {single}")
-    results.figure(draw_layers(layers), f"layers_{kind}", f"Time of each layer. {single}")
-
-    memory = measure_memory(plan)
-    caption = f"Peak memory above weights and images, in MiB. {about}"
-    results.table(memory, f"memory_{kind}", caption)
-    summary = summarise(speeds, memory)
-    results.table(summary, f"summary_{kind}", f"Packed A-ViT against DeiT. {about}")
-    if "training" in plan.tasks:
-        results.table(estimate_cost(speeds), f"cost_{kind}", f"{COST_CAPTION} {about}")
-    return speeds
+    @property
+    def largest(self) -> Tensor:
+        """The largest batch."""
+        return self.images[: max(self.size.rounds)]
 
 
-def check(plan: Plan) -> None:
-    """Raise UserError for a plan that cannot be measured."""
-    if plan.model not in timm.list_models("avit_*"):
-        raise UserError(f"no A-ViT is called {plan.model!r}; timm.list_models('avit_*') names them")
-    if min(*plan.batches, plan.repeats) <= 0:
-        raise UserError("batch sizes and repeats must be positive")
-    layers = len(timm.create_model(plan.model).blocks)
-    if not 1 <= plan.depth <= layers:
-        raise UserError(f"the mean depth must lie between 1 and {layers}, not {plan.depth}")
+def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
+    """Measure everything and write it down; returns the summary."""
+    results, kind = Results("benchmark", seed, "benchmark"), device.type
+    rivals, where = prepare(SIZES[0], seed, device), f"Photographs, on {hardware()}."
+    about = f"{rivals.size.label}. {where}"
+
+    def write(table: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
+        print(f"{name}: done", flush=True)
+        return results.table(table, f"{name}_{kind}", caption)
+
+    first = time_size(rivals)
+    operators = count_operators(rivals, first)
+    write(operators, "operators", f"Operators of torch in a forward pass, and its time. {about}")
+    caption = "The operators of torch with the most CPU time of their own in a forward pass, by "
+    caption += f"its profiler, which adds to each; share: of the time of all. {about}"
+    write(account_operators(rivals), "account", caption)
+    caption = f"Time of inference above DeiT's when no token halts or merges. {about}"
+    write(time_overhead(rivals), "overhead", caption)
+    caption = f"Milliseconds an image in each layer at a batch of {len(rivals.largest)}. {about}"
+    layers = write(time_layers(rivals), "layers", caption)
+    results.figure(draw_layers(layers), f"layers_{kind}", caption)
+
+    depth = mean_depth(rivals.models["A-ViT packed"], rivals.largest)
+    halting = f"A-ViT's mean depth is {depth:.2f} of {len(layers)} layers. {about}"
+    caption = f"Training: forward, backward and AdamW; bfloat16 is autocast. {halting}"
+    training = write(time_training(rivals), "training", caption)
+    write(estimate_cost(training), "cost", f"{COST_CAPTION} {halting}")
+    caption = f"Peak memory above weights and images, in MiB. {halting}"
+    write(measure_memory(rivals), "memory", caption)
+
+    others = [time_size(prepare(size, seed, device)) for size in SIZES[1:]]
+    speeds = pd.concat([first, *others], ignore_index=True)
+    write(speeds, "speed", f"Inference in float32, images a second with quartiles. {where}")
+    caption = f"Speed-up over DeiT by batch size, with quartiles of images a second. {where}"
+    results.figure(draw_speedup(speeds), f"speedup_{kind}", caption)
+    caption = f"Speed-up over DeiT in inference and, in brackets, efficiency. {where}"
+    return write(summarise(speeds), "summary", caption)
 
 
-# --- synthetic halting ----------------------------------------------------------------------------
+# --- models and photographs -----------------------------------------------------------------------
 
 
-def make_workload(plan: Plan, batch: int | None = None, depth: float | None = None) -> Workload:
-    """The workload of a plan, at its middle batch and its depth unless others are given."""
-    size = plan.middle if batch is None else batch
-    workload = synthetic_workload(plan.model, size, depth or plan.depth, seed=plan.seed)
-    return Workload(*(part.to(plan.device) for part in workload))
+def prepare(size: Size, seed: int, device: torch.device) -> Rivals:
+    """The methods in one size, all on the weights of one DeiT, and photographs."""
+    torch.manual_seed(seed)
+    images = take_photographs(size, seed).to(device)
+    plain = timm.create_model(f"deit_{size.model}", img_size=size.pixels)
+    if size.model == PRETRAINED:
+        load_pretrained(plain, f"deit_{size.model}.fb_in1k")
+    avit = timm.create_model(f"avit_{size.model}", img_size=size.pixels, gamma=5.0, beta=-2.5)
+    avit.load_state_dict(plain.state_dict())
+    plain, avit = plain.to(device).eval(), avit.to(device).eval()
+    layers = len(avit.blocks)
+    fit_start(avit, images, target_distribution(DEPTH * layers, SPREAD * layers, layers))
+    models = {"DeiT": plain}
+    models |= dict.fromkeys(("A-ViT masked", "A-ViT padded", "A-ViT packed"), avit)
+    models |= {name: choose_peer(name, plain) for name in PEERS}
+    models["Adaptive merging"] = adapt(plain, images, SAVED)
+    gc.freeze()  # what is there need not be looked through before each timing
+    return Rivals(size, models, images)
 
 
-def synthetic_workload(
-    name: str,
-    batch: int,
-    mean_depth: float,
-    image_spread: float = 1.5,
-    token_spread: float = 2.0,
-    seed: int = 0,
-) -> Workload:
-    """An untrained ``avit_*`` whose patches halt around ``mean_depth``.
+def take_photographs(size: Size, seed: int) -> Tensor:
+    """Photographs of all embedded classes, drawn by the seed."""
+    settings = msgspec.structs.replace(get_profile("caltech24").data, image_size=size.pixels)
+    pool = official_images(settings, train=True)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return pool[order[: size.photographs]][0]
 
-    The class token runs to the last layer. No block writes to channel 0: a token keeps the score
-    that its patch's brightness gives it, for the layer drawn for it. Image means deviate by
-    ``image_spread`` layers, patches within an image by ``token_spread``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    adaptive = timm.create_model(name, **SYNTHETIC).eval()
-    plain = timm.create_model(name.replace("avit", "deit")).eval()
-    layers, embedding = len(adaptive.blocks), adaptive.patch_embed
-    with torch.no_grad():
-        for block in adaptive.blocks:
-            for layer in (block.attn.proj, block.mlp.fc2):
-                layer.weight[0] = 0.0
-                layer.bias[0] = 0.0
-        embedding.proj.weight[0] = 1 / embedding.proj.weight[0].numel()
-        embedding.proj.bias[0] = 0.0
-        adaptive.pos_embed[..., 0] = 0.0
-        adaptive.cls_token[..., 0] = -100.0
-    means = mean_depth + image_spread * torch.randn(batch, 1, 1, 1, generator=generator)
-    grid = embedding.grid_size
-    drawn = means + token_spread * torch.randn(batch, 1, *grid, generator=generator)
-    halts = (drawn + (mean_depth - drawn.mean())).round().clamp(1, layers)
-    score = (1 - adaptive.eps) / (halts - 0.5)  # its multiple passes 1 - eps in layer ``halts``
-    score = score.clamp(max=0.9999)
-    brightness = (torch.logit(score) - adaptive.beta) / adaptive.gamma
-    height, width = embedding.patch_size
-    images = brightness.repeat_interleave(height, 2).repeat_interleave(width, 3)
-    return Workload(adaptive, plain, images.expand(-1, adaptive.in_chans, -1, -1).contiguous())
+
+def choose_peer(name: str, plain: nn.Module) -> nn.Module:
+    """The peer called ``name`` whose r saves about ``SAVED`` of the FLOPs."""
+    count = plain.patch_embed.num_patches + plain.num_prefix_tokens
+    wish, trace = (1 - SAVED) * plain_flops(plain, count), MergingTrace(torch.zeros(1, count))
+    peers = make_peers(plain, {name: range(count // 2)})
+    return min(peers.values(), key=lambda peer: abs(peer.flops_of(trace).item() - wish))
 
 
 @torch.inference_mode()
-def describe(workload: Workload) -> str:
-    """Where the halting comes from, and how deep plain inference goes."""
-    depth = executed_depth(workload.adaptive.forward_with_trace(workload.images)[1].depth).float()
-    spread = depth.mean(dim=1).std(correction=0)
-    return (
-        f"synthetic halting of an untrained model: mean depth {depth.mean():.2f} of "
-        f"{len(workload.adaptive.blocks)}, standard deviation between images {spread:.2f}"
-    )
+def count_flops(models: Models, images: Tensor) -> dict[str, Tensor]:
+    """FLOPs [B] of each method on these images, padding left out."""
+    found = {one: flops_of(one, trace_model(one, images)[1]) for one in {*models.values()}}
+    flops = {name: found[model] for name, model in models.items()}
+    return flops | {"A-ViT masked": flops["DeiT"]}  # it computes every token
 
 
-# --- measurements ---------------------------------------------------------------------------------
+# --- steps ----------------------------------------------------------------------------------------
 
 
-def time_models(plan: Plan) -> pd.DataFrame:
-    """Speeds of DeiT, masked and packed A-ViT: a row a task, precision, batch size and model."""
-    tables = []
-    cases = list(product(plan.tasks, plan.precisions, plan.batches))
-    for task, precision, batch in tqdm(cases, desc="benchmark", disable=None):
-        found = time_workload(plan, make_workload(plan, batch), task, precision)
-        speedup = found["speedup"].iloc[-1]
-        tqdm.write(f"{task}, {precision}, batch {batch}: packed A-ViT {speedup:.2f} x DeiT")
-        tables.append(found)
-    return pd.concat(tables, ignore_index=True)
+# Makes steps in which images of different lengths are padded to attend, as on a GPU.
+pad: Decorator = patch.object(packed, "prefers_padding", lambda _: True)
 
 
-def time_workload(
-    plan: Plan, workload: Workload, task: str, precision: str, models: Sequence[str] = MODELS
-) -> pd.DataFrame:
-    """``compare`` of some of ``MODELS`` on the images of a workload, and their FLOPs.
+def make_step(name: str, model: nn.Module, batches: Sequence[Tensor], pad: Decorator = pad) -> Step:
+    """Inference by the method called ``name``, of one batch after another."""
+    steps = [infer(model, images, EXECUTIONS.get(name, "packed")) for images in batches]
 
-    gflops_per_image are counted in a packed or plain run; flops_ratio is against DeiT, efficiency =
-    speedup / flops_ratio.
-    """
-    workload = cast(workload, task, precision)
-    steps = {name: make_step(workload, name, task, precision) for name in models}
-    table = speed.compare(steps, len(workload.images), plan.repeats)
-    plain, packed = count_flops(workload)
-    flops = np.where(table["model"] == "A-ViT packed", packed, plain)
-    ratio = plain / flops
-    efficiency = table["speedup"] / ratio
-    table = table.assign(gflops_per_image=flops / 1e9, flops_ratio=ratio, efficiency=efficiency)
-    return pd.DataFrame({"task": task, "precision": precision, **table})
+    def step() -> None:
+        for one in steps:
+            one()
+
+    return pad(step) if name.endswith("padded") else step
 
 
-def cast(workload: Workload, task: str, precision: str) -> Workload:
-    """A copy of the workload in the type that a precision means for a task."""
-    half = task == "inference" and precision == "bfloat16"
-    dtype = torch.bfloat16 if half else torch.float32
-    return Workload(*(copy.deepcopy(part).to(dtype) for part in workload))
-
-
-def make_step(workload: Workload, name: str, task: str, precision: str) -> Step:
-    """One step of the model called ``name``: inference, or forward, backward and AdamW."""
-    model = workload.plain if name == "DeiT" else workload.adaptive
-    images, execution = workload.images, "masked" if name == "A-ViT masked" else "packed"
-    if task == "inference":
-        return infer(model, images, execution)
+def make_training_step(name: str, model: nn.Module, images: Tensor, precision: str) -> Step:
+    """Forward, backward and AdamW of one of ``TRAINED``."""
     labels = torch.arange(len(images), device=images.device) % model.num_classes
     loss = TaskLoss() if name == "DeiT" else AdaptiveLoss()
     # It steps, but changes nothing.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.0, weight_decay=0.0)
 
     def train() -> None:
-        model.execution = execution
+        model.execution = EXECUTIONS.get(name, "packed")
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            total = loss(model.train(), images, labels).total
+            total = loss(model, images, labels).total
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
@@ -254,106 +226,181 @@ def make_step(workload: Workload, name: str, task: str, precision: str) -> Step:
     return train
 
 
-def count_flops(workload: Workload) -> tuple[float, float]:
-    """FLOPs per image of the plain model and of the packed one, counted."""
-    workload.adaptive.execution = "packed"
-    plain = counted_flops(workload.plain.eval(), workload.images[:8])
-    return plain, counted_flops(workload.adaptive.eval(), workload.images)
+def split_images(images: Tensor, batch: int) -> Sequence[Tensor]:
+    """The batches of a sample: one, or so many small ones as hold ``SINGLE`` images together."""
+    return images[: batch * max(1, SINGLE // batch)].split(batch)
 
 
-def time_overhead(plan: Plan) -> pd.DataFrame:
-    """What packed inference costs when it saves nothing, as a share above DeiT."""
+# --- measurements ---------------------------------------------------------------------------------
+
+
+def time_models(
+    models: Models, images: Tensor, rounds: Mapping[int, int], pad: Decorator = pad
+) -> pd.DataFrame:
+    """``compare`` of the models at each batch size, and FLOPs: a row a batch size and model.
+
+    flops_ratio is DeiT's to the model's on the very images timed, efficiency = speedup /
+    flops_ratio.
+    """
+    flops, tables = count_flops(models, images[: max(SINGLE, *rounds)]), []
+    for batch, number in rounds.items():
+        batches = split_images(images, batch)
+        steps = {name: make_step(name, model, batches, pad) for name, model in models.items()}
+        count = sum(map(len, batches))
+        done = pd.Series({name: each[:count].mean().item() for name, each in flops.items()})
+        table = speed.compare(steps, count, number).assign(batch=batch)
+        ratio = table["model"].map(done["DeiT"] / done)
+        tables.append(table.assign(flops_ratio=ratio, efficiency=table["speedup"] / ratio))
+    return pd.concat(tables, ignore_index=True)
+
+
+def time_size(rivals: Rivals) -> pd.DataFrame:
+    """Speeds of all methods in one size."""
+    table = time_models(rivals.models, rivals.images, rivals.size.rounds)
+    print(f"speed of {rivals.size.label}: done", flush=True)
+    return pd.DataFrame({"size": rivals.size.label, **table})
+
+
+def time_overhead(rivals: Rivals) -> pd.DataFrame:
+    """What inference costs when nothing is saved.
+
+    By infinite thresholds nothing is scored, and the model is DeiT: so far errs the measurement.
+    """
+    models = deepcopy(rivals.models)
+    avit, merging = models["A-ViT packed"], models["Adaptive merging"]
+    avit.beta = -1e4
+    merging.thresholds = torch.where(merging.thresholds.isfinite(), 1e4, torch.inf)
+    still = {
+        "DeiT": models["DeiT"],
+        "A-ViT packed": avit,
+        "Adaptive merging, thresholds out of reach": merging,
+        "Adaptive merging, thresholds infinite": without_thresholds(models["DeiT"]),
+    }
+    table = time_models(still, rivals.images, rivals.size.rounds)
+    table["overhead"] = 1 / table["speedup"] - 1
+    return table.drop(columns=["speedup", "flops_ratio", "efficiency"])
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts torch's operators, views among them, once compound ones are taken apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operators(rivals: Rivals, speeds: pd.DataFrame) -> pd.DataFrame:
+    """How many operators a forward pass calls, and the milliseconds that it takes by ``speeds``."""
     rows = []
-    for precision, batch in product(plan.precisions, plan.batches):
-        workload = make_workload(plan, batch)
-        workload.adaptive.beta = -1e4  # no token halts
-        found = time_workload(plan, workload, "inference", precision, ("DeiT", "A-ViT packed"))
-        overhead = 1 / found["speedup"].iloc[-1] - 1
-        rows.append({"precision": precision, "batch": batch, "overhead": overhead})
+    for row in speeds.itertuples():
+        batches = split_images(rivals.images, row.batch)
+        with CountOperators() as counter:
+            make_step(row.model, rivals.models[row.model], batches)()
+        found = {"model": row.model, "batch": row.batch, "operators": counter.count / len(batches)}
+        rows.append(found | {"milliseconds": 1e3 * row.batch / row.images_per_second})
     return pd.DataFrame(rows)
 
 
-def sweep_depths(plan: Plan) -> pd.DataFrame:
-    """Packed inference, float32, at several mean depths: a row a depth.
-
-    One DeiT and all depths take turns in each round. ``speedup`` is the median over rounds of the
-    ratio within a round, ``speedup_low`` and ``speedup_high`` are its quartiles.
-    """
-    layers = len(timm.create_model(plan.model).blocks)
-    depths = [round(share * layers, 1) for share in SWEEP]
-    steps, flops = {}, []
-    for depth in depths:
-        workload = make_workload(plan, depth=depth)
-        steps.setdefault("DeiT", infer(workload.plain, workload.images))
-        steps[f"{depth}"] = infer(workload.adaptive, workload.images)
-        flops.append(count_flops(workload))
-    samples = speed.interleave(steps, plan.repeats)
-    deit, *packed = samples.values()
-    ratios = np.array(deit) / np.array(packed)  # [depths, rounds]
-    low, speedup, high = np.percentile(ratios, (25, 50, 75), axis=1)
-    plain, left = np.array(flops).T
-    table = {
-        "mean_depth": depths,
-        "batch": plan.middle,
-        "images_per_second": plan.middle / np.median(packed, axis=1),
-        "speedup": speedup,
-        "speedup_low": low,
-        "speedup_high": high,
-        "rounds": plan.repeats,
-        "gflops_per_image": left / 1e9,
-        "flops_ratio": plain / left,
-        "efficiency": speedup * left / plain,
-    }
-    return pd.DataFrame(table)
+@buffers_kept()
+def account_operators(rivals: Rivals) -> pd.DataFrame:
+    """The ten operators of a forward pass with the most CPU time of their own."""
+    tables = []
+    for name, batch in product(ACCOUNTED, rivals.size.rounds):
+        batches = split_images(rivals.images, batch)
+        step = make_step(name, rivals.models[name], batches)
+        step()
+        with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
+            for _ in range(PROFILED):
+                step()
+        events = [one for one in recorded.key_averages() if one.key.startswith("aten::")]
+        forwards = PROFILED * len(batches)
+        table = pd.DataFrame({"operator": [one.key.removeprefix("aten::") for one in events]})
+        table["calls"] = [one.count / forwards for one in events]
+        table["milliseconds"] = [one.self_cpu_time_total / 1e3 / forwards for one in events]
+        table["share"] = table["milliseconds"] / table["milliseconds"].sum()
+        largest = table.nlargest(10, "milliseconds")
+        tables.append(pd.DataFrame({"model": name, "batch": batch, **largest}))
+    return pd.concat(tables, ignore_index=True)
 
 
 @buffers_kept()
 @torch.inference_mode()
-def time_layers(plan: Plan) -> pd.DataFrame:
-    """Where the time goes, layer by layer, in plain inference, float32: a row a layer.
+def time_layers(rivals: Rivals) -> pd.DataFrame:
+    """Where the time goes, layer by layer, in inference of the largest batch: a row a layer.
 
     tokens: mean per image that A-ViT computes in it. deit and packed: milliseconds an image,
     medians over rounds; packed includes all of the bookkeeping. ideal: the mean of DeiT's, times
     the share of tokens left.
     """
-    adaptive, plain, images = make_workload(plan)
+    plain, adaptive = rivals.models["DeiT"].eval(), rivals.models["A-ViT packed"].eval()
+    images = rivals.largest
     embedded, rounds = adaptive.embed(images), []
-    for _ in range(plan.repeats + 1):  # the first is for warming up
+    for _ in range(rivals.size.rounds[len(images)] + 1):  # the first is for warming up
         x, clock = embedded, [read_clock()]
         for block in plain.blocks:
             x = block(x)
             clock.append(read_clock())
         tokens, packed_clock = [], [read_clock()]
-        layers = packed_layers(adaptive.blocks, embedded, adaptive.rule, every_token=False)
+        layers = packed.packed_layers(adaptive.blocks, embedded, adaptive.rule, every_token=False)
         for layout, *_ in layers:
             tokens.append(len(layout.index) / len(images))
             packed_clock.append(read_clock())
         rounds.append(np.diff([clock, packed_clock]))
-    deit, packed = 1e3 * np.median(rounds[1:], axis=0) / len(images)
-    table = {"layer": range(1, len(tokens) + 1), "tokens": tokens, "deit": deit, "packed": packed}
+    deit, took = 1e3 * np.median(rounds[1:], axis=0) / len(images)
+    table = {"layer": range(1, len(tokens) + 1), "tokens": tokens, "deit": deit, "packed": took}
     ideal = deit.mean() * np.array(tokens) / tokens[0]
     return pd.DataFrame(table).assign(ideal=ideal)
 
 
-def measure_memory(plan: Plan) -> pd.DataFrame:
+def time_training(rivals: Rivals) -> pd.DataFrame:
+    """One training step of the largest batch: a row a precision and model."""
+    models, images, tables = deepcopy(rivals.models), rivals.largest, []
+    for precision in PRECISIONS:
+        steps = {
+            name: make_training_step(name, models[name], images, precision) for name in TRAINED
+        }
+        table = speed.compare(steps, len(images), TRAINING_ROUNDS)
+        table["seconds"] = len(images) / table["images_per_second"]
+        tables.append(pd.DataFrame({"precision": precision, **table}))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(of_deit=1 / table["speedup"])
+
+
+def measure_memory(rivals: Rivals) -> pd.DataFrame:
     """Peak MiB of steps above weights and images: a row a task, precision and model."""
-    rows = []
-    for task, precision, model in product(plan.tasks, plan.precisions, MODELS):
-        # In a process of its own: what one has once taken it may not give back.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_memory, (plan, model, task, precision))
-        row = {"task": task, "precision": precision, "batch": plan.middle, "model": model}
-        rows.append(row | {"peak_mib": peak})
+    rows, device, images = [], rivals.images.device, rivals.largest.cpu()
+    for task, precision, name in product(("inference", "training"), PRECISIONS, MEASURED):
+        if task == "inference" or name in TRAINED:
+            model = deepcopy(rivals.models[name]).cpu()
+            # In a process of its own: what one has once taken it may not give back.
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(peak_memory, (name, model, images, task, precision, device))
+            row = {"task": task, "precision": precision, "batch": len(images), "model": name}
+            rows.append(row | {"peak_mib": peak})
     table = pd.DataFrame(rows)
     deit = table.groupby(["task", "precision"])["peak_mib"].transform("first")
     return table.assign(of_deit=table["peak_mib"] / deit)
 
 
-def peak_memory(plan: Plan, model: str, task: str, precision: str) -> float:
-    """Peak MiB of two steps of one of ``MODELS`` in this process, above what it held before."""
-    workload = cast(make_workload(plan), task, precision)
-    step = make_step(workload, model, task, precision)
-    gpu = plan.device.type == "cuda"
+def peak_memory(
+    name: str, model: nn.Module, images: Tensor, task: str, precision: str, device: torch.device
+) -> float:
+    """Peak MiB of two steps in this process, above what it held before.
+
+    bfloat16: of weights and images in inference, autocast in training.
+    """
+    half = task == "inference" and precision == "bfloat16"
+    to = {"device": device, "dtype": torch.bfloat16 if half else torch.float32}
+    model, images = deepcopy(model).to(**to), images.clone().to(**to)
+    if task == "training":
+        step = make_training_step(name, model, images, precision)
+    else:
+        step = make_step(name, model, [images])
+    gpu = device.type == "cuda"
     gc.collect()
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -382,31 +429,23 @@ def read_peak(gpu: bool) -> int:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def summarise(speeds: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
-    """The tables of speed and memory in words: one row a task, precision and batch size."""
-    key = ["task", "precision", "batch"]
-    by_model = {name: part.set_index(key) for name, part in speeds.groupby("model")}
-    packed = by_model["A-ViT packed"]
-    peaks = memory.query("model == 'A-ViT packed'").set_index(key)["of_deit"]
-    table = pd.DataFrame(index=packed.index)
-    for name in MODELS:
-        rate = by_model[name]["images_per_second"]
-        table[f"{name.removeprefix('A-ViT ')} [images/s]"] = rate.map("{:.1f}".format)
-    table["speed-up"] = packed["speedup"].map("{:.2f}".format)
-    table["FLOP ratio"] = packed["flops_ratio"].map("{:.2f}".format)
-    table["efficiency"] = packed["efficiency"].map("{:.2f}".format)
-    words = peaks.map("{:.0%}".format)
-    table["peak memory of DeiT's"] = words.reindex(packed.index, fill_value="")
-    return table.reset_index()
+def summarise(speeds: pd.DataFrame) -> pd.DataFrame:
+    """The table of speeds in words: a row a size and batch size, a column a method."""
+    rows = []
+    for (size, batch), part in speeds.groupby(["size", "batch"], sort=False):
+        deit, *others = part.itertuples()
+        row = {"size": size, "batch": batch, "DeiT [images/s]": f"{deit.images_per_second:.1f}"}
+        words = {one.model: f"{one.speedup:.2f} ({one.efficiency:.0%})" for one in others}
+        rows.append(row | words)
+    return pd.DataFrame(rows)
 
 
-def estimate_cost(speeds: pd.DataFrame) -> pd.DataFrame:
+def estimate_cost(training: pd.DataFrame) -> pd.DataFrame:
     """Hours that the longest run of the imagenet profile takes, from the images/s of training."""
     profile = get_profile("imagenet")
     images = IMAGENET_IMAGES - 1000 * profile.data.validation_per_class
-    by_model = speeds.query("task == 'training'").groupby(["model", "precision"], sort=False)
-    table = by_model["images_per_second"].max().reset_index()
     epochs = max(run.training.epochs for run in profile.runs)
+    table = training[["model", "precision", "images_per_second"]]
     hours = images * epochs / table["images_per_second"] / 3600
     return table.assign(**{f"hours on {count}": (hours / count).round(1) for count in (1, 4, 8)})
 
@@ -414,52 +453,37 @@ def estimate_cost(speeds: pd.DataFrame) -> pd.DataFrame:
 # --- figures --------------------------------------------------------------------------------------
 
 
-def draw_throughput(table: pd.DataFrame) -> Figure:
-    """Images a second against batch size, with quartiles; a panel for each task and precision."""
-    panels = list(table.groupby(["task", "precision"], sort=False))
-    rows, batches = math.ceil(len(panels) / 2), sorted(set(table["batch"]))
-    figure, axes = figures.subplots(rows, min(2, len(panels)), 2.9 * rows, sharex=True)
-    for axis, ((task, precision), part) in zip(axes.flat, panels, strict=False):
-        for model, line in part.groupby("model", sort=False):
-            low, high = line["images_per_second_low"], line["images_per_second_high"]
-            look = {"color": COLOURS[model]}
-            axis.fill_between(line["batch"], low, high, alpha=0.2, linewidth=0, **look)
-            axis.plot(line["batch"], line["images_per_second"], "o-", label=model, **look)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(batches, batches)
-        axis.minorticks_off()
-        axis.set_xlabel("batch size [images]")
-        axis.set(title=f"{task}, {precision}", ylabel="images/s", ylim=(0, None))
+def draw_speedup(speeds: pd.DataFrame) -> Figure:
+    """Speed-up by batch size, a panel a size; in the grey boxes it would be the ratio of FLOPs."""
+    panels = list(speeds.groupby("size", sort=False))
+    rows, batches = -(-len(panels) // 2), sorted(set(speeds["batch"]))
+    shape = rows, min(2, len(panels)), 1 + 2.9 * rows
+    figure, axes = figures.subplots(*shape, sharex=True, sharey=True)
+    for axis, (size, part) in zip(axes.flat, panels, strict=False):
+        ratios = part[part["flops_ratio"] > 1].groupby("batch")["flops_ratio"]
+        places = [batches.index(batch) for batch in ratios.min().index]
+        look = {"color": figures.MUTED, "alpha": 0.3, "label": "if time followed the FLOPs"}
+        axis.bar(places, ratios.max() - ratios.min(), 0.6, ratios.min(), **look)
+        by_model = {name: line.set_index("batch") for name, line in part.groupby("model")}
+        deit = by_model["DeiT"]["images_per_second"]
+        axis.axhline(1, color=figures.model_colour("DeiT"), linewidth=1.2, label="DeiT")
+        for number, (name, (marker, line)) in enumerate(LOOKS.items()):
+            found = by_model[name]
+            x = [batches.index(batch) + 0.05 * (number - 2.5) for batch in found.index]
+            look = {"color": figures.model_colour(name), "marker": marker, "linestyle": line}
+            axis.plot(x, found["speedup"], label=name, **look)
+            ends = [found[f"images_per_second_{end}"] / deit for end in ("low", "high")]
+            axis.vlines(x, *ends, color=figures.model_colour(name), linewidth=1.2)
+        axis.set_xticks(range(len(batches)), batches)
+        axis.set(title=size, xlabel="batch size [images]", ylabel="speed-up over DeiT")
     return figures.legend_above(figure, axes[0, 0])
-
-
-def draw_speedup(sweep: pd.DataFrame) -> Figure:
-    """Measured speed-up over DeiT against the ratio of FLOPs, with quartiles, a point a depth."""
-    figure, [[axis]] = figures.subplots(height=3.8)
-    ratio, speedup = sweep["flops_ratio"], sweep["speedup"]
-    highest = 1.06 * max(ratio.max(), sweep["speedup_high"].max())
-    look = {"color": figures.MUTED, "linestyle": "--", "label": "ideal: time follows FLOPs"}
-    axis.plot([1, highest], [1, highest], **look)
-    axis.axhline(1, color=COLOURS["DeiT"], linewidth=1.2, label="DeiT")
-    look = {"color": COLOURS["A-ViT packed"], "label": "A-ViT packed, synthetic halting"}
-    spread = [speedup - sweep["speedup_low"], sweep["speedup_high"] - speedup]
-    axis.errorbar(ratio, speedup, spread, fmt="o-", ecolor=figures.INK, capsize=4, **look)
-    axis.set_xlabel("FLOPs of DeiT / FLOPs of A-ViT (beside the points: mean depth in layers)")
-    lowest = min(0.8, 0.7 * sweep["speedup_low"].min())
-    axis.set(ylabel="images/s, A-ViT / DeiT", ylim=(lowest, highest))
-    figures.legend_above(figure, axis)
-    points = sweep[["flops_ratio", "speedup"]].to_numpy()
-    words = [f"{depth:g}" for depth in sweep["mean_depth"]]
-    notes = [(word, point, figures.INK) for word, point in zip(words, points, strict=True)]
-    figures.label_points(figure, axis, notes, points)
-    return figure
 
 
 def draw_layers(table: pd.DataFrame) -> Figure:
     """Time of every layer, DeiT's and packed A-ViT's, and the tokens that are left in it."""
     figure, [[axis]] = figures.subplots(height=3.4)
     for offset, column, label in ((-0.19, "deit", "DeiT"), (0.19, "packed", "A-ViT packed")):
-        look = {"color": COLOURS[label], "label": label}
+        look = {"color": figures.model_colour(label), "label": label}
         axis.bar(table["layer"] + offset, table[column], 0.38, **look)
     look = {"color": figures.INK, "label": "mean of DeiT x share of tokens left"}
     axis.plot(table["layer"], table["ideal"], "_", markersize=14, mew=2, **look)
@@ -474,43 +498,16 @@ def draw_layers(table: pd.DataFrame) -> Figure:
 # --- the command line -----------------------------------------------------------------------------
 
 
-def read_plan(arguments: Sequence[str] | None = None) -> Plan:
-    """The plan that the options name."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", default="avit_tiny_patch16_224", help="a timm name avit_*")
-    add("--depth", type=float, default=7.0, help="mean depth in layers")
-    add("--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes in images")
-    add("--task", nargs="+", choices=TASKS, default=TASKS, help="what to time")
-    add("--precision", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="in which precision")
-    add("--repeats", type=int, default=5, help="rounds of each timing")
-    add("--seed", type=int, default=0, help="seed of weights and halting")
-    add("--device", default="auto", help="auto, cpu, gpu")
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="draws photographs and weights")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "gpu"))
     given = parser.parse_args(arguments)
-    return Plan(
-        model=given.model,
-        depth=given.depth,
-        batches=given.batch,
-        tasks=given.task,
-        precisions=given.precision,
-        repeats=given.repeats,
-        seed=given.seed,
-        device=pick_device(given.device),
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
     try:
-        speeds = run_benchmark(read_plan(arguments))
+        print(to_markdown(run_benchmark(given.seed, pick_device(given.device))))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(speeds.to_string(index=False, float_format="{:.4g}".format))
-    return 0
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

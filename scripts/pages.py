@@ -26,12 +26,13 @@ MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
-    "The halting is synthetic: an untrained model whose patches halt in layers drawn for them, "
-    "the class token in the last. Times depend on how many tokens are left where, not on what the "
-    "weights have learnt.",
-    "Ratios are ratios of medians over interleaved rounds; in the depth sweep, medians of the "
-    "ratios within a round. Efficiency is speed-up / FLOP ratio; 1 is ideal.",
-    "bfloat16 means weights and activations in inference, autocast in training.",
+    "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
+    "halting is fitted (starts.fit_start), thresholds are set, ToMe's r is chosen. DeiT-T has its "
+    "ImageNet weights, the other sizes are untrained: times depend on how many tokens are left.",
+    "A batch of one is timed on several images, one after another.",
+    "Speed-ups are ratios of medians over interleaved rounds. Efficiency is speed-up / FLOP ratio, "
+    "on the very images timed; 1 is ideal. Padding isn't counted; masked execution has ratio 1.",
+    "Memory in bfloat16: of weights and images in inference, autocast in training.",
 )
 
 
@@ -56,7 +57,7 @@ class Result(NamedTuple):
 def describe_page(name: str) -> Page:
     """The facts for the page of a profile, by name or file, or of the benchmark."""
     if name == "benchmark":
-        purpose = "DeiT, masked A-ViT and packed A-ViT side by side: interleaved, warmed up, "
+        purpose = "DeiT, A-ViT, ToMe and adaptive merging side by side: interleaved, warmed up, "
         purpose += "medians and quartiles of rounds"
         return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
     profile = get_profile(name)
@@ -159,7 +160,7 @@ def name_origin(name: str, source: str) -> str:
     target = "reproduce" if re.match(r"\d\d_", source) else source
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
-        command = "make benchmark"
+        command = "make benchmark" if source == name else f"python scripts/{source}.py"
     commit = facts["commit"][:10]
     return f"Made by `{command}`, commit {commit}, {facts['date']}, on {facts['hardware']}."
 

@@ -1,4 +1,4 @@
-"""The script that measures DeiT, masked and packed A-ViT, and what it leaves."""
+"""The scripts that time all methods side by side, and what they leave."""
 
 import importlib.util
 import multiprocessing.dummy
@@ -7,29 +7,97 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from conftest import assert_on_the_page
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
-SMALL = "--model avit_nano --batch 1 4 --repeats 1 --depth 2 --precision float32 --device cpu"
+from avit_lib import packed
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-@pytest.fixture(scope="module")
-def benchmark():
-    """The script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.mark.usefixtures("short_timings")
-def test_it_leaves_tables_and_figures(benchmark, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def benchmark():
+    """The script for all machines."""
+    return load("benchmark")
+
+
+@pytest.fixture(scope="module")
+def gpu_benchmark(benchmark):
+    """The script for GPUs, which takes from the other one."""
+    return load("gpu_benchmark")
+
+
+@pytest.fixture
+def small(benchmark, tmp_path, monkeypatch):
+    """A small size, timed in one round; the folder of the tables."""
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    monkeypatch.setattr(benchmark, "SAVED", 0.1)  # four layers cannot save much more
+    monkeypatch.setattr(benchmark, "TRAINING_ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "PROFILED", 1)
+    sizes = [benchmark.Size("nano", "nano", 28, {1: 1, 4: 1}, photographs=16)]
+    for name in ("benchmark", "gpu_benchmark"):
+        if name in sys.modules:
+            monkeypatch.setattr(sys.modules[name], "SIZES", sizes)
+    return tmp_path / "benchmark" / "tables"
+
+
+@pytest.mark.usefixtures("short_timings")
+def test_it_leaves_tables_and_figures(benchmark, small, monkeypatch):
     # In this process: new ones know no small model.
     monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
-    assert benchmark.main(SMALL.split()) == 0
-    found = {path.stem for path in (tmp_path / "benchmark").glob("*/*.*")}
-    names = ("speed", "overhead", "depth_sweep", "layers", "memory", "summary", "cost")
-    assert found >= {f"{name}_cpu" for name in (*names, "throughput", "speedup", "layers")}
-    table = pd.read_csv(tmp_path / "benchmark" / "tables" / "speed_cpu.csv")
-    ratio = table.groupby("model")["flops_ratio"].min()
-    assert ratio["A-ViT packed"] > ratio["DeiT"] == ratio["A-ViT masked"] == 1
+    drawn = []
+    save = benchmark.Results.figure
+    monkeypatch.setattr(
+        benchmark.Results, "figure", lambda *given: drawn.append(given[1]) or save(*given)
+    )
+    benchmark.main(["--device", "cpu"])
+    names = ["speed", "operators", "account", "overhead", "layers", "training", "cost", "memory"]
+    names.append("summary")
+    assert {path.stem for path in small.glob("*.csv")} == {f"{name}_cpu" for name in names}
+    assert len(drawn) == 2
+    for figure in drawn:
+        assert_on_the_page(figure)
+    tables = {name: pd.read_csv(small / f"{name}_cpu.csv") for name in names}
+    ratio = tables["speed"].groupby("model")["flops_ratio"].min()
+    assert ratio["A-ViT packed"] == ratio["A-ViT padded"] > 1
+    assert ratio["DeiT"] == ratio["A-ViT masked"] == 1
+    # Of several images one after another, the mean.
+    operators = tables["operators"].pivot(index="model", columns="batch", values="operators")
+    assert operators.loc["DeiT", 1] == operators.loc["DeiT", 4]
+    assert operators.loc["Adaptive merging", 4] > operators.loc["DeiT", 4]
+    assert set(tables["memory"]["model"]) == {*benchmark.TRAINED, "Adaptive merging"}
+
+
+@pytest.mark.usefixtures("short_timings")
+def test_on_a_gpu_it_compares_results_and_speeds_in_half_precision(gpu_benchmark, small, capsys):
+    gpu_benchmark.main(["--device", "cpu"])
+    exactness = pd.read_csv(small / "gpu_exactness.csv")
+    assert exactness["max_difference"].between(0, 0.2).all()
+    speeds = pd.read_csv(small / "gpu_speed.csv")
+    assert {"A-ViT varlen", "Adaptive merging, padded"} < set(speeds["model"])
+    assert "| A-ViT varlen |" in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so_in_one_line(gpu_benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*no CUDA GPU[^\n]*\Z"):
+        gpu_benchmark.main([])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_padded_attention_is_that_of_each_image_alone(benchmark, gpu_benchmark, biased):
+    torch.manual_seed(0)
+    keep = torch.tensor([True] * 5 + [True, True, False, True, False])
+    layout, _ = packed.split_off(packed.whole_layout(2, 5, keep.device), keep)
+    qkv = torch.randn(len(layout.index), 3, 2, 4)
+    bias = torch.randn(len(qkv)) if biased else None
+    found = benchmark.pad(lambda: gpu_benchmark.attend_padded(qkv, layout, bias))
+    torch.testing.assert_close(found(), packed.attend(qkv, layout, 0.0, bias))
