@@ -27,10 +27,11 @@ PALETTE = sns.color_palette("colorblind")
 AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "halting trained": "C3",
     "halting held": "C1",
+    "halting taught": "C6",
     "ImageNet": "C5",
     "": "C2",
 }
-PEER_COLOURS = ("C4", "C8", "C6")  # in the order of the registry, then again
+PEER_COLOURS = ("C4", "C8")  # in the order of the registry, then again
 OTHER_COLOURS = {
     "merging trained": INK,
     "Adaptive": "C7",

@@ -70,7 +70,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
     assert avit.halting.beta == child.halting.beta == -1.0
     assert avit.halting.target_std == SMOKE.run("avit").halting.target_std
     assert (avit.training.epochs, child.training.epochs) == (1, 3)
-    assert [run.training.weight_decay for run in own.runs] == [0.25] + [0.5] * 7
+    assert [run.training.weight_decay for run in own.runs] == [0.25] + [0.5] * 8
     monkeypatch.chdir(tmp_path)
     assert get_profile("own.toml") == own
 
