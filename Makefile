@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce readme train release benchmark test lint lock clean clean-results
+.PHONY: help setup lab reproduce readme train release animate benchmark test lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -129,6 +129,9 @@ train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an inter
 
 release: setup  ## Write the headline models of PROFILE in half precision, to be committed
 	@$(BIN)/python scripts/release.py --profile "$(PROFILE)" --seed "$(SEED)"
+
+animate: setup  ## Draw the moving picture of the README with the trained models of PROFILE
+	@$(BIN)/python scripts/animate.py --profile "$(PROFILE)" --seed "$(SEED)"
 
 benchmark: setup  ## Time all methods side by side (25 minutes on 2 cores; leave it alone)
 	@$(BIN)/python scripts/benchmark.py --seed "$(SEED)"
