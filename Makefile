@@ -161,6 +161,6 @@ clean:  ## Remove caches, failed notebooks and smoke results
 	find avit_lib scripts tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 clean-results:  ## Remove all results of PROFILE, trained models too (asks for CONFIRM=yes)
-	@case "$(PROFILE)" in ""|*[!a-z0-9_]*) echo "error: no such profile" >&2; exit 1;; esac
-	@test "$(CONFIRM)" = yes || { echo "this removes results/$(PROFILE), checkpoints too: add CONFIRM=yes" >&2; exit 1; }
-	rm -rf "results/$(PROFILE)"
+	@case "$(notdir $(RESULTS))" in ""|*[!a-z0-9_]*) echo "error: no such profile" >&2; exit 1;; esac
+	@test "$(CONFIRM)" = yes || { echo "this removes $(RESULTS), checkpoints too: add CONFIRM=yes" >&2; exit 1; }
+	rm -rf "$(RESULTS)"

@@ -61,7 +61,7 @@ def describe_page(name: str) -> Page:
         purpose += "medians and quartiles of rounds"
         return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
     profile = get_profile(name)
-    command = f"make reproduce PROFILE={profile.name}"
+    command = f"make reproduce PROFILE={name}"
     return Page(profile.name, profile.purpose, command, profile.notes)
 
 
