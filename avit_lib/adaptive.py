@@ -178,16 +178,14 @@ class Adaptive(TokensLeave):
         numbers = plan(self, count, wish, self.spread, self.step)
         for layer, number in enumerate(numbers, start=1):
             block = self.blocks[layer - 1]
-            attended = [self._attend(block, part, merges=True) for part in parts]
-            scores = torch.cat([one.score.flatten() for _, found in attended for one in found])
-            wanted = (
-                number + (parts[0].grain - 1) / 2 if number else 0
-            )  # ``choose`` leaves out some
-            threshold = _find_threshold(scores, round(wanted * len(images)))
-            parts = [
-                feed_forward(block, merge(part, found, threshold, layer))
-                for part, found in attended
-            ]
+            attended = [self._attend(block, part, number > 0) for part in parts]
+            parts, threshold = [part for part, _ in attended], math.inf
+            if number:
+                scores = torch.cat([one.score.flatten() for _, found in attended for one in found])
+                wanted = number + (parts[0].grain - 1) / 2  # ``choose`` leaves out some
+                threshold = _find_threshold(scores, round(wanted * len(images)))
+                parts = [merge(part, found, threshold, layer) for part, found in attended]
+            parts = [feed_forward(block, part) for part in parts]
             thresholds.append(threshold)
         depth = torch.cat([part.depth for part in parts]).view(-1, count)
         done = flops_of_depth(self, depth, [*map(math.isfinite, thresholds)])

@@ -1,10 +1,9 @@
 """Tokens that merge by thresholds, as pure functions (ours; the model: ``adaptive``).
 
-Each layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023, arXiv
-2210.09461), but not the same number in every image. The score of a token is its similarity to the
-token that can stand for it, minus a weight times the logarithm of its importance to the class
-token; it merges where the score exceeds the threshold of the layer. As in A-ViT, each token decides
-how deep it is computed, but its scores don't add up over the layers.
+Every second layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023,
+arXiv 2210.09461), but not the same number in every image. The score of a token is its similarity to
+the token that can stand for it, minus a weight times the logarithm of its importance to the class
+token; it merges where the score exceeds the threshold of the layer.
 
 Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated
 (DyMU, 2025) and set by a formula (ATM, arXiv 2505.15160). New is that images with different numbers
@@ -28,7 +27,7 @@ IMPORTANCE_WEIGHT = 0.2
 SPREAD = 1.0
 # Layers from one merge to the next: to merge costs time (notebook 07 compares)
 STEP = 2
-# How many lengths images may have: those that share one are attended in one call
+# About how many lengths images may have: those that share one are attended in one call
 LENGTHS = 24
 
 
@@ -37,10 +36,10 @@ def find_partners(key: Tensor, prefix: int, log_size: Tensor) -> tuple[Tensor, T
 
     Both [S, m]. Bipartite, as in ToMe: of the patches of an image, which follow ``prefix`` other
     tokens, every second looks for the most similar one among those between. Similarity is the
-    cosine of ``key`` [S, heads, n, d], mean over heads; nobody is similar to padding, for which
-    ``log_size`` [S, n] is -inf.
+    cosine of ``key`` [S, heads, n, d], mean over heads. Padding, for which ``log_size`` [S, n] is
+    -inf, is nobody's partner; what it finds itself means nothing.
     """
-    key = key.to(torch.promote_types(key.dtype, torch.float32))  # float16 overflows at 256
+    key = key.to(torch.promote_types(key.dtype, torch.float32))  # the square of 256 is no float16
     patches = F.normalize(key.sum(dim=1)[:, prefix:], dim=-1)
     similarity = patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)
     best = (similarity + log_size[:, None, prefix::2].clamp(max=0)).max(dim=2)
@@ -55,7 +54,8 @@ def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, pref
     """
     taken = attend_as_class(query, key, value, log_size)[:, prefix:]
     patches = log_size.isfinite().sum(dim=1, keepdim=True) - prefix
-    return (taken * (patches / taken.sum(dim=1, keepdim=True))).log()
+    tiny = torch.finfo(taken.dtype).tiny
+    return (taken * (patches / taken.sum(dim=1, keepdim=True))).clamp(min=tiny).log()
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Candidates:
     """Who may merge in a layer, of S images of n tokens."""
 
     score: Tensor  # [S, n], -inf: may not
-    partner: Tensor  # [S, n] where in its image the one lies that can stand for it
+    partner: Tensor  # [S, n] the row, among its image's tokens, of the one that can stand for it
     count: Tensor  # [S, 1] tokens of each image; less than n where it is padded
 
 
 def score_tokens(
     query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int, weight: float
 ) -> Candidates:
-    """Score tokens by similarity minus ``weight`` times importance, whose arguments these are.
+    """Score tokens by similarity minus ``weight`` times ``importance``, whose arguments these are.
 
     With weight 0 no class token is needed.
     """
@@ -79,6 +79,7 @@ def score_tokens(
         best = best - weight * importance(query, key, value, log_size, prefix)[:, 1::2]
     score = torch.full_like(log_size, -torch.inf, dtype=best.dtype)
     score[:, prefix + 1 :: 2] = best
+    score = score.masked_fill(log_size.isinf(), -torch.inf)
     partner = torch.zeros_like(score, dtype=torch.long)
     partner[:, prefix + 1 :: 2] = place
     return Candidates(score, partner, log_size.isfinite().sum(dim=1, keepdim=True))
@@ -87,7 +88,8 @@ def score_tokens(
 def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
     """Which tokens merge, [S, n] bool: those whose score exceeds the threshold.
 
-    But for the least of them: each image keeps a multiple of ``grain`` tokens.
+    Except the lowest few of them, so that each image keeps a multiple of ``grain`` tokens; where
+    too few exceed it for that, none merges.
     """
     above = (found.score > threshold).sum(dim=1, keepdim=True)
     number = (above - (above - found.count) % grain).clamp(min=0)
@@ -100,9 +102,9 @@ class Packed:
     """The tokens of a batch between two layers."""
 
     tokens: Tensor  # [T, D]
-    size: Tensor  # [T] how many of the first tokens each stands for
+    size: Tensor  # [T] how many of the original tokens each stands for
     layout: Layout
-    into: Tensor  # [B * N] which of the first tokens stands for each of them
+    into: Tensor  # [B * N] which of the original tokens stands for each of them
     depth: Tensor  # [B * N] the layer in which each became part of another, or the last
 
     @property
@@ -131,7 +133,7 @@ def unpack(packed: Packed, values: Tensor) -> Tensor:
 
 
 def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int) -> Packed:
-    """The tokens after those chosen from the candidates (as of ``to_dense``) have merged.
+    """The tokens after those chosen from the candidates, of each table of ``to_dense``, merged.
 
     A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
     """
@@ -143,7 +145,7 @@ def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int)
     gone = torch.nonzero_static(goes, size=len(goes) - len(stay))[:, 0]
     target = packed.layout.starts[packed.layout.segment[gone]] + partner[gone]
     size = packed.size.index_add(0, target, packed.size[gone])
-    # A mean is what it was plus what each that joins differs from it, by its share of the whole.
+    # New mean = old one + sum of (joiner - old one) * size of the joiner / new size.
     share = packed.size[gone] / size[target]
     change = (packed.tokens[gone] - packed.tokens[target]) * share[:, None]
     tokens = packed.tokens.index_add(0, target, change.to(packed.tokens.dtype))
@@ -165,7 +167,7 @@ def plan(
     """How many tokens each layer merges, mean over images, to save about ``saved`` of the FLOPs.
 
     Every ``step``-th layer l merges a share c (l + 1) ** ``spread`` of its remaining patches, at
-    most half; every layer does where that would not do, but the last merges none.
+    most half; if that cannot save enough, every layer does. The last layer never merges.
     """
     layers, whole = len(model.blocks), plain_flops(model, count)
 
@@ -179,8 +181,8 @@ def plan(
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
-    low, high = 0.0, 0.5 if saved else 0.0  # few merges cost more than they save
-    if try_scale(high)[0] < saved and step > 1:
+    low, high = 0.0, 0.5 if saved else 0.0  # to look for merges costs FLOPs, too
+    if saved and step > 1 and try_scale(high)[0] < saved:
         return plan(model, count, saved, spread, 1)
     for _ in range(40):
         middle = (low + high) / 2

@@ -75,6 +75,18 @@ def test_every_architecture_does_what_a_loop_over_single_images_does(name, grain
     assert torch.equal(adapted(model, 0.0)(images), model(images))
 
 
+def test_padding_as_on_a_gpu_merges_the_same(monkeypatch):
+    monkeypatch.setattr("avit_lib.merging.Packed.grain", 3)
+    model = make()
+    images = photographs(model)
+    logits, trace = adapted(model).forward_with_trace(images)
+    assert len(trace.depth.sum(dim=1).unique()) > 1  # so that there is padding
+    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: True)
+    found = adapted(model).forward_with_trace(images)
+    torch.testing.assert_close(found[0], logits, rtol=1e-8, atol=1e-8)
+    assert torch.equal(found[1].depth, trace.depth)
+
+
 def test_as_much_is_saved_as_was_wished_for():
     model = make(depth=6, embed_dim=96)
     images, depths = photographs(model, 32), []
