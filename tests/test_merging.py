@@ -77,7 +77,7 @@ def test_every_architecture_does_what_a_loop_over_single_images_does(name, grain
 
 def test_padding_as_on_a_gpu_merges_the_same(monkeypatch):
     monkeypatch.setattr("avit_lib.merging.Packed.grain", 3)
-    model = make()
+    model = make(depth=6)  # merges twice
     images = photographs(model)
     logits, trace = adapted(model).forward_with_trace(images)
     assert len(trace.depth.sum(dim=1).unique()) > 1  # so that there is padding
