@@ -125,7 +125,9 @@ class Adaptive(TokensLeave):
             raise UserError(f"tokens can't merge any more: {reason}")
         parts = [self.blocks]
         for block in self.blocks:
-            parts += [block, block.attn, block.attn.attn_drop]
+            attention = block.attn
+            parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
+            parts += [block.drop_path1, block.drop_path2]
         if any(map(is_hooked, parts)):
             raise UserError(
                 "a hook on a block would never be called, since tokens merge inside of it; "
@@ -137,8 +139,9 @@ class Adaptive(TokensLeave):
     def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
-        for layer, threshold in enumerate(self.thresholds.tolist(), start=1):
-            block, merges = self.blocks[layer - 1], math.isfinite(threshold)
+        layers = zip(self.blocks, self.thresholds.tolist(), strict=True)
+        for layer, (block, threshold) in enumerate(layers, start=1):
+            merges = math.isfinite(threshold)
             packed, found = self.run(self._attend, block, packed, merges)
             if merges:
                 packed = merge(packed, found, threshold, layer)

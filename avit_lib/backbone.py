@@ -82,7 +82,7 @@ class TokensLeave(VisionTransformer):
         layers = []
         features, _ = self.compute_features(x, traced=False, observe=layers.append)
         taken, _ = feature_take_indices(len(layers), indices)
-        chosen = [self.norm(layers[one]) if norm else layers[one] for one in sorted(taken)]
+        chosen = [self.norm(layers[one]) if norm else layers[one] for one in sorted({*taken})]
         count = self.num_prefix_tokens
         maps = [tokens[:, count:] for tokens in chosen]
         if output_fmt == "NCHW":

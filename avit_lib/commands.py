@@ -122,6 +122,8 @@ def test(common, batch_size: int) -> None:
     facts["intervals"] = bootstrap_intervals(predictions, common.seed)
     print(json.dumps(facts, indent=1))
     target = path.with_name(f"{path.stem}_test.json")
+    if target.exists() and "tested" not in training.read_json(target):
+        raise UserError(f"{target} is of something else; move it, or rename the checkpoint")
     if processes.rank() == 0:
         origin = provenance(get_profile(common.profile).name, run["seed"])
         training.write_json(target, facts | {"tested": about, "provenance": origin})
@@ -146,13 +148,13 @@ def describe_data(common) -> None:
 # --- adapt, benchmark -----------------------------------------------------------------------------
 
 
-def is_described(weights: Path) -> bool:
-    """Whether beside ``weights`` lies the .json that fit and adapt write."""
+def is_described(weights: Path, *more: str) -> bool:
+    """Whether beside ``weights`` lies the .json that fit and adapt write, with ``more`` keys."""
     try:
         found = training.read_json(weights.with_suffix(".json"))
     except (FileNotFoundError, UserError):  # none, or no JSON
         return False
-    return isinstance(found, dict) and {"model", "arguments", "sha256"} <= found.keys()
+    return isinstance(found, dict) and {"model", "arguments", "sha256", *more} <= found.keys()
 
 
 def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -239,7 +241,7 @@ def adapt(
     if weights:
         refuse_inputs(output, [weights])
         refuse_inputs(beside, [weights.with_suffix(".json")])
-    if (output.exists() or beside.exists()) and not is_described(output):
+    if (output.exists() or beside.exists()) and not is_described(output, "adapted"):
         raise UserError(f"{output} or {beside.name} is of something else; name another --output")
     model, described, pixels = prepare(common, name, weights, images)
     adapted = make_adaptive(model, pixels, saved)

@@ -57,6 +57,8 @@ class AViT(TokensLeave):
 
         Raises UserError for what won't go.
         """
+        if not 0 < eps < 1:
+            raise UserError(f"eps must lie between 0 and 1, not {eps}")
         super().__init__(*args, **kwargs)
         _check_pooling(self.global_pool)
         one_class_token = self.has_class_token and self.num_prefix_tokens == 1

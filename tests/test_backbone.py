@@ -138,7 +138,7 @@ HOOKS = ("register_forward_hook", "register_full_backward_hook")
 
 
 @pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize("part", ["", "2", "2.attn.attn_drop"])
+@pytest.mark.parametrize("part", ["", "2", "2.attn.attn_drop", "2.attn.k_norm"])
 def test_hooks_on_blocks_are_called_or_refused(kind, part):
     model, adaptive, seen = halting(), merging(), []
     for block in model.blocks:

@@ -66,6 +66,8 @@ def test_a_checkpoint_is_tested(run):
     assert [tested["sha256"], tested["content"]] == known[:2]
     assert written.pop("provenance")["seed"] == 3 and written == printed
     run(f"{command} --model AViT")
+    shutil.copy(AVIT.with_suffix(".json"), "avit/last_test.json")  # of another checkpoint
+    assert "avit/last_test.json is of something else" in run(command, 2).err
     assert "was trained as avit, not deit" in run(f"{command} --model deit", 2).err
 
 
@@ -226,6 +228,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
         ("--saved 0.9", "between 0 and 0.8"),
         ("--output adaptive.bin", 'must have extension "safetensors"'),
         ("--output annotations.safetensors", "annotations.json is of something else"),
+        (f"--output {AVIT}", "last.json is of something else"),
         ("--model deit_tiny_distilled_patch16_224", "is of another model"),
         (f"--weights {AVIT}", "is of model avit_nano, not vit_tiny_patch16_224; correct --model"),
         (f"--weights {AVIT} --output {AVIT}", "last.safetensors is read, too; name another"),

@@ -119,6 +119,13 @@ def test_it_is_turned_to_another_budget_saved_loaded_and_trained():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_thresholds_are_one_for_each_layer():
+    adaptive = adapted(make())
+    adaptive.thresholds = adaptive.thresholds[:3]
+    with pytest.raises(ValueError, match="shorter"):
+        adaptive(photographs(adaptive))
+
+
 def with_nan():
     model = make()
     model.blocks[0].mlp.fc1.weight.data[0, 0] = torch.nan

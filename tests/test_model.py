@@ -1,9 +1,11 @@
 """A-ViT as a model: the plain transformer inside it, halting as deletion, what timm expects."""
 
+import math
+
 import pytest
 import timm
 import torch
-from conftest import bright_and_dark, varied_model
+from conftest import bright_and_dark, refused, varied_model
 
 from avit_lib.model import AViT
 
@@ -82,6 +84,12 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     model.beta = -1e4
     assert (model(images) - logits).abs().max() > 1e-4  # halting does change the result
+
+
+@pytest.mark.parametrize("eps", [0.0, 1.5, math.nan])
+def test_a_halting_sum_that_nobody_can_reach_is_refused(eps):
+    with refused("eps must lie between 0 and 1"):
+        timm.create_model("avit_nano", eps=eps)
 
 
 def test_timm_finds_and_configures_it():

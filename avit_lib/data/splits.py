@@ -128,7 +128,9 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     elif os.path.lexists(val):
         raise UserError(f"{val} is no folder, or a link to none; mend or remove it")
     else:
-        for name in sorted({"Val", "valid", "validation"} & {*os.listdir(folder)}):
+        for name in sorted(os.listdir(folder)):
+            if name.lower() not in ("val", "valid", "validation", "dev"):
+                continue
             tell(f"{folder / name} is not used, and a part of train held out: call it val")
         tenth = int(train.labels.bincount().min()) // 10
         parts = draw(train, seed, partial(hold_out, max(1, tenth)))

@@ -61,8 +61,8 @@ class TokenMerging(nn.Module):
                 "tokens are merged in a plain vision transformer with one class token; "
                 "take a DeiT or ViT"
             )
-        if r < 0:
-            raise UserError(f"a layer cannot merge {r} tokens; choose r = 0 or more")
+        if r < 0 or r % 1 or step < 1 or step % 1:
+            raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")
         self.model, self.blocks = model, model.blocks
         self.numbers = [0 if layer % step else r for layer in range(1, len(model.blocks) + 1)]
 

@@ -38,9 +38,9 @@ def test_a_folder_without_validation_images_gives_some_up(tmp_path):
 
 def test_validation_images_that_are_not_used_are_told(tmp_path, capsys):
     write_images(tmp_path / "train", {"ants": 3, "bees": 3})
-    write_images(tmp_path / "valid", {"ants": 3})
+    write_images(tmp_path / "VALID", {"ants": 3})
     folder_training_data(tmp_path, COLOUR, seed=0)
-    assert capsys.readouterr().err.startswith(f"{tmp_path}/valid is not used")
+    assert capsys.readouterr().err.startswith(f"{tmp_path}/VALID is not used")
     (tmp_path / "val").symlink_to("nowhere")
     with refused(f"{tmp_path}/val is no folder"):
         folder_training_data(tmp_path, COLOUR, seed=0)

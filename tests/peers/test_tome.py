@@ -47,6 +47,9 @@ def test_the_class_token_is_alone_and_first_even_among_equals():
 def test_what_cannot_merge_is_refused():
     plain, registers = timm.create_model("deit_nano"), timm.create_model("deit_nano", reg_tokens=1)
     halting, adaptive = timm.create_model("avit_nano"), without_thresholds(plain)
-    for model, r in ((halting, 2), (adaptive, 2), (registers, 2), (plain, -1)):
+    for model, r in ((halting, 2), (adaptive, 2), (registers, 2), (plain, -1), (plain, 2.5)):
         with refused(""):
             tome.TokenMerging(model, r)
+    for step in (0, 1.5):
+        with refused("whole numbers"):
+            tome.TokenMerging(plain, 2, step)

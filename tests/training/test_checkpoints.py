@@ -38,6 +38,13 @@ def test_round_trip_with_what_was_set_after_the_model_was_made(model, tmp_path):
         assert torch.equal(value, found.state_dict()[key])
 
 
+def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_path):
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, model, NAME, ARGUMENTS, run={"classes": ["ant", "bee"]})
+    with refused("names 2 classes for 5"):
+        load_checkpoint(path)
+
+
 def test_an_adapted_model_is_found_again(tmp_path):
     model = without_thresholds(timm.create_model("deit_nano"), importance_weight=0.5)
     save_checkpoint(tmp_path / "adapted.safetensors", model, "deit_nano", {})
