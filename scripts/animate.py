@@ -10,6 +10,7 @@ import argparse
 import io
 import sys
 
+import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -36,10 +37,9 @@ def draw_frame(images: torch.Tensor, grids: dict, titles: list[str], layer: int)
     figure = pictures.mosaic(rows)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(canvas.buffer_rgba()).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-@torch.inference_mode()
 def animate(profile: str, seed: int) -> None:
     """Trace the photographs and write the picture; UserError when a model is not trained."""
     study = Study(profile, seed)
@@ -49,7 +49,9 @@ def animate(profile: str, seed: int) -> None:
     images, labels = study.test[chosen]
     grids = {}
     for name, run in (("A-ViT", study.profile.focus), ("merging", "merging")):
-        trace = study.load(run).forward_with_trace(images.to(study.device))[1]
+        model = study.load(run)
+        with torch.inference_mode():
+            trace = model.forward_with_trace(images.to(study.device))[1]
         grids[name] = pictures.grids(trace.depth.cpu())
     layers = max(int(grid.max()) for grid in grids.values())
     titles = [study.test.classes[label] for label in labels]
