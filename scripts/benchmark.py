@@ -123,7 +123,7 @@ def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
         return write(summarise(speeds), "summary", caption)
 
     first = time_size(rivals)
-    write_speeds([first])
+    summary = write_speeds([first])
     operators = count_operators(rivals, first)
     write(operators, "operators", f"Operators of torch in a forward pass, and its time. {about}")
     caption = "The operators of torch with the most CPU time of their own in a forward pass, by "
