@@ -46,14 +46,17 @@ def find_partners(key: Tensor, prefix: int, log_size: Tensor) -> tuple[Tensor, T
     return best.values, prefix + 2 * best.indices
 
 
-def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int) -> Tensor:
+def importance(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, count: Tensor, prefix: int
+) -> Tensor:
     """The logarithm of what the class token takes from each patch [S, n - prefix].
 
     It is relative to the mean over the patches. Arguments as of ``attend_as_class``, with the
-    logarithm of the tokens' sizes [S, n] as bias, -inf for padding.
+    logarithm of the tokens' sizes [S, n] as bias, -inf for padding; ``count`` [S, 1] tokens are
+    none.
     """
     taken = attend_as_class(query, key, value, log_size)[:, prefix:]
-    patches = log_size.isfinite().sum(dim=1, keepdim=True) - prefix
+    patches = count - prefix
     tiny = torch.finfo(taken.dtype).tiny
     return (taken * (patches / taken.sum(dim=1, keepdim=True))).clamp(min=tiny).log()
 
@@ -70,19 +73,22 @@ class Candidates:
 def score_tokens(
     query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int, weight: float
 ) -> Candidates:
-    """Score tokens by similarity minus ``weight`` times ``importance``, whose arguments these are.
+    """Score tokens by similarity minus ``weight`` times ``importance``; arguments as of both.
 
     With weight 0 no class token is needed.
     """
+    known = log_size.isfinite()
+    count = known.sum(dim=1, keepdim=True)
     best, place = find_partners(key, prefix, log_size)
     if weight:
-        best = best - weight * importance(query, key, value, log_size, prefix)[:, 1::2]
+        taken = importance(query, key, value, log_size, count, prefix)
+        best = best - weight * taken[:, 1::2]
     score = torch.full_like(log_size, -torch.inf, dtype=best.dtype)
     score[:, prefix + 1 :: 2] = best
-    score = score.masked_fill(log_size.isinf(), -torch.inf)
+    score = score.masked_fill(~known, -torch.inf)
     partner = torch.zeros_like(score, dtype=torch.long)
     partner[:, prefix + 1 :: 2] = place
-    return Candidates(score, partner, log_size.isfinite().sum(dim=1, keepdim=True))
+    return Candidates(score, partner, count)
 
 
 def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
