@@ -25,14 +25,12 @@ COLUMNS = 6
 DURATION, HELD = 450, 2000  # milliseconds that a layer is shown, and the last one
 
 
-def draw_frame(images: torch.Tensor, grids: dict, titles: list[str], layer: int) -> Image.Image:
-    """The photographs after ``layer`` layers: what has left is covered."""
+def draw_frame(pixels: torch.Tensor, grids: dict, titles: list[str], layer: int) -> Image.Image:
+    """The photographs after ``layer`` layers, not the last: what has left is covered."""
     rows: list[pictures.Row] = []
     for name, grid in grids.items():
         words = f"{name}\nafter layer\n{layer}"
-        rows.append(
-            (words, pictures.veiled(images, (grid <= layer) * (layer < grid.max())), titles)
-        )
+        rows.append((words, pictures.veiled(pixels, grid <= layer), titles))
         titles = []
     figure = pictures.mosaic(rows)
     canvas = FigureCanvasAgg(figure)
@@ -53,9 +51,9 @@ def animate(profile: str, seed: int) -> None:
         with torch.inference_mode():
             trace = model.forward_with_trace(images.to(study.device))[1]
         grids[name] = pictures.grids(trace.depth.cpu())
-    layers = max(int(grid.max()) for grid in grids.values())
+    layers, pixels = len(model.blocks), to_pixels(images)
     titles = [study.test.classes[label] for label in labels]
-    frames = [draw_frame(to_pixels(images), grids, titles, layer) for layer in range(layers)]
+    frames = [draw_frame(pixels, grids, titles, layer) for layer in range(layers)]
     durations = [DURATION] * (layers - 1) + [HELD]
     moving = io.BytesIO()
     look = {"save_all": True, "append_images": frames[1:], "duration": durations, "loop": 0}
