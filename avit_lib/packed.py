@@ -78,6 +78,10 @@ def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> 
     half = qkv.dtype in (torch.float16, torch.bfloat16)
     if qkv.device.type == "cuda" and ragged and half and not dropout:
         return attend_varlen(qkv, layout, bias)
+    if qkv.device.type == "cpu" and half and (ragged or qkv.requires_grad):
+        # In half precision a CPU makes a kernel for each length; and backward it is slow.
+        with torch.autocast("cpu", enabled=False):
+            return attend(qkv.float(), layout, dropout, bias).to(qkv.dtype)
     tables = to_dense(qkv, layout)
     masks: list[Tensor | None] = [None] * len(tables)
     if bias is not None or tables[0].numel() > qkv.numel():  # padding is attended by nobody

@@ -13,4 +13,11 @@ from avit_lib.training.checkpoints import (
     save_checkpoint,
 )
 from avit_lib.training.files import read_json, write_atomically, write_json
-from avit_lib.training.loop import Training, finished_history, fit, pick_device, seed_everything
+from avit_lib.training.loop import (
+    Training,
+    finished_history,
+    fit,
+    pick_device,
+    seed_everything,
+    uses_bfloat16,
+)

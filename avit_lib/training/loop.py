@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from msgspec import Meta, Struct
 from timm.data import Mixup
+from timm.models.vision_transformer import Attention
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -55,8 +56,6 @@ class Training(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     clip_norm: Positive = 1.0
     # "bfloat16": autocast, where the device gains by it
     precision: Literal["float32", "bfloat16"] = "float32"
-    # of a model that halts, in training: "auto" is masked
-    execution: Literal["auto", "masked", "packed"] = "auto"
     # of the averaged weights, which are then those evaluated and kept; 0: none
     ema_decay: Fraction = 0.0
     mixup: NotNegative = 0.0  # alpha of Mixup; 0: none
@@ -84,6 +83,11 @@ def gains_by_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def uses_bfloat16(config: Training, device: torch.device) -> bool:
+    """Whether a training on ``device`` runs in bfloat16."""
+    return config.precision == "bfloat16" and gains_by_bfloat16(device)
 
 
 def fit(
@@ -147,7 +151,11 @@ def fit(
     rank = processes.rank()
     # The loss smooths; what alpha is 0 is left out.
     mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes))
-    half = config.precision == "bfloat16" and gains_by_bfloat16(device)
+    half = uses_bfloat16(config, device)
+    if half and device.type == "cpu":
+        for part in model.modules():
+            if isinstance(part, Attention):
+                part.fused_attn = False  # backward, the fused kernel takes three times as long
 
     for epoch in range(len(records) + 1, config.epochs + 1):
         started = time.perf_counter()

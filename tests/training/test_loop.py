@@ -37,7 +37,7 @@ def validate(model):
 def train(folder, loss=LOSS, config=CONFIG, data=TRAIN, seed=0, validate=validate, **arguments):
     """Train a fresh small model in ``folder``."""
     seed_everything(seed)
-    arguments = {"drop_rate": 0.1, "beta": -3.0, "execution": config.execution} | arguments
+    arguments = {"drop_rate": 0.1, "beta": -3.0} | arguments
     model = timm.create_model("avit_nano", **arguments)
     return fit(model, data, loss, config, folder, validate, description=DESCRIPTION, seed=seed)
 
@@ -203,8 +203,8 @@ def test_layers_that_no_token_reaches_are_trained_alike_by_both_executions(tmp_p
     weights = []
     for execution in ("masked", "packed"):
         folder = tmp_path / execution
-        config = replace(CONFIG, weight_decay=0.5, execution=execution)
-        history = train(folder, loss, config, gamma=0.0, beta=0.5)
+        config = replace(CONFIG, weight_decay=0.5)
+        history = train(folder, loss, config, gamma=0.0, beta=0.5, execution=execution)
         assert history["train_depth"].eq(2).all()
         weights.append(load_checkpoint(folder / "last.safetensors")[0].state_dict())
     for name, masked in weights[0].items():
