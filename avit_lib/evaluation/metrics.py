@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -113,6 +114,12 @@ def paired_difference(
 
     low, high = _bootstrap(mean, len(gain), seed=0).tolist()
     return mean(np.arange(len(gain))), low, high
+
+
+def divergence(first: Predictions, second: Predictions) -> Tensor:
+    """KL of the answers of ``first`` from those of ``second``, of each image [n], in nats."""
+    logs = [F.log_softmax(one.logits, dim=1) for one in (first, second)]
+    return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
 
 
 def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:

@@ -121,18 +121,8 @@ def hardware() -> str:
 
 def to_markdown(frame: pd.DataFrame) -> str:
     """A data frame as a Markdown table: numbers with four significant digits, right-aligned."""
-    right = [pd.api.types.is_numeric_dtype(frame[column]) for column in frame.columns]
-    rows = [list(frame.columns), ["---:" if number else ":---" for number in right]]
-    rows += [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.4g}"
-    return str(value)
+    known = frame.astype(object).where(frame.notna(), None)
+    return known.to_markdown(index=False, floatfmt=".4g", missingval="")
 
 
 @cache
