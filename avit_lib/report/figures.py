@@ -44,9 +44,6 @@ CURVES = {  # marker and line of models that are no A-ViTs; of their peers the l
     "": ("s", ":"),
 }
 BY_BETA = ("o", "--")
-# Where the middle of words stands beside their point, in points right and up of it: around it, then
-# farther out.
-PLACES = [(x * r, y * r) for r in (1, 1.7) for y in (10, -10, 0) for x in (15, -15, 0) if x or y]
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 
@@ -143,79 +140,28 @@ def curve(
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.45)
 
 
-def accuracy_against(
-    table: pd.DataFrame,
-    x: str,
-    xlabel: str,
-    accuracy: str = "accuracy",
-    points: pd.DataFrame | None = None,
-) -> Figure:
-    """Column ``accuracy`` of the evaluation ``table``, with its interval, against column ``x``.
+def difference_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
+    """Columns ``difference_macro``, low and high of a ``table`` of models, against column ``x``.
 
-    What is merged by several r or thresholds is joined to a curve, and so are the ``points`` of
-    each model at several depths; beside a point of a curve stands the number of a peer, the share
-    of FLOPs saved or the mean depth.
+    What is merged by several r or thresholds is joined to a curve, and so is each model at several
+    depths; the legend names them in the order of the curve.
     """
-    figure, [[axis]] = subplots(height=5.0)
-    rows, notes = pd.concat([table, points]).drop_duplicates("model"), []
-    for name, part in rows.groupby(rows["model"].str.split(", ").str[0], sort=False):
+    figure, [[axis]] = subplots(height=5.6)
+    for name, part in table.groupby(table["model"].str.split(", ").str[0], sort=False):
         part = part.sort_values(x)
-        ends = part[f"{accuracy}_low"], part[f"{accuracy}_high"]
-        label = name
-        if len(part) > 1:
-            for _, row in part.iterrows():
-                varied, beside = describe_point(row)
-                notes.append((beside, row[[x, accuracy]], model_colour(name)))
-            label += f", by {varied}"
-        curve(axis, name, part[x], part[accuracy], *ends, label)
-    axis.margins(x=0.07)
-    mean = "accuracy, mean over classes" if accuracy.endswith("_macro") else "accuracy"
-    axis.set(xlabel=xlabel, ylabel=mean)
-    percent(axis)
-    legend_above(figure, axis)
-    label_points(figure, axis, notes, rows[[x, accuracy]].to_numpy())
-    return figure
+        label = f"{name}, {describe_points(part)}" if len(part) > 1 else name
+        ends = 100 * part["low_macro"], 100 * part["high_macro"]
+        curve(axis, name, part[x], 100 * part["difference_macro"], *ends, label)
+    axis.set(xlabel=xlabel, ylabel="mean per-class accuracy minus DeiT's [points]")
+    return legend_above(figure, axis)
 
 
-def describe_point(row: pd.Series) -> tuple[str, str]:
-    """What is varied along the curve of a model, and its value at the point of this row."""
-    if " = " in row.model:  # a peer's
-        varied, beside = row.model.split(", ")[1].split(" = ")
-        return varied, beside
-    if row.model.startswith("A-ViT"):
-        return "mean depth", f"{row.mean_depth:.1f}"
-    return "FLOPs saved", f"{row.flops_saved:.0%}"
-
-
-def label_points(
-    figure: Figure, axis: Axes, notes: list[tuple[str, ArrayLike, ColorType]], points: ArrayLike
-) -> None:
-    """Write each note (words, point, colour) beside its point, at the first of the best places.
-
-    The best are those at which it covers the fewest notes and ``points`` [P, 2], then the fewest
-    lines.
-    """
-    figure.draw_without_rendering()  # places in pixels are known only now
-    pixels = axis.transData.transform(points)
-    lines = [line.get_path().transformed(axis.transData) for line in axis.lines]
-    taken = []
-    for words, point, colour in notes:
-        note = axis.annotate(
-            words,
-            point,
-            PLACES[0],
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color=colour,
-            path_effects=HALO,
-        )
-        covered = {}
-        for place in PLACES:
-            note.set_position(place)
-            box = note.get_window_extent()
-            hidden = box.padded(5).count_contains(pixels) + box.count_overlaps(taken)
-            covered[place] = hidden, sum(line.intersects_bbox(box, False) for line in lines)
-        note.set_position(min(PLACES, key=covered.__getitem__))
-        taken += [note.get_window_extent()]
+def describe_points(rows: pd.DataFrame) -> str:
+    """What is varied along the curve of a model, and its values at the points in ``rows``."""
+    name = rows["model"].iloc[0]
+    if " = " in name:  # a peer's
+        values = rows["model"].str.split(" = ").str[1]
+        return f"{name.split(', ')[1].split(' = ')[0]} = {', '.join(values)}"
+    if name.startswith("A-ViT"):
+        return f"depth {', '.join(rows['mean_depth'].map('{:.1f}'.format))}"
+    return f"{', '.join(rows['flops_saved'].map('{:.0%}'.format))} saved"
