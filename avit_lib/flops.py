@@ -21,13 +21,13 @@ class MergingTrace:
     """How deep each token of a batch went before it became part of another, if it ever did."""
 
     depth: Tensor  # [B, N], integer, 1..L
-    halting_scores: None = None  # there are none
+    halting_scores: Tensor = torch.zeros(0)  # there are none
 
 
 def trace_model(model: nn.Module, images: Tensor) -> tuple[Tensor, Any]:
     """Logits [B, K] of images [B, C, H, W], and a trace that says how deep each token went.
 
-    Its ``depth`` is [B, N], its ``halting_scores`` [B, L, N], or None in models that do not halt.
+    Its ``depth`` is [B, N], its ``halting_scores`` [B, L, N], or [0] of models that do not halt.
     """
     if hasattr(model, "forward_with_trace"):
         return model.forward_with_trace(images)

@@ -24,7 +24,7 @@ class Predictions:
     logits: Tensor  # [n, K]
     labels: Tensor  # [n]
     depth: Tensor  # [n, N], every token to its own end; of a plain transformer L everywhere
-    halting_scores: Tensor | None  # [n, L, N]; None: the model does not halt
+    halting_scores: Tensor  # [n, L, N]; [0]: the model does not halt
     flops: Tensor  # [n], of plain inference
     layers: int  # L
 
@@ -60,13 +60,10 @@ def predict(
     with evaluating(model), fitting_memory(batch_size, remedy):
         for images, labels in bar:
             logits, trace = trace_model(model, images.to(device))
-            scores = getattr(trace, "halting_scores", None)
-            scores = torch.zeros(0) if scores is None else scores  # so that parts can be joined
-            part = (logits.float(), labels, trace.depth, scores, flops_of(model, trace))
-            parts.append([one.cpu() for one in part])
-    logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
-    halting_scores = scores if len(scores) else None
-    return Predictions(logits, labels, depth, halting_scores, flops, len(model.blocks))
+            followed = trace.depth, trace.halting_scores, flops_of(model, trace)
+            parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
+    joined = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Predictions(*joined, layers=len(model.blocks))
 
 
 def metrics(predictions: Predictions) -> dict[str, float]:

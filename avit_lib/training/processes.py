@@ -12,7 +12,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def count() -> int:
@@ -69,7 +68,6 @@ def mean(value: Tensor) -> Tensor:
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Replace the gradient of each parameter by its mean over the processes; all must have one."""
     if count() > 1:
-        gradients = [parameter.grad for parameter in parameters]
-        total = parameters_to_vector(gradients)
-        dist.all_reduce(total)
-        vector_to_parameters(total / count(), gradients)
+        for parameter in parameters:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= count()
