@@ -164,8 +164,7 @@ class Adaptive(TokensLeave):
             return packed, []
         weight = self.importance_weight.item() if self.cls_token is not None else 0.0
         found = []
-        tables = zip(to_dense(qkv, layout), to_dense(log_size, layout, -torch.inf), strict=True)
-        for table, sizes in tables:
+        for table, sizes in zip(to_dense(qkv, layout), to_dense(log_size, layout), strict=True):
             query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
             found.append(score_tokens(query, key, value, sizes, prefix, weight))
         return packed, found

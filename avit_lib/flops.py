@@ -6,7 +6,8 @@ does neither is a plain transformer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class MergingTrace:
     """How deep each token of a batch went before it became part of another, if it ever did."""
 
     depth: Tensor  # [B, N], integer, 1..L
-    halting_scores: Tensor = torch.zeros(0)  # there are none
+    halting_scores: Tensor = field(default_factory=partial(torch.zeros, 0))  # there are none
 
 
 def trace_model(model: nn.Module, images: Tensor) -> tuple[Tensor, Any]:

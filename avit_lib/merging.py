@@ -31,34 +31,28 @@ STEP = 2
 LENGTHS = 24
 
 
-def find_partners(key: Tensor, prefix: int, log_size: Tensor) -> tuple[Tensor, Tensor]:
+def find_partners(key: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """The similarity of every second patch to its partner, and where in its image that one lies.
 
     Both [S, m]. Bipartite, as in ToMe: of the patches of an image, which follow ``prefix`` other
     tokens, every second looks for the most similar one among those between. Similarity is the
-    cosine of ``key`` [S, heads, n, d], mean over heads. Padding, for which ``log_size`` [S, n] is
-    -inf, is nobody's partner; what it finds itself means nothing.
+    cosine of ``key`` [S, heads, n, d], mean over heads.
     """
     key = key.to(torch.promote_types(key.dtype, torch.float32))  # the square of 256 is no float16
     patches = F.normalize(key.sum(dim=1)[:, prefix:], dim=-1)
-    similarity = patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)
-    best = (similarity + log_size[:, None, prefix::2].clamp(max=0)).max(dim=2)
+    best = (patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)).max(dim=2)
     return best.values, prefix + 2 * best.indices
 
 
-def importance(
-    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, count: Tensor, prefix: int
-) -> Tensor:
+def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int) -> Tensor:
     """The logarithm of what the class token takes from each patch [S, n - prefix].
 
     It is relative to the mean over the patches. Arguments as of ``attend_as_class``, with the
-    logarithm of the tokens' sizes [S, n] as bias, -inf for padding; ``count`` [S, 1] tokens are
-    none.
+    logarithm of the tokens' sizes [S, n] as bias.
     """
     taken = attend_as_class(query, key, value, log_size)[:, prefix:]
-    patches = count - prefix
     tiny = torch.finfo(taken.dtype).tiny
-    return (taken * (patches / taken.sum(dim=1, keepdim=True))).clamp(min=tiny).log()
+    return (taken / taken.mean(dim=1, keepdim=True)).clamp(min=tiny).log()
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,6 @@ class Candidates:
 
     score: Tensor  # [S, n], -inf: may not
     partner: Tensor  # [S, n] the row, among its image's tokens, of the one that can stand for it
-    count: Tensor  # [S, 1] tokens of each image; less than n where it is padded
 
 
 def score_tokens(
@@ -77,18 +70,15 @@ def score_tokens(
 
     With weight 0 no class token is needed.
     """
-    known = log_size.isfinite()
-    count = known.sum(dim=1, keepdim=True)
-    best, place = find_partners(key, prefix, log_size)
+    best, place = find_partners(key, prefix)
     if weight:
-        taken = importance(query, key, value, log_size, count, prefix)
+        taken = importance(query, key, value, log_size, prefix)
         best = best - weight * taken[:, 1::2]
     score = torch.full_like(log_size, -torch.inf, dtype=best.dtype)
     score[:, prefix + 1 :: 2] = best
-    score = score.masked_fill(~known, -torch.inf)
     partner = torch.zeros_like(score, dtype=torch.long)
     partner[:, prefix + 1 :: 2] = place
-    return Candidates(score, partner, count)
+    return Candidates(score, partner)
 
 
 def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
@@ -98,7 +88,7 @@ def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
     too few exceed it for that, none merges.
     """
     above = (found.score > threshold).sum(dim=1, keepdim=True)
-    number = (above - (above - found.count) % grain).clamp(min=0)
+    number = (above - (above - found.score.shape[1]) % grain).clamp(min=0)
     limit = found.score.sort(dim=1, descending=True).values.gather(1, number)
     return found.score > limit.clamp(min=threshold)
 
@@ -143,8 +133,8 @@ def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int)
 
     A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
     """
-    goes = to_packed([choose(one, threshold, packed.grain) for one in found], packed.layout)
-    partner = to_packed([one.partner for one in found], packed.layout)
+    goes = to_packed([choose(one, threshold, packed.grain) for one in found])
+    partner = to_packed([one.partner for one in found])
     layout, stay = split_off(packed.layout, ~goes)
     if stay is None:
         return packed

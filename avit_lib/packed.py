@@ -36,37 +36,20 @@ class Layout:
 # --- attention inside each image ------------------------------------------------------------------
 
 
-def prefers_padding(device: torch.device) -> bool:
-    """Whether the device is faster in one padded call than in one for each length of images."""
-    return device.type == "cuda"
+def to_dense(values: Tensor, layout: Layout) -> list[Tensor]:
+    """``values`` [T, ...] of the tokens as tensors [images, length, ...], one for each length.
 
-
-def to_dense(values: Tensor, layout: Layout, fill: float = 0.0) -> list[Tensor]:
-    """``values`` [T, ...] of the tokens as tensors [images, length, ...], to attend inside of.
-
-    One for each length that occurs; or one for all images, padded with ``fill`` to the longest.
+    So attention needs no padding: images of one length are attended in one call.
     """
     buckets = Counter(layout.lengths)  # how many images have each length
-    if len(buckets) == 1 or not prefers_padding(values.device):
-        parts = values.split([length * images for length, images in buckets.items()])
-        pairs = zip(parts, buckets, strict=True)
-        return [part.unflatten(0, (-1, length)) for part, length in pairs]
-    shape = len(layout.lengths), layout.lengths[0]
-    table = values.new_full((shape[0] * shape[1], *values.shape[1:]), fill)
-    return [table.index_copy(0, find_slots(layout), values).unflatten(0, shape)]
+    parts = values.split([length * images for length, images in buckets.items()])
+    return [part.unflatten(0, (-1, length)) for part, length in zip(parts, buckets, strict=True)]
 
 
-def to_packed(tables: list[Tensor], layout: Layout) -> Tensor:
+def to_packed(tables: list[Tensor]) -> Tensor:
     """The values [T, ...] of the tokens in ``tables`` [images, length, ...] as of ``to_dense``."""
     values = [table.flatten(0, 1) for table in tables]
-    whole = values[0] if len(values) == 1 else torch.cat(values)
-    return whole if len(whole) == len(layout.index) else whole[find_slots(layout)]
-
-
-def find_slots(layout: Layout) -> Tensor:
-    """The row [T] of each token where all images are padded to the longest."""
-    place = torch.arange(len(layout.index), device=layout.index.device)
-    return layout.segment * layout.lengths[0] + place - layout.starts[layout.segment]
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
@@ -84,15 +67,14 @@ def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> 
             return attend(qkv.float(), layout, dropout, bias).to(qkv.dtype)
     tables = to_dense(qkv, layout)
     masks: list[Tensor | None] = [None] * len(tables)
-    if bias is not None or tables[0].numel() > qkv.numel():  # padding is attended by nobody
-        bias = qkv.new_zeros(len(qkv)) if bias is None else bias.to(qkv.dtype)
-        masks = [mask[:, None, None] for mask in to_dense(bias, layout, -torch.inf)]
+    if bias is not None:
+        masks = [one[:, None, None] for one in to_dense(bias.to(qkv.dtype), layout)]
     outputs = []
     for table, mask in zip(tables, masks, strict=True):
         query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         outputs.append(output.transpose(1, 2).flatten(2))
-    return to_packed(outputs, layout)
+    return to_packed(outputs)
 
 
 def attend_varlen(qkv: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:

@@ -25,8 +25,10 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -39,6 +41,7 @@ from avit_lib.evaluation.allocator import buffers_kept
 from avit_lib.evaluation.speed import Step, infer, read_clock
 from avit_lib.flops import MergingTrace, flops_of, plain_flops, trace_model
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
+from avit_lib.packed import Layout
 from avit_lib.peers import PEERS, make_peers
 from avit_lib.report import figures
 from avit_lib.starts import fit_start, mean_depth
@@ -200,11 +203,22 @@ def count_flops(models: Models, images: Tensor) -> dict[str, Tensor]:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-# Makes steps in which images of different lengths are padded to attend, as on a GPU.
-pad: Decorator = patch.object(packed, "prefers_padding", lambda _: True)
+def attend_padded(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> Tensor:
+    """As ``packed.attend``, in one call: images are padded to the longest."""
+    lengths = list(layout.lengths)
+    table = pad_sequence(qkv.split(lengths), batch_first=True)  # [images, longest, 3, heads, d]
+    bias = qkv.new_zeros(len(qkv)) if bias is None else bias.to(qkv.dtype)
+    mask = pad_sequence(bias.split(lengths), batch_first=True, padding_value=-torch.inf)
+    query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, longest, d]
+    output = F.scaled_dot_product_attention(query, key, value, mask[:, None, None], dropout)
+    return output.transpose(1, 2).flatten(2)[mask.isfinite()]
 
 
-def make_step(name: str, model: nn.Module, batches: Sequence[Tensor], pad: Decorator = pad) -> Step:
+# Makes steps that attend like this.
+pad: Decorator = patch.object(packed, "attend", attend_padded)
+
+
+def make_step(name: str, model: nn.Module, batches: Sequence[Tensor]) -> Step:
     """Inference by the method called ``name``, of one batch after another."""
     steps = [infer(model, images, EXECUTIONS.get(name, "packed")) for images in batches]
 
@@ -241,9 +255,7 @@ def split_images(images: Tensor, batch: int) -> Sequence[Tensor]:
 # --- measurements ---------------------------------------------------------------------------------
 
 
-def time_models(
-    models: Models, images: Tensor, rounds: Mapping[int, int], pad: Decorator = pad
-) -> pd.DataFrame:
+def time_models(models: Models, images: Tensor, rounds: Mapping[int, int]) -> pd.DataFrame:
     """``compare`` of the models at each batch size, and FLOPs: a row a batch size and model.
 
     flops_ratio is DeiT's to the model's on the very images timed, efficiency = speedup /
@@ -252,7 +264,7 @@ def time_models(
     flops, tables = count_flops(models, images[: max(SINGLE, *rounds)]), []
     for batch, number in rounds.items():
         batches = split_images(images, batch)
-        steps = {name: make_step(name, model, batches, pad) for name, model in models.items()}
+        steps = {name: make_step(name, model, batches) for name, model in models.items()}
         count = sum(map(len, batches))
         done = pd.Series({name: each[:count].mean().item() for name, each in flops.items()})
         table = speed.compare(steps, count, number).assign(batch=batch)

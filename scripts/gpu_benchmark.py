@@ -11,19 +11,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from copy import deepcopy
-from unittest.mock import patch
 
 import benchmark
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from benchmark import Models, Rivals, Size
 from torch import Tensor, nn
 
-from avit_lib import packed
 from avit_lib.errors import UserError
-from avit_lib.evaluation.speed import Step
-from avit_lib.packed import Layout
 from avit_lib.study.results import Results, hardware, to_markdown
 from avit_lib.training import pick_device
 
@@ -43,21 +38,6 @@ METHODS = {  # by what they are in the other benchmark
 }
 
 
-def attend_padded(qkv: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:
-    """As ``packed.attend_varlen``, padded to the longest image."""
-    bias = qkv.new_zeros(len(qkv)) if bias is None else bias.to(qkv.dtype)
-    [table] = packed.to_dense(qkv, layout)
-    [mask] = packed.to_dense(bias, layout, -torch.inf)
-    query, key, value = table.permute(2, 0, 3, 1, 4)  # [images, heads, length, d]
-    output = F.scaled_dot_product_attention(query, key, value, mask[:, None, None])
-    return packed.to_packed([output.transpose(1, 2).flatten(2)], layout)
-
-
-def pad(step: Step) -> Step:
-    """A step whose attention is padded, on a GPU too."""
-    return benchmark.pad(patch.object(packed, "attend_varlen", attend_padded)(step))
-
-
 def cast(models: Models, precision: torch.dtype) -> dict[str, nn.Module]:
     """Copies of the methods in another precision."""
     copies = deepcopy({name: models[source] for name, source in METHODS.items()})
@@ -67,8 +47,8 @@ def cast(models: Models, precision: torch.dtype) -> dict[str, nn.Module]:
 def compute(name: str, model: nn.Module, images: Tensor) -> Tensor:
     """Logits [B, K] by the method called ``name``."""
     model.execution = benchmark.EXECUTIONS.get(name, "packed")
-    step = pad(lambda: model(images)) if name.endswith("padded") else lambda: model(images)
-    return step()
+    run = benchmark.pad(model) if name.endswith("padded") else model
+    return run(images)
 
 
 @torch.inference_mode()
@@ -102,7 +82,7 @@ def compare_logits(rivals: Rivals) -> pd.DataFrame:
 def time_size(rivals: Rivals) -> pd.DataFrame:
     """Speeds of all methods in one size, in float16."""
     models, images = cast(rivals.models, torch.float16), rivals.images.half()
-    table = benchmark.time_models(models, images, rivals.size.rounds, pad)
+    table = benchmark.time_models(models, images, rivals.size.rounds)
     return pd.DataFrame({"size": rivals.size.label, **table})
 
 

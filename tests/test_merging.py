@@ -75,20 +75,6 @@ def test_every_architecture_does_what_a_loop_over_single_images_does(name, grain
     assert torch.equal(adapted(model, 0.0)(images), model(images))
 
 
-def test_padding_as_on_a_gpu_merges_the_same(monkeypatch):
-    monkeypatch.setattr("avit_lib.merging.Packed.grain", 3)
-    adaptive = without_thresholds(make(depth=6))
-    adaptive.thresholds = torch.tensor([torch.inf, 0.8, torch.inf, 0.8, torch.inf, torch.inf])
-    images = photographs(adaptive)
-    logits, trace = adaptive.forward_with_trace(images)
-    # Before the second merges images differ in length.
-    assert len((trace.depth > 2).sum(dim=1).unique()) > 1 and (trace.depth == 4).any()
-    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: True)
-    found = adaptive.forward_with_trace(images)
-    torch.testing.assert_close(found[0], logits, rtol=1e-8, atol=1e-8)
-    assert torch.equal(found[1].depth, trace.depth)
-
-
 def test_as_much_is_saved_as_was_wished_for():
     model = make(depth=6, embed_dim=96)
     images, depths = photographs(model, 32), []
@@ -100,7 +86,6 @@ def test_as_much_is_saved_as_was_wished_for():
         trace = adaptive.forward_with_trace(images)[1]
         flops = flops_of(adaptive, trace)
         assert 1 - flops.mean().item() / plain == pytest.approx(0.5, abs=0.005)
-        # One alone, or the batch's longest image pads the comparison of keys.
         assert counted_flops(adaptive, images[:1]) == pytest.approx(flops[0].item(), rel=0.03)
         depths.append(trace.depth)
     early, late, alike = depths

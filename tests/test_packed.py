@@ -55,9 +55,7 @@ def test_random_models_and_thresholds(
     assert_same(model, images)
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_padding_changes_nothing(padded, monkeypatch):
-    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: padded)
+def test_images_of_different_lengths():
     depth = assert_same(varied_model(0.5), bright_and_dark())
     assert len(depth.unique()) >= 4 and len(depth.sum(dim=1).unique()) >= 4
 
@@ -108,7 +106,6 @@ def test_a_layer_waits_for_a_gpu_only_to_read_the_lengths(every_token, monkeypat
     """No operator whose result the host must know, but the one that reads how many are left."""
     model = varied_model()
     tokens, reads, read = model.embed(bright_and_dark()), [], torch.Tensor.tolist
-    monkeypatch.setattr("avit_lib.packed.prefers_padding", lambda device: True)  # as on a GPU
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(len(self)) or read(self))
     with torch.inference_mode(), Operators() as seen:
         run_packed(model.blocks, tokens, model.rule, every_token)
