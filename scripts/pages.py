@@ -150,6 +150,7 @@ def list_provenance(folder: Path) -> list[str]:
     rows = [{"source": source} | facts for source, facts in made.items()]
     table = pd.DataFrame(rows, columns=columns)
     table["commit"] = table["commit"].str[:10]
+    table["dirty"] = table["dirty"].map({True: "yes", False: "no"})
     packages = {", ".join(map(" ".join, facts["packages"].items())) for facts in made.values()}
     return [to_markdown(table), "", *(f"Packages: {names}." for names in sorted(packages))]
 

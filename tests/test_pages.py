@@ -17,7 +17,7 @@ from avit_lib.training import read_json, write_json
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
-TABLE = "| model |\n| :--- |\n| DeiT |"
+TABLE = "| model   |\n|:--------|\n| DeiT    |"
 LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
 
 
@@ -47,9 +47,7 @@ def test_a_page_has_what_a_notebook_found(results):
     assert "[executed notebook](notebooks/04_evaluation.ipynb)" in section
     assert "[speed](tables/speed.md)" in section
     assert "![04_points](figures/04_points.png)\n\nAccuracy ± error.\n" in section
-    row = (
-        "| 04_evaluation | 3 | 0123456789 | no | 2026-01-02 03:04 UTC | 3.11.7 | two cores | 12.5 |"
-    )
+    row = "|      3 | 0123456789 | no      | 2026-01-02 03:04 UTC | 3.11.7   | two cores  |      12.5 |"
     assert row in text
     assert "Packages: torch 2.10." in text
 

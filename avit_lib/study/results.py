@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -122,7 +123,10 @@ def hardware() -> str:
 def to_markdown(frame: pd.DataFrame) -> str:
     """A data frame as a Markdown table: numbers with four significant digits, right-aligned."""
     known = frame.astype(object).where(frame.notna(), None)
-    return known.to_markdown(index=False, floatfmt=".4g", missingval="")
+    # Words stay words: the commit 12345e6789 is no number.
+    words = [not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
+    look = {"index": False, "floatfmt": ".4g", "missingval": ""}
+    return known.to_markdown(disable_numparse=np.flatnonzero(words).tolist(), **look)
 
 
 @cache
