@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import SMALL, refused, write_photographs
+from conftest import ROOT, SMALL, refused, write_photographs
 from msgspec.structs import replace
 
 from avit_lib import adaptive, commands, data
@@ -24,7 +24,6 @@ from avit_lib.study import get_profile
 from avit_lib.study.results import Results
 from avit_lib.training import load_checkpoint, read_json
 
-ROOT = Path(__file__).parents[1]
 AVIT = Path("avit/last.safetensors")
 OWN = "--profile mine.toml --data-dir images"
 

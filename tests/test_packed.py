@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import bright_and_dark, varied_model
+from conftest import bright_and_dark, noise, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,7 +64,7 @@ def test_padding_changes_nothing(padded, monkeypatch):
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])
 def test_a_bias_folded_into_queries_and_keys_acts_as_one_that_is_added(dtype, error):
-    qkv = torch.randn(20, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    qkv = noise(20, 3, 2, 16).to(dtype)
     bias = torch.arange(1, 21).log()
     query, key, _ = qkv.double().unbind(1)
     expected = torch.einsum("qhd,khd->hqk", query, key) + bias

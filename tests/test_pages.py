@@ -9,13 +9,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from avit_lib.study.results import Results
 from avit_lib.training import read_json, write_json
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
 TABLE = "| model |\n| :--- |\n| DeiT |"
 LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
