@@ -25,6 +25,8 @@ from avit_lib.starts import channel_parameters
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
+
 
 def refused(match):
     """Expects a UserError of one line, which has these words."""
@@ -34,6 +36,12 @@ def refused(match):
 def read_files(folder):
     """The content of every file in a folder or below."""
     return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def noise(*shape, seed=0):
+    """Normal random numbers in float64, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -135,12 +143,10 @@ def random_images(count, classes=10, seed=0):
 
 def bright_and_dark(seed=1):
     """Images [4, 3, 28, 28]: two of patches of random brightness, one all bright, one all dark."""
-    generator = torch.Generator().manual_seed(seed)
-    brightness = torch.randn(4, 1, 4, 4, generator=generator, dtype=torch.float64) * 2
+    brightness = 2 * noise(4, 1, 4, 4, seed=seed)
     brightness[2], brightness[3] = 20.0, -20.0
-    pixels = brightness.repeat_interleave(7, 2).repeat_interleave(7, 3)
-    noise = torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
-    return (pixels + 0.1 * noise).expand(-1, 3, -1, -1).contiguous()
+    pixels = torch.kron(brightness, torch.ones(7, 7)) + 0.1 * noise(4, 1, 28, 28, seed=seed)
+    return pixels.repeat(1, 3, 1, 1)
 
 
 def write_photographs(root, **counts):

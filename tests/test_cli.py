@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import read_files, refused, write_photographs
+from conftest import ROOT, SMALL, refused, write_photographs
 from msgspec.structs import replace
 
 from avit_lib import adaptive, commands, data
@@ -24,7 +24,6 @@ from avit_lib.study import get_profile
 from avit_lib.study.results import Results
 from avit_lib.training import load_checkpoint, read_json
 
-ROOT = Path(__file__).parents[1]
 AVIT = Path("avit/last.safetensors")
 OWN = "--profile mine.toml --data-dir images"
 
@@ -59,7 +58,6 @@ def test_a_checkpoint_is_tested(run):
     command = f"test {OWN} --ckpt {AVIT}"
     printed = json.loads(run(command).out)
     assert printed["images"] == 8
-    assert 0 <= printed["accuracy"] <= 1 and 1 <= printed["mean_depth"] <= 4
     written = read_json(Path("avit/last_test.json"))
     tested, known = written.pop("tested"), read_json(AVIT.with_suffix(".json"))["run"]["images"]
     assert tested["folder"] == str(Path("images").resolve())
@@ -145,27 +143,15 @@ def test_a_split_is_compared_with_the_one_on_record(run):
 # --- adapt, benchmark, ImageNet -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A state dict of timm's keys for ten classes, wrapped as torch's training scripts do.
-
-    A file of another program lies beside it.
-    """
-    torch.manual_seed(0)
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict()
-    path = tmp_path_factory.mktemp("weights") / "vit.pth"
-    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, path)
-    path.with_suffix(".json").write_text('[{"file": "a.jpg"}]')
-    return path
-
-
-def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, weights, monkeypatch):
-    source = "--model vit_tiny_patch16_224 --images images --saved 0.3"
-    told = run(f"adapt {source} --weights {weights} --output adaptive.safetensors").out
+def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
+    shutil.copy("deit/last.safetensors", "plain.safetensors")
+    Path("plain.json").write_text("[]")  # of another program
+    source = "--model deit_nano --images images --saved 0.1"
+    told = run(f"adapt {source} --weights plain.safetensors --output adaptive.safetensors").out
     assert "of the FLOPs" in told
     model, described = load_checkpoint(Path("adaptive.safetensors"))
     assert isinstance(model, adaptive.Adaptive) and model.thresholds.isfinite().any()
-    assert described["adapted"]["images"] == 32 and model.num_classes == 10
+    assert described["adapted"]["images"] == 32 and model.num_classes == 2
     run("visualize --ckpt adaptive.safetensors --images images/test/dark/0.jpg --output a.png")
     for command in ("visualize --images 3", "test"):
         told = run(f"{command} --ckpt adaptive.safetensors", 2).err
@@ -175,12 +161,12 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, weights, monkeypat
     monkeypatch.setattr(
         commands, "benchmark_model", lambda *models: measured.append(models) or pd.DataFrame()
     )
-    run(f"benchmark {source} --ckpt {weights}")
+    run(f"benchmark {source} --ckpt plain.safetensors")
     run("benchmark --ckpt adaptive.safetensors --images images")
     for made, plain, pixels in measured:
         assert isinstance(made, adaptive.Adaptive) and made.thresholds.isfinite().any()
-        assert not hasattr(plain, "forward_with_trace") and pixels.shape == (32, 3, 224, 224)
-        assert plain(pixels[:1]).shape == (1, 10)
+        assert not hasattr(plain, "forward_with_trace") and pixels.shape == (32, 3, 28, 28)
+        assert plain(pixels[:1]).shape == (1, 2)
 
 
 def test_a_model_of_the_study_is_adapted_and_tested(run):
@@ -196,8 +182,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
     for identifier, name in (("n01440764", "bright"), ("n01443537", "dark")):
         shutil.copytree(Path("images/test") / name, folder / "val" / identifier)
     torch.manual_seed(0)
-    tiny = dict(img_size=32, patch_size=4, embed_dim=48, depth=4, num_heads=2, num_classes=2)
-    model = timm.create_model("vit_tiny_patch16_224", **tiny).eval()
+    model = timm.create_model("vit_tiny_patch16_224", **(SMALL | {"num_classes": 2})).eval()
     arguments = 0, torch.device("cpu"), 4
     for place, message in (
         ("imagenet", "has 2 classes, the model 2; ImageNet has 1,000"),
@@ -205,47 +190,17 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
     ):
         with refused(message):
             compare(model, Path(place), *arguments)
-    profile = replace(get_profile("smoke"), peers={"ToMe": (2, 5)}, adapted=(0.1, 0.3))
+    profile = replace(get_profile("smoke"), peers={"ToMe": (2,)}, adapted=(0.1,))
     compare.__globals__.update(CLASSES=2, get_profile=lambda _: profile)
     table = compare(model, folder, *arguments).set_index("model")
-    assert table["images"].tolist()[:5] == [8] * 5 and table["images"][5:].isna().all()
-    gflops = table["gflops"].to_numpy()
-    assert (gflops[1:5] < gflops[0]).all()
-    assert 1 - gflops[3:5] / gflops[0] == pytest.approx([0.1, 0.3], abs=0.02)
+    assert table["images"].tolist()[:3] == [8] * 3 and table["images"][3:].isna().all()
+    plain, tome, adapted = table["gflops"][:3]
+    assert tome < plain and 1 - adapted / plain == pytest.approx(0.1, abs=0.02)
     pixels, labels = script["open_folder"](model, folder / "val")[torch.arange(8)]
     right = model(pixels).argmax(dim=1) == labels
-    assert table.loc["plain", "accuracy"] == pytest.approx(right.float().mean().item())
+    assert table["accuracy"]["plain"] == pytest.approx(right.float().mean().item())
     dark = pixels[labels == 1]  # 20 to 120 of 255, less a mean of 0.5, over a deviation of 0.5
     assert dark.mean().item() == pytest.approx((70 / 255 - 0.5) / 0.5, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ("--model none", "there is no model 'none'"),
-        ("--model resnet18", "cannot be adapted: it is no"),
-        ("--images empty", "holds 0 images"),
-        ("--saved 0.9", "between 0 and 0.8"),
-        ("--output adaptive.bin", 'must have extension "safetensors"'),
-        ("--output annotations.safetensors", "annotations.json is of something else"),
-        (f"--output {AVIT}", "last.json is of something else"),
-        ("--model deit_tiny_distilled_patch16_224", "is of another model"),
-        (f"--weights {AVIT}", "is of model avit_nano, not vit_tiny_patch16_224; correct --model"),
-        (f"--weights {AVIT} --output {AVIT}", "last.safetensors is read, too; name another"),
-    ],
-)
-def test_what_cannot_be_adapted_is_told_in_one_line(changes, message, run, weights):
-    Path("empty").mkdir()
-    Path("annotations.json").write_text("[]")
-    before = read_files(".")
-    words = (
-        f"--model vit_tiny_patch16_224 --weights {weights} --images images --output b.safetensors"
-    )
-    given = dict(zip(words.split()[::2], words.split()[1::2], strict=True))
-    given |= dict(zip(changes.split()[::2], changes.split()[1::2], strict=True))
-    line = run(f"adapt {' '.join(map(' '.join, given.items()))}", 2).err.splitlines()[-1]
-    assert line.startswith("error: ") and message in line
-    assert read_files(".") == before
 
 
 # --- as a program ---------------------------------------------------------------------------------
@@ -267,8 +222,7 @@ def test_what_is_wrong_with_the_arguments_does_not_wait_for_torch(arguments, sta
 def test_a_package_that_imports_the_library_has_its_models_however_it_is_run(tmp_path):
     code = "import avit_lib, timm; print(timm.is_model('avit_tiny_patch16_224'))\n"
     (tmp_path / "mine.py").write_text(code)
-    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    environment = os.environ | {"PYTHONPATH": paths}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "mine"]
     assert subprocess.check_output(command, text=True, env=environment) == "True\n"
 

@@ -1,14 +1,14 @@
 """The page on other people's code: its Python runs as it stands, on a small model."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import save_file
 
-PAGE = (Path(__file__).parents[1] / "docs" / "elsewhere.md").read_text()
+PAGE = (ROOT / "docs" / "elsewhere.md").read_text()
 FIRST, *OTHERS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -22,25 +22,39 @@ FIT = f"{START} --model avit --epochs 2 --batch-size 6"  # of three batches
 WEIGHTS = Path("avit/last.safetensors")
 TEST = f"test {OWN} --ckpt {WEIGHTS}"
 TRAIN = Path("images/train")
-
+ADAPT = "adapt --images images --output new.safetensors"
+OTHERS = f"{ADAPT} --weights plain.safetensors"
 
 TYPED = {
-    "Unknown option: --epoch-count. Did you mean --epochs?": "--epoch-count 3",
-    "--seed: '1.5' is no whole number": "--seed 1.5",
-    "--lr: '1_0' is no number": "--lr 1_0",
-    "avit_finetuned.training.epochs: Expected `int` >= 1": "--epochs -1",
-    "training.batch_size: Expected `int` <= 2147483647": "--batch-size 10000000000000000000000",
-    "avit_finetuned.training.learning_rate: Expected `float` > 0": "--lr nan",
-    "avit_finetuned.training.learning_rate: Expected `float` <= 1000000.0": "--lr inf",
-    "mine.toml has no run 'resnet'; choose from deit, ": "--model resnet",
-    '"none.safetensors" does not exist': "--ckpt none.safetensors",
+    "Unknown option: --epoch-count. Did you mean --epochs?": f"{START} --epoch-count 3",
+    "--seed: '1.5' is no whole number": f"{START} --seed 1.5",
+    "--lr: '1_0' is no number": f"{START} --lr 1_0",
+    "avit_finetuned.training.epochs: Expected `int` >= 1": f"{START} --epochs -1",
+    "training.batch_size: Expected `int` <= 2147483647": f"{START} --batch-size {10**22}",
+    "avit_finetuned.training.learning_rate: Expected `float` > 0": f"{START} --lr nan",
+    "avit_finetuned.training.learning_rate: Expected `float` <= 1000000.0": f"{START} --lr inf",
+    "mine.toml has no run 'resnet'; choose from deit, ": f"{START} --model resnet",
+    '"none.safetensors" does not exist': f"{START} --ckpt none.safetensors",
+    "there is no model 'none'": f"{OTHERS} --model none",
+    "ResNet cannot be adapted: it is no": f"{OTHERS} --model resnet18",
+    "plain.safetensors is of another model": f"{OTHERS} --model deit_tiny_distilled_patch16_224",
+    "between 0 and 0.8": f"{OTHERS} --model deit_nano --saved 0.9",
+    "of model avit_nano, not deit_nano": f"{ADAPT} --model deit_nano --weights {WEIGHTS}",
+    "empty holds 0 images": f"adapt --images empty --output new.safetensors --weights {WEIGHTS}",
+    'must have extension "safetensors"': "adapt --images images --output new.bin",
+    "annotations.json is of something": "adapt --images images --output annotations.safetensors",
+    "last.json is of something else": f"adapt --images images --output {WEIGHTS}",
+    f"{WEIGHTS} is read, too": f"adapt --images images --output {WEIGHTS} --weights {WEIGHTS}",
 }
 
 
 @pytest.mark.parametrize("message", TYPED)
 def test_what_is_typed_wrong_is_told_in_one_line(message, workplace, capsys):
+    Path("empty").mkdir()
+    Path("annotations.json").write_text("[]")
+    shutil.copy("deit/last.safetensors", "plain.safetensors")  # without what is known of it
     before = read_files(".")
-    assert main(f"{START} {TYPED[message]}".split()) == 2
+    assert main(TYPED[message].split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert read_files(".") == before
@@ -57,13 +71,6 @@ def fault(message, leaves=frozenset()):
 @fault("add --output DIR")
 def own_settings_for_the_profiles_folder(patch):
     return "fit --profile smoke --epochs 1"
-
-
-@fault("train/dark/3.jpg")
-def a_truncated_image(patch):
-    path = TRAIN / "dark" / "3.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    return FIT
 
 
 @fault("all training images are of class 'bright': add a folder of another class")

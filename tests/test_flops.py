@@ -1,18 +1,11 @@
-"""FLOPs by hand and against torch's own counter."""
+"""FLOPs against torch's own counter; those of halting tokens: ``evaluation/test_metrics.py``."""
 
 import pytest
 import timm
 import torch
 
 from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
-from avit_lib.halting import HaltingTrace
 from avit_lib.peers.tome import TokenMerging
-
-
-def flops(depth):
-    """Those of an A-ViT whose tokens halt at ``depth`` [B, N]."""
-    model = timm.create_model("avit_nano")
-    return flops_of(model, HaltingTrace(torch.tensor(depth), None, None, None)).tolist()
 
 
 def test_of_a_plain_transformer():
@@ -25,18 +18,6 @@ def test_of_a_plain_transformer():
     assert flops_of(model, trace).tolist() == 2 * [plain_flops(model, 197)]
     assert plain_flops(model, 197) == pytest.approx(1.3e9, rel=0.05)  # the paper
     assert counted_flops(model, images) == pytest.approx(plain_flops(model, 197), rel=5e-3)
-
-
-def test_by_hand():
-    # D = 16, MLP 32, 16 patches of 7 x 7, 10 classes
-    linear = 16 * 48 + 16 * 16 + 2 * 16 * 32
-    by_layer = [n * linear + 2 * n * n * 16 for n in (17, 5)]
-    assert flops([[2] * 5 + [1] * 12]) == [sum(by_layer) + 16 * 3 * 49 * 16 + 10 * 16]
-
-
-def test_layers_after_the_class_token_halted_cost_nothing():
-    first, second = flops([[2] + [4] * 16, [2] * 17])
-    assert first == second
 
 
 @pytest.mark.parametrize("r", [1, 100])

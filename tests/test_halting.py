@@ -2,22 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from avit_lib.halting import HaltingRule, halting_score, halting_step, initial_state
-
-
-@st.composite
-def scores_and_eps(draw):
-    """Scores [L, N] in float64, all ones in the last layer, and an eps."""
-    layers, tokens = draw(st.integers(1, 6)), draw(st.integers(1, 4))
-    highest = draw(st.sampled_from([0.2, 0.5, 1.0]))
-    count = (layers - 1) * tokens
-    values = draw(st.lists(st.floats(0, highest), min_size=count, max_size=count))
-    scores = torch.ones(layers, tokens, dtype=torch.float64)
-    scores[:-1] = torch.tensor(values, dtype=torch.float64).reshape(layers - 1, tokens)
-    return scores, draw(st.sampled_from([0.01, 0.1, 0.25]))
 
 
 def run(scores, eps):
@@ -31,10 +17,11 @@ def run(scores, eps):
     return states, torch.stack(weights)
 
 
-@settings(max_examples=100, deadline=None)
-@given(scores_and_eps())
-def test_equals_what_sums_over_the_layers_say(case):
-    scores, eps = case
+@pytest.mark.parametrize("eps", [0.01, 0.25])
+@pytest.mark.parametrize("highest", [0.2, 0.5, 1.0])
+def test_equals_what_sums_over_the_layers_say(highest, eps):
+    scores = highest * torch.rand(6, 1000, dtype=torch.float64)
+    scores[-1] = 1.0  # whoever comes that far halts there
     states, weights = run(scores, eps)
     sums = scores.cumsum(dim=0)
     depth = 1 + (sums < 1 - eps).sum(dim=0)

@@ -4,16 +4,14 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import psutil
-from conftest import at_batch
+from conftest import ROOT, at_batch
 
 from avit_lib import cli
 from avit_lib.losses import TaskLoss
 
-ROOT = Path(__file__).parents[1]
 EPOCHS = 8
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
-ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {  # name to what it imports
     "01_algorithm": "from avit_lib import halting",
     "02_finetune_deit": "from avit_lib.study import Study",

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import merge_slowly, refused, scatter
+from conftest import merge_slowly, noise, refused, scatter
 
 from avit_lib.adaptive import adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops
@@ -31,9 +31,8 @@ def make(name="vit_tiny_patch16_224", **settings):
 def photographs(model, number=6):
     """Smooth on one side, busy on the other, each more than the one before."""
     height, width = model.patch_embed.img_size
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(number, 3, height, width, generator=generator, dtype=torch.float64)
-    return noise * torch.linspace(0, 2, width) * torch.linspace(0.2, 1, number)[:, None, None, None]
+    pixels = noise(number, 3, height, width, seed=1) * torch.linspace(0, 2, width)
+    return pixels * torch.linspace(0.2, 1, number)[:, None, None, None]
 
 
 def adapted(model, saved=0.2):

@@ -66,9 +66,8 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     model, images = varied_model(class_channel, execution=execution), bright_and_dark()
 
     def gradients(logits, ponder):
-        model.zero_grad()
-        (logits.square().sum() + 0.1 * ponder.sum()).backward()
-        return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+        loss = logits.square().sum() + 0.1 * ponder.sum()
+        return torch.autograd.grad(loss, model.parameters(), materialize_grads=True)
 
     logits, trace = model.forward_with_trace(images)
     assert len(trace.depth[:2].unique()) >= 5

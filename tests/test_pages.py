@@ -9,13 +9,13 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
+from conftest import ROOT
 from matplotlib.figure import Figure
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from avit_lib.study.results import Results
 from avit_lib.training import read_json, write_json
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
 TABLE = "| model   |\n|:--------|\n| DeiT    |"
 LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
@@ -47,8 +47,8 @@ def test_a_page_has_what_a_notebook_found(results):
     assert "[executed notebook](notebooks/04_evaluation.ipynb)" in section
     assert "[speed](tables/speed.md)" in section
     assert "![04_points](figures/04_points.png)\n\nAccuracy ± error.\n" in section
-    row = "|      3 | 0123456789 | no      | 2026-01-02 03:04 UTC | 3.11.7   | two cores  |      12.5 |"
-    assert row in text
+    row = [cell.strip() for cell in text.splitlines()[-3].split("|")]
+    assert row[2:6] == ["3", "0123456789", "no", "2026-01-02 03:04 UTC"]
     assert "Packages: torch 2.10." in text
 
 

@@ -2,14 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 
 import avit_lib
 
-ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(ROOT.glob("results/*/models/*.safetensors"))
 HEAVY = ("matplotlib", "pandas", "jupyterlab", "nbformat", "papermill", "seaborn", "msgspec")
 

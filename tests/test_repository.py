@@ -8,10 +8,10 @@ from pathlib import Path
 import msgspec
 import nbformat
 import pytest
+from conftest import ROOT
 
 import avit_lib
 
-ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed

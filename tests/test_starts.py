@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bright_and_dark, channels, refused, varied_model
+from conftest import bright_and_dark, channels, noise, refused, varied_model
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 
 from avit_lib import starts
@@ -49,9 +49,7 @@ HALTING = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1, 0.2])
 
 def images():
     """Images [8, 3, 28, 28] of smooth and of busy regions."""
-    generator = torch.Generator().manual_seed(5)
-    noise = torch.randn(8, 3, 28, 28, generator=generator, dtype=torch.float64)
-    return noise * torch.linspace(0.1, 2, 28)
+    return noise(8, 3, 28, 28, seed=5) * torch.linspace(0.1, 2, 28)
 
 
 def untouched_model(**settings):

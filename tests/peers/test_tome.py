@@ -3,16 +3,11 @@
 import pytest
 import timm
 import torch
-from conftest import merge_slowly, refused, scatter
+from conftest import merge_slowly, noise, refused, scatter
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.flops import trace_model
 from avit_lib.peers import tome
-
-
-def images():
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 3, 28, 28, generator=generator, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("r", [0, 1, 5, 100])
@@ -27,14 +22,15 @@ def test_it_does_what_a_loop_over_single_images_does(r):
 
     torch.manual_seed(0)
     model = scatter(timm.create_model("deit_nano").double())
-    plain = model(images())
-    logits, trace = trace_model(tome.TokenMerging(model, r), images())
-    for number, image in enumerate(images()):
+    images = noise(3, 3, 28, 28)
+    plain = model(images)
+    logits, trace = trace_model(tome.TokenMerging(model, r), images)
+    for number, image in enumerate(images):
         expected, depth = merge_slowly(model, image, choose)
         torch.testing.assert_close(logits[number], expected, rtol=0, atol=1e-10)
         assert torch.equal(trace.depth[number], depth)
     assert torch.allclose(logits, plain, atol=1e-6) == (r == 0)
-    assert torch.equal(model(images()), plain)
+    assert torch.equal(model(images), plain)
 
 
 def test_the_class_token_is_alone_and_first_even_among_equals():

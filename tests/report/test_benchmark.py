@@ -3,21 +3,18 @@
 import importlib.util
 import multiprocessing.dummy
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_on_the_page
+from conftest import ROOT, assert_on_the_page
 
 from avit_lib import packed
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def load(name):
     """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -3,12 +3,11 @@
 import json
 import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import channels, random_images, refused
+from conftest import ROOT, channels, random_images, refused
 from matplotlib.figure import Figure
 from msgspec import structs
 from PIL import Image
@@ -88,7 +87,7 @@ def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
 
 
 def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
-    script = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "release.py"))
+    script = runpy.run_path(str(ROOT / "scripts" / "release.py"))
     study = open_study("licence = 'MIT'")
     study.test = random_images(40, seed=2)
     study.train("avit_finetuned")
