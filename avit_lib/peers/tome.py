@@ -100,7 +100,7 @@ class TokenMerging(nn.Module):
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of the images traced: the same for all, since all merge as many tokens."""
         model, count = self.model, trace.depth.shape[1]
-        done = fixed_flops(model)
+        done = fixed_flops(model, count)
         for block, r in zip(model.blocks, self.numbers, strict=True):
             r = limit(r, count)
             matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B
