@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from avit_lib.backbone import (
     TokensLeave,
+    check_followed,
     check_images,
     evaluating,
     is_exporting,
-    is_hooked,
     why_not_plain,
 )
 from avit_lib.errors import UserError
@@ -63,7 +63,7 @@ class Adaptive(TokensLeave):
         """
         tokens = self.embed(x)
         if self._merges(x):
-            self._check_followed()
+            check_followed(self)
             packed = self._compute(tokens, observe)
             features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
             return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
@@ -118,21 +118,6 @@ class Adaptive(TokensLeave):
                 "export the plain model, or an A-ViT"
             )
         return len(images) > 0 and self.thresholds.isfinite().any()
-
-    def _check_followed(self) -> None:
-        """Raise UserError where somebody counts on tokens in their places."""
-        if reason := why_not_plain(self):
-            raise UserError(f"tokens can't merge any more: {reason}")
-        parts = [self.blocks]
-        for block in self.blocks:
-            attention = block.attn
-            parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
-            parts += [block.drop_path1, block.drop_path2]
-        if any(map(is_hooked, parts)):
-            raise UserError(
-                "a hook on a block would never be called, since tokens merge inside of it; "
-                "use forward_intermediates, or a hook on its norms or MLP"
-            )
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
