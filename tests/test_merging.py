@@ -1,11 +1,15 @@
 """Tokens that merge by thresholds: against a loop over single images, and for bad input."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from conftest import merge_slowly, refused, scatter
+from timm.utils import ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 
-from avit_lib.adaptive import adapt, without_thresholds
+from avit_lib.adaptive import NEVER, adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops
 from avit_lib.merging import IMPORTANCE_WEIGHT
 
@@ -78,7 +82,7 @@ def test_every_architecture_does_what_a_loop_over_single_images_does(name, grain
 def test_padding_as_on_a_gpu_merges_the_same(monkeypatch):
     monkeypatch.setattr("avit_lib.merging.Packed.grain", 3)
     adaptive = without_thresholds(make(depth=6))
-    adaptive.thresholds = torch.tensor([torch.inf, 0.8, torch.inf, 0.8, torch.inf, torch.inf])
+    adaptive.thresholds = torch.tensor([NEVER, 0.8, NEVER, 0.8, NEVER, NEVER])
     images = photographs(adaptive)
     logits, trace = adaptive.forward_with_trace(images)
     # Before the second merges images differ in length.
@@ -119,6 +123,17 @@ def test_it_is_turned_to_another_budget_saved_loaded_and_trained():
     again.train()(images).square().sum().backward()
     assert all(weights.grad.isfinite().all() for weights in again.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("average", [ModelEmaV3, partial(AveragedModel, use_buffers=True)])
+def test_an_average_of_the_weights_merges_as_they_do(average):
+    adaptive = adapted(make())
+    found, images = average(adaptive), photographs(adaptive)
+    update = getattr(found, "update_parameters", None) or found.update
+    for _ in range(3):
+        update(adaptive)
+    assert torch.equal(found.module.thresholds, adaptive.thresholds)
+    assert torch.equal(found.module(images), adaptive(images))
 
 
 def test_thresholds_are_one_for_each_layer():
