@@ -1,6 +1,8 @@
 """Where images come from: torchvision's data sets, ImageNet, and folders of one's own."""
 
 import re
+import tempfile
+import unicodedata
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -126,22 +128,30 @@ def folder_images(
     folder, or some of other classes.
     """
     files, folders = find_images(source, 1, leave_out)
-    class_names = [name.split("/")[0] for name in files]
-    named = tuple(classes) or tuple(sorted(name for name in folders if name and "/" not in name))
-    missing = sorted(set(named) - set(class_names))
+    class_names = [_name_class(name) for name in files]
+    named = tuple(classes or sorted({_name_class(name) for name in folders if name}))
+    number_of = {_name_class(name): number for number, name in enumerate(named)}
+    missing = sorted(number_of.keys() - {*class_names})
     if not files or (missing and not classes):
         raise UserError(
             f"{source} holds no images in one folder a class (none in {name_some(missing) or 'it'})"
             f"; see `python -m avit_lib fit --help`"
         )
-    if unknown := set(class_names) - set(named):
+    if unknown := {*class_names} - number_of.keys():
         raise UserError(
             f"{source} has other classes than the model or the training images: "
             f"{name_some(sorted({*unknown, *missing}))}; rename or remove their folders"
         )
     if missing:
         tell(f"{source} holds no images of {name_some(missing)}")
-    number_of = {name: number for number, name in enumerate(named)}
     labels = torch.tensor([number_of[name] for name in class_names])
     images = ImageFiles(source, np.array(files), image_size)
     return Images(images, labels, named, batch_transform(image_size))
+
+
+def _name_class(path: str) -> str:
+    """The class of a path: its folder, in one form of the several that letters with accents have.
+
+    macOS and Linux write different ones.
+    """
+    return unicodedata.normalize("NFC", path.split("/")[0])
