@@ -4,6 +4,7 @@ import re
 import tempfile
 import unicodedata
 from collections.abc import Collection, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -87,7 +88,7 @@ def _pool_images(data: Data) -> Images:
     folder = data_dir() / inside
     check_embedded(folder)
     if not folder.is_dir():
-        _download(data.dataset, folder)
+        _download(data.dataset, inside)
     there = {path.name for path in folder.iterdir() if path.is_dir()} - others
     lacking = sorted(set(data.classes) - there)
     if not data.classes and len(there) < count:
@@ -102,11 +103,18 @@ def _pool_images(data: Data) -> Images:
     return folder_images(folder, data.image_size, leave_out=others | unused)
 
 
-def _download(name: str, folder: Path) -> None:
-    """Let torchvision download a data set; raises UserError saying how else to get it."""
+def _download(name: str, inside: str) -> None:
+    """Let torchvision download a data set; raises UserError saying how else to get it.
+
+    It is whole or not there: what is unpacked in part looks like a smaller one.
+    """
+    folder = data_dir() / inside
     try:
-        getattr(torchvision_sets, name)(data_dir(), download=True)
-    except Exception as error:  # of the network, Google Drive or an archive: of many types
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            getattr(torchvision_sets, name)(place, download=True)
+            (Path(place) / inside).rename(folder)
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{name} is not in {folder} and could not be downloaded ({reason}); work in a clone of "
