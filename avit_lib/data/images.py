@@ -228,8 +228,9 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     """Raise ValueError for an opened file that Pillow reads, but wrongly."""
     tags, layout = getattr(image, "tag_v2", {}), str(image.tile)
     # Of grey with more than 8 bits nobody knows which is white; of colours Pillow drops the lower.
-    deep = image.mode.startswith(("F", "I")) or re.search(r";16|'RGB', \d{4}", layout)
-    if deep or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
+    deep = image.mode.startswith(("F", "I")) or ";16" in layout
+    highest = re.search(r"'ppm.*, (\d+)\)", layout)  # value of a PPM
+    if deep or (highest and int(highest[1]) > 255) or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")
     if np.max(tags.get(SAMPLE_FORMAT, 1)) > 1:
         raise ValueError("its colours have a sign; save it with 8 bits")
