@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from struct import error as StructError
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,20 @@ CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
 SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLE_FORMAT = 254, 258, 339  # tags of a TIFF
+# What Pillow and its decoders raise for files that are damaged, as they stumble.
+BAD_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    StructError,
+    Image.DecompressionBombError,
+)
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 
 
@@ -217,7 +232,7 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return upright.convert("RGB")
-    except Exception as error:  # of a damaged file: of many types, as its decoder stumbled
+    except BAD_IMAGE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image in {', '.join(FORMATS)}"

@@ -99,6 +99,13 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, content, reason)
         read_image(path, 16)
 
 
+def test_a_fault_of_the_library_is_not_told_as_one_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_refuse_misread", lambda image: image.no_such_thing)
+    new("RGB", "red").save(tmp_path / "image.png")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        read_image(tmp_path / "image.png", 16)
+
+
 def noise(size, seed=0):
     """A smooth random colour image."""
     small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
