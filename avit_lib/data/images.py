@@ -5,14 +5,13 @@ a model sees: evaluation cuts out its centre, augmentation a random part. So an 
 once; and whether a set lies in memory or on disk makes no difference to a batch. Images are RGB.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from struct import error as StructError
 from pathlib import Path
+from struct import error as StructError
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
 SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLE_FORMAT = 254, 258, 339  # tags of a TIFF
+WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
 BAD_IMAGE = (
     OSError,
@@ -46,7 +46,6 @@ BAD_IMAGE = (
     StructError,
     Image.DecompressionBombError,
 )
-WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 
 
 @dataclass(frozen=True)
@@ -95,12 +94,14 @@ class Images(Dataset):
         return replace(self, images=chosen, labels=self.labels[indices])
 
 
-def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], dict[str, str]]:
-    """Decode the image files of ``parts`` into memory; also returns a checksum of each part.
+def load(
+    parts: dict[str, Images], apart: str = ""
+) -> tuple[dict[str, Images], dict[str, list[str]]]:
+    """Decode the image files of ``parts`` into memory; also returns the SHA-256 of each file.
 
     What does not fit (``MEMORY_LIMIT``), and the part named ``apart``, stays on disk, and is only
-    checked. The checksum is of the SHA-256 of the files, in order. Raises Unreadable for all files
-    of all parts that cannot be read: now, not in mid-epoch.
+    checked. Raises Unreadable for all files of all parts that cannot be read: now, not in
+    mid-epoch.
     """
     loaded, jobs = {}, []
     for role, data in parts.items():
@@ -111,11 +112,7 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
         loaded[role] = replace(data, images=room)
         jobs += [(data.images, room, index) for index in range(len(data))]
     digests = iter(read_all(_read_into, jobs, "reading"))
-    content = {
-        role: hashlib.sha256(bytes.fromhex("".join(islice(digests, len(data))))).hexdigest()
-        for role, data in parts.items()
-    }
-    return loaded, content
+    return loaded, {role: [*islice(digests, len(data))] for role, data in parts.items()}
 
 
 def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
