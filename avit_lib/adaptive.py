@@ -4,7 +4,6 @@ The model's tokens merge layer by layer as ``merging`` says. Its thresholds are 
 images, without labels, for a wanted share of FLOPs saved.
 """
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from avit_lib.backbone import (
     TokensLeave,
+    check_followed,
     check_images,
     evaluating,
     is_exporting,
-    is_hooked,
     why_not_plain,
 )
 from avit_lib.errors import UserError
@@ -41,13 +40,15 @@ from avit_lib.packed import packed_attention, to_dense
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that may be asked for
+# The threshold of a layer in which no token merges: no score comes near it, and it can be averaged
+NEVER = 1e6
 
 
 class Adaptive(TokensLeave):
     """A VisionTransformer whose tokens merge where their score exceeds their layer's threshold.
 
-    State dict: the original's, ``thresholds`` [L] and ``importance_weight``; infinite thresholds
-    leave the model as it was, bit for bit.
+    State dict: the original's, ``thresholds`` [L] and ``importance_weight``; with all thresholds at
+    ``NEVER`` the model is as it was, bit for bit.
     """
 
     added = ("thresholds", "importance_weight")
@@ -63,7 +64,7 @@ class Adaptive(TokensLeave):
         """
         tokens = self.embed(x)
         if self._merges(x):
-            self._check_followed()
+            check_followed(self)
             packed = self._compute(tokens, observe)
             features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
             return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
@@ -76,7 +77,7 @@ class Adaptive(TokensLeave):
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of inference on the images traced."""
-        return flops_of_depth(self, trace.depth, self.thresholds.isfinite().tolist())
+        return flops_of_depth(self, trace.depth, find_merging(self.thresholds))
 
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
         """As timm's."""
@@ -117,31 +118,16 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
-        return len(images) > 0 and self.thresholds.isfinite().any()
-
-    def _check_followed(self) -> None:
-        """Raise UserError where somebody counts on tokens in their places."""
-        if reason := why_not_plain(self):
-            raise UserError(f"tokens can't merge any more: {reason}")
-        parts = [self.blocks]
-        for block in self.blocks:
-            attention = block.attn
-            parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
-            parts += [block.drop_path1, block.drop_path2]
-        if any(map(is_hooked, parts)):
-            raise UserError(
-                "a hook on a block would never be called, since tokens merge inside of it; "
-                "use forward_intermediates, or a hook on its norms or MLP"
-            )
+        return len(images) > 0 and any(find_merging(self.thresholds))
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
     def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
-        layers = zip(self.blocks, self.thresholds.tolist(), strict=True)
-        for layer, (block, threshold) in enumerate(layers, start=1):
-            merges = math.isfinite(threshold)
+        settings = self.thresholds.tolist(), find_merging(self.thresholds)
+        layers = zip(self.blocks, *settings, strict=True)
+        for layer, (block, threshold, merges) in enumerate(layers, start=1):
             packed, found = self.run(self._attend, block, packed, merges)
             if merges:
                 packed = merge(packed, found, threshold, layer)
@@ -181,7 +167,7 @@ class Adaptive(TokensLeave):
         for layer, number in enumerate(numbers, start=1):
             block = self.blocks[layer - 1]
             attended = [self._attend(block, part, number > 0) for part in parts]
-            parts, threshold = [part for part, _ in attended], math.inf
+            parts, threshold = [part for part, _ in attended], NEVER
             if number:
                 scores = torch.cat([one.score.flatten() for _, found in attended for one in found])
                 wanted = number + (parts[0].grain - 1) / 2  # ``choose`` leaves out some
@@ -190,7 +176,7 @@ class Adaptive(TokensLeave):
             parts = [feed_forward(block, part) for part in parts]
             thresholds.append(threshold)
         depth = torch.cat([part.depth for part in parts]).view(-1, count)
-        done = flops_of_depth(self, depth, [*map(math.isfinite, thresholds)])
+        done = flops_of_depth(self, depth, find_merging(torch.tensor(thresholds)))
         return thresholds, 1 - done.mean().item() / plain_flops(self, count)
 
 
@@ -201,12 +187,17 @@ class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
 KINDS = {VisionTransformer: Adaptive, VisionTransformerDistilled: AdaptiveDistilled}
 
 
+def find_merging(thresholds: Tensor) -> list[bool]:
+    """In which layers tokens merge, by their thresholds [L]; infinity means ``NEVER``, too."""
+    return (thresholds < NEVER / 2).tolist()  # half: an average of equal numbers is rounded
+
+
 def _find_threshold(scores: Tensor, wanted: int) -> float:
     """The threshold that ``wanted`` of the finite scores exceed: halfway to the next lower."""
     ranked = scores[scores.isfinite()].sort(descending=True).values
     wanted = min(wanted, len(ranked))
     if not wanted:
-        return math.inf
+        return NEVER
     if wanted == len(ranked):
         return ranked[-1].item() - 1
     return ranked[wanted - 1 : wanted + 1].mean().item()
@@ -237,7 +228,7 @@ def adapt(
 def without_thresholds(
     model: VisionTransformer, importance_weight: float = IMPORTANCE_WEIGHT
 ) -> Adaptive:
-    """A copy of ``model`` whose thresholds are infinite, for a state dict to be loaded into.
+    """A copy of ``model`` in which no token merges, for a state dict to be loaded into.
 
     Raises UserError for a model that cannot be adapted.
     """
@@ -246,7 +237,7 @@ def without_thresholds(
     adaptive = deepcopy(model)
     adaptive.__class__ = KINDS[type(model)]
     device = model.patch_embed.proj.weight.device
-    thresholds = torch.full((len(model.blocks),), torch.inf, device=device)
+    thresholds = torch.full((len(model.blocks),), NEVER, device=device)
     adaptive.register_buffer("thresholds", thresholds)
     adaptive.register_buffer("importance_weight", torch.tensor(importance_weight, device=device))
     return adaptive

@@ -163,6 +163,25 @@ def is_hooked(part: nn.Module) -> bool:
     return bool(forward or part._backward_hooks or part._backward_pre_hooks)
 
 
+def check_followed(model: VisionTransformer) -> None:
+    """Raise UserError where somebody counts on the tokens of a model that merges in their places.
+
+    Its blocks are not called, but their norms and MLPs.
+    """
+    if reason := why_not_plain(model):
+        raise UserError(f"tokens can't merge any more: {reason}")
+    parts = [model.blocks]
+    for block in model.blocks:
+        attention = block.attn
+        parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
+        parts += [block.drop_path1, block.drop_path2]
+    if any(map(is_hooked, parts)):
+        raise UserError(
+            "a hook on a block would never be called, since tokens merge inside of it; "
+            "use a hook on its norms or MLP, or forward_intermediates of an adapted model"
+        )
+
+
 def check_images(images: Tensor, least: int = 1) -> None:
     """Raise UserError unless ``images`` are finite numbers [B, C, H, W], at ``least`` so many."""
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point():

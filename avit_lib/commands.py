@@ -96,14 +96,16 @@ def find_test_images(
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
     about: dict[str, Any] = {"profile": profile.name}
+    trained_on = None
     if not folder:
         found, trained_on = data.test_data(wanted, seed), data.training_data(wanted, seed)
     else:
         about = {"folder": str(folder.resolve())}
-        found = data.folder_test_data(folder, wanted.image_size, run["classes"])
-        if not (folder / "train").is_dir():
-            return found, about
-        trained_on = data.folder_training_data(folder, wanted, seed)
+        if (folder / "train").is_dir():
+            trained_on = data.folder_training_data(folder, wanted, seed)
+        found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
+    if not trained_on:
+        return found, about
     about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
     if run.get("images", [])[:2] != [about["sha256"], about["content"]]:
         raise UserError(

@@ -5,6 +5,7 @@ itself how deep its tokens go (``forward_with_trace``) and what that costs (``fl
 does neither is a plain transformer.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,8 @@ def trace_model(model: nn.Module, images: Tensor) -> tuple[Tensor, Any]:
     """
     if hasattr(model, "forward_with_trace"):
         return model.forward_with_trace(images)
-    shape = len(images), model.patch_embed.num_patches + model.num_prefix_tokens
+    patches = math.prod(model.patch_embed.dynamic_feat_size(images.shape[2:]))
+    shape = len(images), patches + model.num_prefix_tokens
     depth = torch.full(shape, len(model.blocks), device=images.device)
     return model(images), MergingTrace(depth)
 
@@ -52,7 +54,7 @@ def flops_of_depth(
     ``merging`` says in which layers tokens merge: they leave there between attention and MLP.
     """
     depth, layers = depth.cpu(), len(model.blocks)
-    total = torch.full((len(depth),), fixed_flops(model), dtype=torch.float64)
+    total = torch.full(depth.shape[:1], fixed_flops(model, depth.shape[1]), dtype=torch.float64)
     merging = merging or [False] * layers
     for layer, (block, merges) in enumerate(zip(model.blocks, merging, strict=True), start=1):
         attended = (depth >= layer).sum(dim=1).double()
@@ -82,16 +84,16 @@ def linear_flops(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in layers)
 
 
-def fixed_flops(model: VisionTransformer) -> float:
-    """FLOPs of an image outside of the layers: patch embedding and head."""
-    embedding = model.patch_embed
-    return float(embedding.proj.weight.numel() * embedding.num_patches + linear_flops(model.head))
+def fixed_flops(model: VisionTransformer, count: int) -> float:
+    """FLOPs of an image of ``count`` tokens outside of the layers: patch embedding and head."""
+    patches = count - model.num_prefix_tokens
+    return float(model.patch_embed.proj.weight.numel() * patches + linear_flops(model.head))
 
 
 def plain_flops(model: VisionTransformer, count: int) -> float:
     """FLOPs of an image of ``count`` tokens, all of which go through all layers."""
     layers = sum(block_flops(block, count, count, merges=False) for block in model.blocks)
-    return fixed_flops(model) + layers
+    return fixed_flops(model, count) + layers
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:

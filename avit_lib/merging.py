@@ -168,7 +168,7 @@ def plan(
     layers, whole = len(model.blocks), plain_flops(model, count)
 
     def try_scale(scale: float) -> tuple[float, list[float]]:
-        left, done, numbers = count, fixed_flops(model), []
+        left, done, numbers = count, fixed_flops(model, count), []
         for layer, block in enumerate(model.blocks, start=1):
             merges = layer < layers and layer % step == 0
             share = min(scale * (layer + 1) ** spread, 0.5) if merges else 0.0

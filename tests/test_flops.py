@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 
+from avit_lib.adaptive import without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
 from avit_lib.peers.tome import TokenMerging
 
@@ -18,6 +19,16 @@ def test_of_a_plain_transformer():
     assert flops_of(model, trace).tolist() == 2 * [plain_flops(model, 197)]
     assert plain_flops(model, 197) == pytest.approx(1.3e9, rel=0.05)  # the paper
     assert counted_flops(model, images) == pytest.approx(plain_flops(model, 197), rel=5e-3)
+
+
+def test_of_images_of_another_size_than_the_model_s():
+    plain = timm.create_model("deit_nano", dynamic_img_size=True)
+    halting = timm.create_model("avit_nano", dynamic_img_size=True, beta=-1e4)
+    images = torch.randn(2, 3, 56, 42)
+    for model in (plain, halting, TokenMerging(plain, 2), without_thresholds(plain)):
+        trace = trace_model(model.eval(), images)[1]
+        assert trace.depth.shape == (2, 49)
+        assert flops_of(model, trace)[0] == pytest.approx(counted_flops(model, images), rel=1e-6)
 
 
 @pytest.mark.parametrize("r", [1, 100])

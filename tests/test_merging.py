@@ -1,11 +1,15 @@
 """Tokens that merge by thresholds: against a loop over single images, and for bad input."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
 from conftest import merge_slowly, noise, refused, scatter
+from timm.utils import ModelEmaV3
+from torch.optim.swa_utils import AveragedModel
 
-from avit_lib.adaptive import adapt, without_thresholds
+from avit_lib.adaptive import NEVER, adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops
 from avit_lib.merging import IMPORTANCE_WEIGHT
 
@@ -103,6 +107,17 @@ def test_it_is_turned_to_another_budget_saved_loaded_and_trained():
     again.train()(images).square().sum().backward()
     assert all(weights.grad.isfinite().all() for weights in again.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("average", [ModelEmaV3, partial(AveragedModel, use_buffers=True)])
+def test_an_average_of_the_weights_merges_as_they_do(average):
+    adaptive = adapted(make())
+    found, images = average(adaptive), photographs(adaptive)
+    update = getattr(found, "update_parameters", None) or found.update
+    for _ in range(3):
+        update(adaptive)
+    assert torch.equal(found.module.thresholds, adaptive.thresholds)
+    assert torch.equal(found.module(images), adaptive(images))
 
 
 def test_thresholds_are_one_for_each_layer():

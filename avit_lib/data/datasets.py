@@ -1,7 +1,10 @@
 """Where images come from: torchvision's data sets, ImageNet, and folders of one's own."""
 
 import re
+import tempfile
+import unicodedata
 from collections.abc import Collection, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -85,7 +88,7 @@ def _pool_images(data: Data) -> Images:
     folder = data_dir() / inside
     check_embedded(folder)
     if not folder.is_dir():
-        _download(data.dataset, folder)
+        _download(data.dataset, inside)
     there = {path.name for path in folder.iterdir() if path.is_dir()} - others
     lacking = sorted(set(data.classes) - there)
     if not data.classes and len(there) < count:
@@ -100,11 +103,18 @@ def _pool_images(data: Data) -> Images:
     return folder_images(folder, data.image_size, leave_out=others | unused)
 
 
-def _download(name: str, folder: Path) -> None:
-    """Let torchvision download a data set; raises UserError saying how else to get it."""
+def _download(name: str, inside: str) -> None:
+    """Let torchvision download a data set; raises UserError saying how else to get it.
+
+    It is whole or not there: what is unpacked in part looks like a smaller one.
+    """
+    folder = data_dir() / inside
     try:
-        getattr(torchvision_sets, name)(data_dir(), download=True)
-    except Exception as error:  # of the network, Google Drive or an archive: of many types
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            getattr(torchvision_sets, name)(place, download=True)
+            (Path(place) / inside).rename(folder)
+    except (OSError, RuntimeError, HTTPException) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{name} is not in {folder} and could not be downloaded ({reason}); work in a clone of "
@@ -126,22 +136,30 @@ def folder_images(
     folder, or some of other classes.
     """
     files, folders = find_images(source, 1, leave_out)
-    class_names = [name.split("/")[0] for name in files]
-    named = tuple(classes) or tuple(sorted(name for name in folders if name and "/" not in name))
-    missing = sorted(set(named) - set(class_names))
+    class_names = [_name_class(name) for name in files]
+    named = tuple(classes or sorted({_name_class(name) for name in folders if name}))
+    number_of = {_name_class(name): number for number, name in enumerate(named)}
+    missing = sorted(number_of.keys() - {*class_names})
     if not files or (missing and not classes):
         raise UserError(
             f"{source} holds no images in one folder a class (none in {name_some(missing) or 'it'})"
             f"; see `python -m avit_lib fit --help`"
         )
-    if unknown := set(class_names) - set(named):
+    if unknown := {*class_names} - number_of.keys():
         raise UserError(
             f"{source} has other classes than the model or the training images: "
             f"{name_some(sorted({*unknown, *missing}))}; rename or remove their folders"
         )
     if missing:
         tell(f"{source} holds no images of {name_some(missing)}")
-    number_of = {name: number for number, name in enumerate(named)}
     labels = torch.tensor([number_of[name] for name in class_names])
     images = ImageFiles(source, np.array(files), image_size)
     return Images(images, labels, named, batch_transform(image_size))
+
+
+def _name_class(path: str) -> str:
+    """The class of a path: its folder, in one form of the several that letters with accents have.
+
+    macOS and Linux write different ones.
+    """
+    return unicodedata.normalize("NFC", path.split("/")[0])

@@ -5,13 +5,13 @@ a model sees: evaluation cuts out its centre, augmentation a random part. So an 
 once; and whether a set lies in memory or on disk makes no difference to a batch. Images are RGB.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from struct import error as StructError
 
 import numpy as np
 import torch
@@ -32,6 +32,20 @@ CROP_AREA = (0.5, 1.0)
 MEMORY_LIMIT = 4 * 2**30
 SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLE_FORMAT = 254, 258, 339  # tags of a TIFF
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
+# What Pillow and its decoders raise for files that are damaged, as they stumble.
+BAD_IMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    StructError,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -80,12 +94,14 @@ class Images(Dataset):
         return replace(self, images=chosen, labels=self.labels[indices])
 
 
-def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], dict[str, str]]:
-    """Decode the image files of ``parts`` into memory; also returns a checksum of each part.
+def load(
+    parts: dict[str, Images], apart: str = ""
+) -> tuple[dict[str, Images], dict[str, list[str]]]:
+    """Decode the image files of ``parts`` into memory; also returns the SHA-256 of each file.
 
     What does not fit (``MEMORY_LIMIT``), and the part named ``apart``, stays on disk, and is only
-    checked. The checksum is of the SHA-256 of the files, in order. Raises Unreadable for all files
-    of all parts that cannot be read: now, not in mid-epoch.
+    checked. Raises Unreadable for all files of all parts that cannot be read: now, not in
+    mid-epoch.
     """
     loaded, jobs = {}, []
     for role, data in parts.items():
@@ -96,11 +112,7 @@ def load(parts: dict[str, Images], apart: str = "") -> tuple[dict[str, Images], 
         loaded[role] = replace(data, images=room)
         jobs += [(data.images, room, index) for index in range(len(data))]
     digests = iter(read_all(_read_into, jobs, "reading"))
-    content = {
-        role: hashlib.sha256(bytes.fromhex("".join(islice(digests, len(data))))).hexdigest()
-        for role, data in parts.items()
-    }
-    return loaded, content
+    return loaded, {role: [*islice(digests, len(data))] for role, data in parts.items()}
 
 
 def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
@@ -217,7 +229,7 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return upright.convert("RGB")
-    except Exception as error:  # of a damaged file: of many types, as its decoder stumbled
+    except BAD_IMAGE as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image in {', '.join(FORMATS)}"
@@ -228,8 +240,9 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     """Raise ValueError for an opened file that Pillow reads, but wrongly."""
     tags, layout = getattr(image, "tag_v2", {}), str(image.tile)
     # Of grey with more than 8 bits nobody knows which is white; of colours Pillow drops the lower.
-    deep = image.mode.startswith(("F", "I")) or re.search(r";16|'RGB', \d{4}", layout)
-    if deep or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
+    deep = image.mode.startswith(("F", "I")) or ";16" in layout
+    highest = re.search(r"'ppm.*, (\d+)\)", layout)  # value of a PPM
+    if deep or (highest and int(highest[1]) > 255) or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")
     if np.max(tags.get(SAMPLE_FORMAT, 1)) > 1:
         raise ValueError("its colours have a sign; save it with 8 bits")

@@ -3,18 +3,19 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from avit_lib.data.datasets import POOLS, Data, folder_images, official_images
 from avit_lib.data.files import tell
 from avit_lib.data.images import Images, batch_transform, load
-from avit_lib.errors import UserError
+from avit_lib.errors import UserError, name_some
 
 ROLES = ("train", "validation", "test")
 
@@ -32,6 +33,7 @@ class TrainingData:
     split: dict
     image_size: int  # pixels, as models see them
     augmentation: str = "none"  # of the training images
+    digests: Sequence[str] = ()  # SHA-256 of the files of the training images
 
 
 def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -110,10 +112,36 @@ def test_data(data: Data, seed: int = 0) -> Images:
     return load({"test": images})[0]["test"]
 
 
-def folder_test_data(folder: Path, size: int, classes: Sequence[str]) -> Images:
-    """The images of ``folder``/test, like ``test_data``; UserError if they are of other classes."""
-    images = folder_images(folder / "test", size, classes)
-    return load({"test": images})[0]["test"]
+def folder_test_data(
+    folder: Path, size: int, classes: Sequence[str], trained_on: TrainingData | None = None
+) -> Images:
+    """The images of ``folder``/test, like ``test_data``; UserError if they are of other classes.
+
+    Those that ``trained_on`` has as well are told on stderr.
+    """
+    parts = {"test": folder_images(folder / "test", size, classes)}
+    loaded, digests = load(parts)
+    tell_repeated(parts, {**digests, "train": trained_on.digests if trained_on else ()})
+    return loaded["test"]
+
+
+def tell_repeated(parts: dict[str, Images], digests: Mapping[str, Sequence[str]]) -> None:
+    """Tell on stderr which files are among the training images, too, and which in two classes.
+
+    ``digests`` has the SHA-256 of each file, of training in any case.
+    """
+    for role, images in parts.items():
+        columns = {"name": images.images.names, "label": images.labels, "digest": digests[role]}
+        files = pd.DataFrame(columns)
+        told = {
+            "are training images, too": files["digest"].isin(digests["train"]) & (role != "train"),
+            "lie in two classes": files.groupby("digest")["label"].transform("nunique") > 1,
+        }
+        for what, chosen in told.items():
+            found = files["name"][chosen].tolist()
+            if found:
+                place = f"{role} images in {images.images.root}"
+                tell(f"{len(found)} {place} {what}: {name_some(found)}; remove the copies")
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
@@ -143,7 +171,8 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
     The checksum is of all names, also of training images that are not listed because they are the
     rest.
     """
-    loaded, content = load(parts, apart="test")
+    loaded, digests = load(parts, apart="test")
+    tell_repeated(parts, digests)
     transform = batch_transform(data.image_size, data.augmentation)
     train = replace(loaded["train"], transform=transform)
     files = {role: part.images.names.tolist() for role, part in parts.items()}
@@ -152,10 +181,14 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
         "seed": seed,
         **{f"{role}_images": len(names) for role, names in files.items()},
         "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest(),
-        "content": content,
+        "content": {
+            role: hashlib.sha256(bytes.fromhex("".join(those))).hexdigest()
+            for role, those in digests.items()
+        },
         "files": {k: names for k, names in files.items() if k != "train" or "test" in files},
     }
-    return TrainingData(train, loaded["validation"], split, data.image_size, data.augmentation)
+    facts = split, data.image_size, data.augmentation, digests["train"]
+    return TrainingData(train, loaded["validation"], *facts)
 
 
 def check_split(recorded: dict, split: dict) -> None:

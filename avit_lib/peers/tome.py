@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from avit_lib.backbone import check_followed
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, block_flops, fixed_flops
 from avit_lib.packed import packed_attention, whole_layout
@@ -73,9 +74,11 @@ class TokenMerging(nn.Module):
     def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
         """Logits [B, K] of images [B, C, H, W], and how deep each token went.
 
-        Of two tokens that merge, that of set A becomes part of that of set B.
+        Of two tokens that merge, that of set A becomes part of that of set B. Raises UserError
+        where somebody counts on tokens in their places.
         """
         model = self.model
+        check_followed(model)
         tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         size = torch.ones_like(tokens[..., :1])  # how many of the first tokens each stands for
         first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
@@ -100,7 +103,7 @@ class TokenMerging(nn.Module):
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of the images traced: the same for all, since all merge as many tokens."""
         model, count = self.model, trace.depth.shape[1]
-        done = fixed_flops(model)
+        done = fixed_flops(model, count)
         for block, r in zip(model.blocks, self.numbers, strict=True):
             r = limit(r, count)
             matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B

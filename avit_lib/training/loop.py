@@ -242,8 +242,10 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
         )
     if not {*WRITTEN} <= {*there} or found["epoch"] != config.epochs:
         return None
-    whole = digest_file(output / "last.safetensors") == found["sha256"]
-    return pd.read_csv(output / "history.csv") if whole else None
+    for weights in (output / "best.safetensors", output / "last.safetensors"):
+        if digest_file(weights) != read_json(weights.with_suffix(".json"))["sha256"]:
+            return None
+    return pd.read_csv(output / "history.csv")
 
 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:

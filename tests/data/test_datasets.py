@@ -1,12 +1,15 @@
 """Where images come from: what lies on disk is what a data set holds; what is missing is named."""
 
+from pathlib import Path
+
 import pytest
-from conftest import refused
+from conftest import read_files, refused
 from msgspec.structs import replace
 from small_sets import COLOUR, carried, write_images
 
 from avit_lib import data
-from avit_lib.data import Data, check_embedded, project_root
+from avit_lib.data import Data, check_embedded, datasets, project_root
+from avit_lib.errors import UserError
 from avit_lib.places import digest_file
 
 
@@ -58,6 +61,24 @@ def test_imagenet(imagenet, tmp_path):
 def test_data_that_are_missing_are_named(name, tmp_path):
     with refused(rf"{tmp_path}/{name.lower()}/\w+/<class>.* set AVIT_DATA"):
         data.test_data(Data(dataset=name, image_size=16, validation_per_class=2))
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"), [(OSError("cut off"), UserError), (KeyboardInterrupt, KeyboardInterrupt)]
+)
+def test_a_data_set_is_whole_or_not_there(fault, told, tmp_path, monkeypatch):
+    def download(root, download):
+        write_images(Path(root) / "caltech256" / "256_ObjectCategories", {"001.ak47": 12})
+        if fault:
+            raise fault
+
+    monkeypatch.setattr(datasets.torchvision_sets, "Caltech256", download)
+    settings = replace(COLOUR, dataset="Caltech256", classes=("001.ak47",))
+    with pytest.raises(told):
+        data.training_data(settings, 0)
+    assert not read_files(tmp_path)
+    fault = None
+    assert data.training_data(settings, 0).train.classes == ("001.ak47",)
 
 
 def test_classes_that_a_pool_lacks_are_named(tmp_path):

@@ -51,6 +51,15 @@ def clear_bmp():
     return b"BM" + struct.pack("<IHHI", 138, 0, 0, 122) + head + b"\x09\x09\x09\x00" * 4
 
 
+def tiled_tiff():
+    """An image wider than its only tile: Pillow knows how long the rows of the tile are."""
+    shape = {256: 400, 257: 9, 259: 1, 262: 2, 277: 3, 322: 512, 323: 16, 324: 140, 325: 24576}
+    tags = [(258, 3, 3, 134), *((tag, 4, 1, value) for tag, value in shape.items())]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    return head + struct.pack("<3H", 8, 8, 8) + b"\xff" * 24576
+
+
 @pytest.mark.parametrize(
     ("content", "colour"),
     [
@@ -60,6 +69,7 @@ def clear_bmp():
         (encode(new("CMYK", (0, 255, 255, 0)), "JPEG"), "red"),
         (encode(new("LAB", (128, 128, 128)), "TIFF"), (119, 119, 119)),
         (animate("GIF"), "red"),
+        (tiled_tiff(), "white"),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
@@ -75,6 +85,8 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (encode(grey(np.float32), "TIFF"), "more than 8 bits"),
         (encode(grey(np.uint16), "PNG"), "more than 8 bits"),
         (b"P6 20 20 65535\n" + bytes(2400), "more than 8 bits"),
+        (b"P6 20 20 256\n" + bytes(2400), "more than 8 bits"),
+        (b"P3 2 2 300 " + b"9 " * 12, "more than 8 bits"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
         (clear_bmp(), "all of it is transparent"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),
@@ -85,6 +97,13 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, content, reason)
     path.write_bytes(content)
     with refused(f"{path} .*{reason}.*; mend or remove"):
         read_image(path, 16)
+
+
+def test_a_fault_of_the_library_is_not_told_as_one_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "_refuse_misread", lambda image: image.no_such_thing)
+    new("RGB", "red").save(tmp_path / "image.png")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        read_image(tmp_path / "image.png", 16)
 
 
 def noise(size, seed=0):

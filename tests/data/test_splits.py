@@ -1,6 +1,7 @@
 """How images are told apart: every one in its part, the same for the same seed, and on record."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from small_sets import COLOUR, carried, write_images
 
 from avit_lib import data
-from avit_lib.data import check_split, folder_training_data, pick_per_class
+from avit_lib.data import check_split, folder_test_data, folder_training_data, pick_per_class
 from avit_lib.data.datasets import official_images
 from avit_lib.data.images import batch_transform
 from avit_lib.data.splits import draw, plan_pool
@@ -51,7 +52,30 @@ def test_validation_classes_are_among_those_of_training(tmp_path, capsys):
     write_images(tmp_path / "val", {"bees": 2})
     found = folder_training_data(tmp_path, COLOUR, seed=0)
     assert len(found.train) == 6 and found.validation.labels.tolist() == [1, 1]
-    assert capsys.readouterr().err == f"{tmp_path / 'val'} holds no images of ants\n"
+    assert capsys.readouterr().err.startswith(f"{tmp_path / 'val'} holds no images of ants\n")
+
+
+def test_a_photograph_in_two_parts_or_in_two_classes_is_told(tmp_path, capsys):
+    for part in ("train", "val", "test"):
+        write_images(tmp_path / part, {"ants": 3, "bees": 3})
+        for index, path in enumerate(sorted((tmp_path / part).rglob("*.png"))):
+            Image.new("RGB", (20, 30), (index, len(part), 0)).save(path)
+    train = folder_training_data(tmp_path, COLOUR, seed=0)
+    folder_test_data(tmp_path, 16, train.train.classes, train)
+    assert not capsys.readouterr().err
+    ant = tmp_path / "train" / "ants" / "image_0000.png"
+    for copy in ("train/bees/a.png", "val/ants/b.png", "test/bees/c.png", "test/bees/d.png"):
+        shutil.copy(ant, tmp_path / copy)
+    train = folder_training_data(tmp_path, COLOUR, seed=0)
+    folder_test_data(tmp_path, 16, train.train.classes, train)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{count} images in {tmp_path}/{part} {what}; remove the copies"
+        for count, part, what in (
+            ("2 train", "train", "lie in two classes: ants/image_0000.png, bees/a.png"),
+            ("1 validation", "val", "are training images, too: ants/b.png"),
+            ("2 test", "test", "are training images, too: bees/c.png, bees/d.png"),
+        )
+    ]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Every image in a folder is found, once; what is none is told; what can't be read is an error."""
 
 import os
+import unicodedata
 
 from conftest import refused
 from PIL import Image
@@ -37,6 +38,17 @@ def test_what_is_left_out_is_counted_and_told(tmp_path, capsys):
         (tmp_path / "ants" / f"image_000{number}.png").unlink()
     with refused(f"{tmp_path} holds no images .*none in ants"):
         folder_images(tmp_path, 16)
+
+
+def test_a_class_is_the_same_however_its_accents_are_written(tmp_path):
+    one, other = (
+        [unicodedata.normalize(form, name) for name in ("café", "thé")] for form in ("NFC", "NFD")
+    )
+    assert one != other
+    write_images(tmp_path, dict.fromkeys(other, 2))
+    for classes, labels in (((), [0, 0, 1, 1]), (one, [0, 0, 1, 1]), (other[::-1], [1, 1, 0, 0])):
+        assert folder_images(tmp_path, 16, classes).labels.tolist() == labels
+    assert folder_images(tmp_path, 16).classes == tuple(one)
 
 
 def test_links_are_followed_and_every_file_is_taken_once(tmp_path, capsys):

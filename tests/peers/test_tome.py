@@ -49,3 +49,18 @@ def test_what_cannot_merge_is_refused():
     for step in (0, 1.5):
         with refused("whole numbers"):
             tome.TokenMerging(plain, 2, step)
+
+
+@pytest.mark.parametrize("part", ["", "1", "1.attn", "1.attn.attn_drop", "1.drop_path1"])
+def test_a_hook_that_would_never_be_called_is_refused(part):
+    model = tome.TokenMerging(timm.create_model("deit_nano"), 2)
+    model.blocks.get_submodule(part).register_forward_hook(lambda *_: None)
+    with refused("a hook on a block"):
+        model(images().float())
+
+
+def test_a_block_of_one_s_own_is_refused():
+    model = tome.TokenMerging(timm.create_model("deit_nano"), 2)
+    model.blocks[1].forward = lambda tokens: tokens
+    with refused("a Block of its blocks is not timm's plain one"):
+        model(images().float())

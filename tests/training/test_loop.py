@@ -129,6 +129,15 @@ def test_a_state_that_would_run_code_is_not_run(unfinished, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
+def test_a_finished_run_with_damaged_weights_is_trained_again(tmp_path, name):
+    train(tmp_path)
+    whole, path = content(tmp_path), tmp_path / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    train(tmp_path)
+    assert content(tmp_path) == whole
+
+
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "history.csv"])
 def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"foreign")
