@@ -46,7 +46,7 @@ CURVES = {  # marker and line of models that are no A-ViTs; of their peers the l
 BY_BETA = ("o", "--")
 # Where the middle of words stands beside their point, in points right and up of it: around it, then
 # farther out.
-PLACES = [(x * r, y * r) for r in (1, 1.7) for y in (10, -10, 0) for x in (15, -15, 0) if x or y]
+PLACES = [(x * r, y * r) for r in (1, 1.4, 1.8) for y in (10, -10, 0) for x in (15, -15, 0) if x or y]
 HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 
@@ -197,7 +197,9 @@ def label_points(
     """
     figure.draw_without_rendering()  # places in pixels are known only now
     pixels = axis.transData.transform(points)
-    lines = [line.get_path().transformed(axis.transData) for line in axis.lines]
+    lines = [line.get_path().transformed(line.get_transform()) for line in axis.lines]
+    for bars in axis.collections:  # of intervals
+        lines += [path.transformed(bars.get_transform()) for path in bars.get_paths()]
     taken = []
     for words, point, colour in notes:
         note = axis.annotate(
@@ -216,6 +218,7 @@ def label_points(
             note.set_position(place)
             box = note.get_window_extent()
             hidden = box.padded(5).count_contains(pixels) + box.count_overlaps(taken)
-            covered[place] = hidden, sum(line.intersects_bbox(box, False) for line in lines)
+            crossed = sum(line.intersects_bbox(box.padded(2), False) for line in lines)
+            covered[place] = hidden, crossed
         note.set_position(min(PLACES, key=covered.__getitem__))
         taken += [note.get_window_extent()]
