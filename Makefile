@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce readme train release animate benchmark test lint lock clean clean-results
+.PHONY: help setup lab reproduce readme site train release animate benchmark test lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -122,6 +122,9 @@ endif
 readme: setup  ## Write results/PROFILE/README.md and the tables in README.md again from the results
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 
+site: setup  ## Write all pages and the executed notebooks of PROFILE as a website: site/index.html
+	@$(BIN)/python scripts/website.py --profile "$(basename $(notdir $(PROFILE)))"
+
 # --- commands -------------------------------------------------------------------------------------
 
 train: setup  ## Train RUN of PROFILE in NPROC processes (goes on after an interruption)
@@ -157,7 +160,7 @@ lock:  ## Write requirements.lock from what is installed in .venv
 
 clean:  ## Remove caches, failed notebooks and smoke results
 	rm -rf results/smoke results/*/notebooks/*.failed.ipynb results/*/notebooks/*.running.ipynb
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build site *.egg-info
 	find avit_lib scripts tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
 clean-results:  ## Remove all results of PROFILE, trained models too (asks for CONFIRM=yes)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 import msgspec
-import numpy as np
 import pandas as pd
 import timm
 import torch
@@ -38,7 +37,7 @@ from avit_lib.data.datasets import official_images
 from avit_lib.errors import UserError
 from avit_lib.evaluation import speed
 from avit_lib.evaluation.allocator import buffers_kept
-from avit_lib.evaluation.speed import Step, infer, read_clock
+from avit_lib.evaluation.speed import Step, infer
 from avit_lib.flops import MergingTrace, flops_of, plain_flops, trace_model
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.packed import Layout
@@ -134,12 +133,10 @@ def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
     write(account_operators(rivals), "account", caption)
     caption = f"Time of inference above DeiT's when no token halts or merges. {about}"
     write(time_overhead(rivals), "overhead", caption)
-    caption = f"Milliseconds an image in each layer at a batch of {len(rivals.largest)}. {about}"
-    layers = write(time_layers(rivals), "layers", caption)
-    results.figure(draw_layers(layers), f"layers_{kind}", caption)
 
-    depth = mean_depth(rivals.models["A-ViT packed"], rivals.largest)
-    halting = f"A-ViT's mean depth is {depth:.2f} of {len(layers)} layers. {about}"
+    avit = rivals.models["A-ViT packed"]
+    depth = mean_depth(avit, rivals.largest)
+    halting = f"A-ViT's mean depth is {depth:.2f} of {len(avit.blocks)} layers. {about}"
     caption = f"Training: forward, backward and AdamW; bfloat16 is autocast. {halting}"
     training = write(time_training(rivals), "training", caption)
     write(estimate_cost(training), "cost", f"{COST_CAPTION} {halting}")
@@ -346,35 +343,6 @@ def account_operators(rivals: Rivals) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-@buffers_kept()
-@torch.inference_mode()
-def time_layers(rivals: Rivals) -> pd.DataFrame:
-    """Where the time goes, layer by layer, in inference of the largest batch: a row a layer.
-
-    tokens: mean per image that A-ViT computes in it. deit and packed: milliseconds an image,
-    medians over rounds; packed includes all of the bookkeeping. ideal: the mean of DeiT's, times
-    the share of tokens left.
-    """
-    plain, adaptive = rivals.models["DeiT"].eval(), rivals.models["A-ViT packed"].eval()
-    images = rivals.largest
-    embedded, rounds = adaptive.embed(images), []
-    for _ in range(rivals.size.rounds[len(images)] + 1):  # the first is for warming up
-        x, clock = embedded, [read_clock()]
-        for block in plain.blocks:
-            x = block(x)
-            clock.append(read_clock())
-        tokens, packed_clock = [], [read_clock()]
-        layers = packed.packed_layers(adaptive.blocks, embedded, adaptive.rule, every_token=False)
-        for layout, *_ in layers:
-            tokens.append(len(layout.index) / len(images))
-            packed_clock.append(read_clock())
-        rounds.append(np.diff([clock, packed_clock]))
-    deit, took = 1e3 * np.median(rounds[1:], axis=0) / len(images)
-    table = {"layer": range(1, len(tokens) + 1), "tokens": tokens, "deit": deit, "packed": took}
-    ideal = deit.mean() * np.array(tokens) / tokens[0]
-    return pd.DataFrame(table).assign(ideal=ideal)
-
-
 def time_training(rivals: Rivals) -> pd.DataFrame:
     """One training step of the largest batch: a row a precision and model."""
     models, images, tables = deepcopy(rivals.models), rivals.largest, []
@@ -496,22 +464,6 @@ def draw_speedup(speeds: pd.DataFrame) -> Figure:
         axis.set_xticks(range(len(batches)), batches)
         axis.set(title=size, xlabel="batch size [images]", ylabel="speed-up over DeiT")
     return figures.legend_above(figure, axes[0, 0])
-
-
-def draw_layers(table: pd.DataFrame) -> Figure:
-    """Time of every layer, DeiT's and packed A-ViT's, and the tokens that are left in it."""
-    figure, [[axis]] = figures.subplots(height=3.4)
-    for offset, column, label in ((-0.19, "deit", "DeiT"), (0.19, "packed", "A-ViT packed")):
-        look = {"color": figures.model_colour(label), "label": label}
-        axis.bar(table["layer"] + offset, table[column], 0.38, **look)
-    look = {"color": figures.INK, "label": "mean of DeiT x share of tokens left"}
-    axis.plot(table["layer"], table["ideal"], "_", markersize=14, mew=2, **look)
-    axis.set_xlabel("layer, and below it the tokens of an image that are left in it")
-    axis.set_ylabel("time [ms per image]")
-    ticks = [f"{row.layer}\n{row.tokens:.0f}" for row in table.itertuples()]
-    axis.set_xticks(table["layer"], ticks)
-    axis.grid(axis="x", visible=False)
-    return figures.legend_above(figure, axis)
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -5,7 +5,8 @@
 The page of a study has a heading for each notebook, with its findings, links and figures. In
 README.md, results/README.md and notebooks/README.md stands, between markers such as
 ``<!-- begin caltech24/04_summary -->``, a table or finding of that name. PROFILE may be benchmark,
-too: what ``make benchmark`` measures belongs to no profile.
+too: what ``make benchmark`` measures belongs to no profile. Where these pages clone the repository
+or open Colab stands its address, if pyproject.toml names one.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pandas as pd
 from PIL import Image
 
@@ -24,6 +26,8 @@ from avit_lib.training import read_json, write_atomically
 PAGES = ("README.md", "results/README.md", "notebooks/README.md")
 MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
+CLONE = re.compile(r"(git clone .*--depth 1 )\S+( avit\b)")
+COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
     "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
@@ -181,10 +185,25 @@ def fill_marker(name: str, result: str, shown: str) -> str:
     return f"<!-- begin {name}/{result} -->\n{content}\n<!-- end {name}/{result} -->"
 
 
+def read_address() -> str:
+    """The public address of the repository, on GitHub; empty if it has none."""
+    project = msgspec.toml.decode((project_root() / "pyproject.toml").read_bytes())["project"]
+    return project["urls"].get("Repository", "")
+
+
+def show_address(text: str, address: str) -> str:
+    """``text`` with ``address`` in place of REPOSITORY, and a link to the notebooks on Colab."""
+    opened = address.replace("https://github.com", "https://colab.research.google.com/github")
+    link = f" ([open the notebooks]({opened}))" if address else ""
+    text = CLONE.sub(rf"\g<1>{address or 'REPOSITORY'}\g<2>", text)
+    return COLAB.sub(rf"\g<1>{link}\g<2>", text)
+
+
 def stamp_page(page: Path) -> None:
     """Renew what stands between the markers of a page; one without a result stays as it is."""
     before = page.read_text()
     after = MARKED.sub(lambda found: fill_marker(found[1], found[2], found[0]), before)
+    after = show_address(after, read_address())
     if after != before:
         write_atomically(page, after.encode())
 

@@ -6,6 +6,7 @@ The file is changed in place: without times of day, progress bars that are over 
 machine; its links lead from results/PROFILE/notebooks to where those from notebooks/ led.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def tidy(notebook: nbformat.NotebookNode) -> None:
             part.metadata.pop(key, None)
     for cell in notebook.cells:
         if cell.cell_type != "code":
-            cell.source = cell.source.replace("](../", "](../../../")
+            cell.source = re.sub(r"\]\(\.\./(?!\.)", "](../../../", cell.source)
             continue
         cell.source = shorten_paths(cell.source)  # of a profile of one's own
         cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]

@@ -9,7 +9,7 @@ from conftest import merge_slowly, noise, refused, scatter
 from timm.utils import ModelEmaV3
 from torch.optim.swa_utils import AveragedModel
 
-from avit_lib.adaptive import NEVER, adapt, without_thresholds
+from avit_lib.adaptive import adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops
 from avit_lib.merging import IMPORTANCE_WEIGHT
 

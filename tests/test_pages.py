@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 from matplotlib.figure import Figure
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from avit_lib.study.results import Results
 from avit_lib.training import read_json, write_json
@@ -71,6 +71,16 @@ def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
     assert page.read_text() == once.replace("DeiT", "another")
 
 
+def test_the_address_of_the_repository_stands_where_it_is_cloned_or_opened():
+    show_address = SCRIPTS["pages"]["show_address"]
+    text = "!git clone -q --depth 1 REPOSITORY avit\n<!-- begin colab --><!-- end colab -->: run"
+    shown = show_address(text, "https://github.com/some/one")
+    assert "git clone -q --depth 1 https://github.com/some/one avit\n" in shown
+    assert "](https://colab.research.google.com/github/some/one))<!-- end colab -->: run" in shown
+    assert show_address(shown, "https://github.com/some/one") == shown
+    assert show_address(shown, "") == text
+
+
 def test_what_a_notebook_makes_no_longer_is_removed(results):
     stamp = results / ".stamps" / "04_evaluation"
     stamp.touch()
@@ -91,13 +101,15 @@ def test_an_executed_notebook_is_kept_without_moment_and_machine(tmp_path):
         new_output("display_data", data=widget),
     ]
     cell = new_code_cell("x", outputs=outputs, metadata={"execution": {}, "tags": ["t"]})
-    notebook = new_notebook(cells=[cell], metadata={"papermill": {}, "widgets": {}})
+    text = new_markdown_cell("[code](../avit_lib/x.py), [another](02.ipynb)")
+    notebook = new_notebook(cells=[cell, text], metadata={"papermill": {}, "widgets": {}})
     path = tmp_path / "x.ipynb"
     nbformat.write(notebook, path)
     subprocess.run([sys.executable, ROOT / "scripts" / "tidy.py", path], check=True)
     tidied = nbformat.read(path, as_version=4)
     assert tidied.metadata == {}
     assert tidied.cells[0].metadata == {"tags": ["t"]}
+    assert tidied.cells[1].source == "[code](../../../avit_lib/x.py), [another](02.ipynb)"
     printed, shown = tidied.cells[0].outputs
     assert printed.text == "wrote results/x.csv and ~/y\n"
     assert shown.data == {"text/plain": "'.'", "image/png": "abc"}

@@ -18,7 +18,6 @@ EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither
 WEIGHTS = Path("data/weights")
 MODELS = Path("results/caltech101/models")  # the headline models, in half precision
 MEGABYTE = 2**20
-PAGES = ("README.md", "CONTRIBUTING.md", "results/README.md", "notebooks/README.md")
 
 each_notebook = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 
@@ -78,11 +77,25 @@ def test_no_tracked_file_is_heavy():
     assert not kept and max(path.stat().st_size for path in heavy) <= 12 * MEGABYTE
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_what_a_page_links_to_is_there(page):
-    """In the repository; of results, files of their folder that git keeps."""
-    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
-    assert not [target for target in targets if not ((ROOT / page).parent / target).exists()]
+def links(path):
+    """The relative links of a page, or of a notebook's text."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = [cell for cell in read(path).cells if cell.cell_type == "markdown"]
+        text = "\n\n".join(cell.source for cell in cells)
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+
+
+def test_what_pages_and_notebooks_link_to_is_there():
+    pages = [ROOT / path for path in tracked() if path.suffix == ".md"]
+    checked = {path: links(path) for path in [*pages, *SOURCES, *EXECUTED]}
+    broken = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path, targets in checked.items()
+        for target in targets
+        if not (path.parent / target).exists()
+    ]
+    assert not broken
 
 
 def test_of_the_data_only_what_has_a_checksum_is_tracked():

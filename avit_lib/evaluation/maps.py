@@ -50,15 +50,3 @@ def object_auc(depth: Tensor, share: Tensor) -> Tensor:
             # Ranks in 0..1, or torchmetrics would take them for logits.
             found[number] = binary_auroc(one[known] / one.max(), truth.long())
     return found
-
-
-def chessboard(depth: Tensor) -> Tensor:
-    """How far depth [B, P] is a chessboard, [B]: |correlation| with the parity of row + column.
-
-    The patches form a square; RuntimeError when P is none.
-    """
-    rows = torch.arange(round(depth.shape[1] ** 0.5))
-    parity = (rows[:, None] + rows).flatten() % 2.0
-    parity = parity - parity.mean()
-    depth = depth.float() - depth.float().mean(dim=1, keepdim=True)
-    return (depth @ parity).abs() / (depth.norm(dim=1) * parity.norm()).clamp(min=1e-12)

@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from avit_lib.peers import PEERS
 
@@ -51,8 +52,10 @@ class NotebookFigure(Figure):
     """A figure, unknown to pyplot, that a notebook shows as PNG when a cell ends in it."""
 
     def _repr_png_(self) -> bytes:
-        png = io.BytesIO()
-        self.savefig(png, format="png", bbox_inches="tight")
+        drawn, png = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", bbox_inches="tight")
+        # By a palette it takes a third of the bytes in a notebook, and looks the same.
+        Image.open(drawn).convert("RGB").quantize(256).save(png, "png", optimize=True)
         return png.getvalue()
 
 

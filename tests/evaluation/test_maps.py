@@ -5,7 +5,7 @@ import torch
 
 from avit_lib.data import STATISTICS
 from avit_lib.data.images import Images
-from avit_lib.evaluation.maps import chessboard, object_auc, plain_backgrounds
+from avit_lib.evaluation.maps import object_auc, plain_backgrounds
 
 
 def test_images_with_a_border_of_one_colour_are_found_and_the_object_is_what_differs():
@@ -25,10 +25,3 @@ def test_the_auc_is_the_share_of_pairs_in_which_the_object_is_deeper():
     found = object_auc(depth, share)
     assert found[:3].tolist() == pytest.approx([1.0, 0.0, 0.5])
     assert found[3].isnan()
-
-
-def test_a_chessboard_is_one_and_smooth_maps_are_not():
-    board = (torch.arange(4)[:, None] + torch.arange(4)).flatten() % 2
-    rows = torch.arange(4).repeat_interleave(4)
-    depth = torch.stack([3 + 4 * board, 7 - 4 * board, rows, torch.full((16,), 5)])
-    assert chessboard(depth).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-6)
