@@ -84,13 +84,10 @@ class Chosen(Computing):
     Args:
         model: deit, avit or another run of the profile. Default: the profile's focus.
         ckpt: A .safetensors that fit wrote, its .json beside it. Default: the profile's.
-        data_dir: A folder of your own with train/, test/ and perhaps val/, in each one folder of
-            images a class. Default: the profile's data.
     """
 
     model: str | None = None
     ckpt: ExistingFile | None = None
-    data_dir: ExistingDirectory | None = None
 
     def __post_init__(self):
         self.model = self.model and self.model.lower()
@@ -99,6 +96,19 @@ class Chosen(Computing):
             raise UserError(
                 f"{self.profile} has no run {self.model!r}; choose from {', '.join(runs)}"
             )
+
+
+@Parameter(name="*")
+@dataclass
+class Fed(Chosen):
+    """What every command takes that needs images with labels.
+
+    Args:
+        data_dir: A folder of your own with train/, test/ and perhaps val/, in each one folder of
+            images a class. Default: the profile's data.
+    """
+
+    data_dir: ExistingDirectory | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -135,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
 @app.command
 def fit(
     *,
-    common: Chosen = Chosen(),
+    common: Fed = Fed(),
     output: Path | None = None,
     teacher: ExistingFile | None = None,
     epochs: Whole | None = None,
@@ -159,8 +169,8 @@ def fit(
 
 
 @app.command
-def test(*, common: Chosen = Chosen(), batch_size: Count = 250) -> tuple:
-    """Accuracy, F1, depth and GFLOPs of a checkpoint on the test images, also as JSON beside it.
+def test(*, common: Fed = Fed(), batch_size: Count = 250) -> tuple:
+    """Print accuracy, F1, depth and GFLOPs of a checkpoint on the test images, as JSON.
 
     Args:
         batch_size: Images at once.
@@ -172,17 +182,16 @@ def test(*, common: Chosen = Chosen(), batch_size: Count = 250) -> tuple:
 def visualize(
     *,
     common: Chosen = Chosen(),
+    images: Annotated[list[ExistingFile], Parameter(consume_multiple=1)],
     output: Picture = Path("halting.png"),
-    images: Annotated[list[str], Parameter(consume_multiple=1)] = [],
 ) -> tuple:
     """Draw where a model stopped looking, and what it still saw, into one picture.
 
     Args:
+        images: Image files.
         output: The .png, .jpg, .webp, .pdf or .svg to write.
-        images: Numbers of test images, or paths of image files. Default: six test images, evenly
-            spread.
     """
-    return "visualize", common, output, images
+    return "visualize", common, images, output
 
 
 @app.command

@@ -5,7 +5,6 @@
 
 import io
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,10 @@ from avit_lib.report import pictures
 from avit_lib.study import Run, Study, get_profile
 from avit_lib.study.results import provenance, results_dir, to_markdown
 from avit_lib.study.study import released
-from avit_lib.training import processes
 
 CALIBRATION = 512  # images on which thresholds are set, at most
 CLASSES = 1000  # of ImageNet
-COLUMNS = 6  # images in a row of a picture, and in one for which none are named
+COLUMNS = 6  # images in a row of a picture
 KEY = """Images are cropped to their centre and scaled to what the model sees. Depth is the number
 of layers that compute a token. Blue covers tokens that left the computation: the earlier, the
 bluer; in the last row, those that did not reach the last layer."""
@@ -89,10 +87,7 @@ def find_test_images(
     may know the others. A folder with test/ alone is taken as it is.
     """
     if not run["classes"]:
-        raise UserError(
-            f"{path} has no test images of its own; name image files by --images, or test it by "
-            f"scripts/imagenet.py"
-        )
+        raise UserError(f"{path} has no test images of its own; test it by scripts/imagenet.py")
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
     about: dict[str, Any] = {"profile": profile.name}
@@ -116,20 +111,14 @@ def find_test_images(
 
 
 def test(common, batch_size: int) -> None:
-    """Print how good a trained model is on the test images, and write it beside its weights."""
+    """Print, as JSON, how good a trained model is on the test images, and where that is from."""
     model, run, path = load_trained(common)
     found, about = find_test_images(common, model, run, path)
     predictions = predict(model, found, batch_size, training.pick_device(common.device))
     facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
     facts["intervals"] = bootstrap_intervals(predictions, common.seed)
-    print(json.dumps(facts, indent=1))
-    target = path.with_name(f"{path.stem}_test.json")
-    if target.exists() and "tested" not in training.read_json(target):
-        raise UserError(f"{target} is of something else; move it, or rename the checkpoint")
-    if processes.rank() == 0:
-        origin = provenance(get_profile(common.profile).name, run["seed"])
-        training.write_json(target, facts | {"tested": about, "provenance": origin})
-    print(f"written to {target}", file=sys.stderr)
+    origin = provenance(get_profile(common.profile).name, run["seed"])
+    print(json.dumps(facts | {"tested": about, "provenance": origin}, indent=1))
 
 
 def describe_data(common) -> None:
@@ -150,13 +139,13 @@ def describe_data(common) -> None:
 # --- adapt, benchmark -----------------------------------------------------------------------------
 
 
-def is_described(weights: Path, *more: str) -> bool:
-    """Whether beside ``weights`` lies the .json that fit and adapt write, with ``more`` keys."""
+def is_described(weights: Path) -> bool:
+    """Whether beside ``weights`` lies the .json that fit and adapt write."""
     try:
         found = training.read_json(weights.with_suffix(".json"))
     except (FileNotFoundError, UserError):  # none, or no JSON
         return False
-    return isinstance(found, dict) and {"model", "arguments", "sha256", *more} <= found.keys()
+    return isinstance(found, dict) and {"model", "arguments", "sha256"} <= found.keys()
 
 
 def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -208,12 +197,6 @@ def make_adaptive(model: nn.Module, images: Tensor, saved: float) -> adaptive.Ad
         )
 
 
-def refuse_inputs(output: Path, inputs: list[Path]) -> None:
-    """Raise UserError when writing ``output`` would destroy one of the ``inputs``."""
-    if output.exists() and any(path.exists() and output.samefile(path) for path in inputs):
-        raise UserError(f"{output} is read, too; name another --output")
-
-
 def prepare(
     common, name: str | None, weights: Path | None, folder: Path
 ) -> tuple[nn.Module, dict[str, Any], Tensor]:
@@ -239,12 +222,9 @@ def adapt(
     common, images: Path, output: Path, name: str | None, weights: Path | None, saved: float
 ) -> None:
     """Write a model to ``output`` that saves a share of its FLOPs."""
-    beside = output.with_suffix(".json")
-    if weights:
-        refuse_inputs(output, [weights])
-        refuse_inputs(beside, [weights.with_suffix(".json")])
-    if (output.exists() or beside.exists()) and not is_described(output, "adapted"):
-        raise UserError(f"{output} or {beside.name} is of something else; name another --output")
+    for path in (output, output.with_suffix(".json")):
+        if path.exists():
+            raise UserError(f"{path} is there already; delete it, or name another --output")
     model, described, pixels = prepare(common, name, weights, images)
     adapted = make_adaptive(model, pixels, saved)
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", common.seed)}
@@ -273,37 +253,22 @@ def benchmark(
 # --- visualize ------------------------------------------------------------------------------------
 
 
-def visualize(common, output: Path, images: list[str]) -> None:
-    """Write a picture of where a model stopped looking, in test images or image files."""
-    numbered = all(name.isdecimal() for name in images)
-    if not numbered:
-        refuse_inputs(output, [Path(name) for name in images])
-    model, run, path = load_trained(common)
+def visualize(common, images: list[Path], output: Path) -> None:
+    """Write a picture of where a model stopped looking in image files."""
+    if output.exists() and any(output.samefile(path) for path in images):
+        raise UserError(f"{output} is read, too; name another --output")
+    model, run, _ = load_trained(common)
     if not hasattr(model, "forward_with_trace"):
         raise UserError(
             "a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt"
         )
-    classes = run["classes"]
-    read, statistics = make_reader(model, classes)
-    if numbered:
-        found, _ = find_test_images(common, model, run, path)
-        last = len(found) - 1
-        numbers = [int(name) for name in images] or [
-            last * n // (COLUMNS - 1) for n in range(COLUMNS)
-        ]
-        if max(numbers) > last:
-            raise UserError(
-                f"there is no test image {max(numbers)}; the numbers go from 0 to {last}"
-            )
-        pixels, labels = found[numbers]
-        names = [f"true: {classes[label]}" for label in labels]
-    else:
-        files = [Path(name).resolve() for name in images]
-        pixels = torch.stack([read(file) for file in files])
-        names = [f"{file.parent.name}/{file.name}" for file in files]
+    read, statistics = make_reader(model, run["classes"])
+    files = [path.resolve() for path in images]
+    pixels = torch.stack(data.read_all(read, files, "reading"))
+    names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
-    classes = classes or name_classes(logits.shape[1])
+    classes = run["classes"] or name_classes(logits.shape[1])
     depths = trace.depth.float().mean(dim=1)
     titles = [
         f"{name}\npredicted: {classes[best]}\nmean depth {depth:.1f}"

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pandas as pd
 import torch
 from timm.data import resolve_model_data_config
@@ -23,7 +24,7 @@ from avit_lib.data import Images, to_pixels
 from avit_lib.data.datasets import imagenet_images
 from avit_lib.errors import UserError
 from avit_lib.evaluation import predict
-from avit_lib.report.tables import IMAGENET, merge_both_ways
+from avit_lib.report.tables import merge_both_ways
 from avit_lib.study import get_profile
 from avit_lib.study.results import to_markdown
 from avit_lib.training import pick_device
@@ -64,7 +65,8 @@ def compare(
         found = predict(one, tested, batch_size, device)
         accuracy, gflops = found.correct.float().mean().item(), found.flops.mean().item() / 1e9
         rows.append({"model": name, "accuracy": accuracy, "gflops": gflops, "images": len(tested)})
-    return pd.DataFrame([*rows, *IMAGENET])
+    published = msgspec.toml.decode(Path(__file__).with_suffix(".toml").read_bytes())
+    return pd.DataFrame([*rows, *published["imagenet"]])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -59,14 +59,11 @@ def test_a_checkpoint_is_tested(run):
     command = f"test {OWN} --ckpt {AVIT}"
     printed = json.loads(run(command).out)
     assert printed["images"] == 8
-    written = read_json(Path("avit/last_test.json"))
-    tested, known = written.pop("tested"), read_json(AVIT.with_suffix(".json"))["run"]["images"]
+    tested, known = printed["tested"], read_json(AVIT.with_suffix(".json"))["run"]["images"]
     assert tested["folder"] == str(Path("images").resolve())
     assert [tested["sha256"], tested["content"]] == known[:2]
-    assert written.pop("provenance")["seed"] == 3 and written == printed
+    assert printed["provenance"]["seed"] == 3
     run(f"{command} --model AViT")
-    shutil.copy(AVIT.with_suffix(".json"), "avit/last_test.json")  # of another checkpoint
-    assert "avit/last_test.json is of something else" in run(command, 2).err
     assert "was trained as avit, not deit" in run(f"{command} --model deit", 2).err
 
 
@@ -74,24 +71,22 @@ def test_a_model_is_tested_beside_the_images_that_trained_it(run):
     """Others of the same classes may be those that it knows."""
     write_photographs(Path("other"), train=11, test=4)
     for options in ("--data-dir other", "--profile mine.toml", ""):  # of another size the last
-        for command in ("test", "visualize --images 0"):
-            told = run(f"{command} --ckpt {AVIT} {options}", 2).err
-            assert "was trained on other images than those of" in told
+        told = run(f"test --ckpt {AVIT} {options}", 2).err
+        assert "was trained on other images than those of" in told
     shutil.rmtree("other/train")  # what is left is for a test alone
-    run(f"test --ckpt {AVIT} --data-dir other")
-    tested = read_json(Path("avit/last_test.json"))["tested"]
+    tested = json.loads(run(f"test --ckpt {AVIT} --data-dir other").out)["tested"]
     assert tested == {"folder": str(Path("other").resolve())}
 
 
 def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     spy = Mock(wraps=commands.pictures.depth_maps)
     monkeypatch.setattr(commands.pictures, "depth_maps", spy)
-    draw = f"visualize {OWN} --ckpt {AVIT} --output"
+    draw = f"visualize --ckpt {AVIT} --output"
     shutil.copy("images/test/dark/0.jpg", "0.jpg")
     for options, begins in (
         ("a.png --images 0.jpg images/test/dark/1.jpg", b"\x89PNG"),
-        ("new/a.PDF", b"%PDF"),
-        ("a.jpg --images 0 7", b"\xff\xd8"),
+        ("new/a.PDF --images 0.jpg", b"%PDF"),
+        ("a.jpg --images 0.jpg", b"\xff\xd8"),
     ):
         run(f"{draw} {options}")
         assert Path(options.split()[0]).read_bytes().startswith(begins)
@@ -99,17 +94,16 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     assert drawn[0][1][1] in ("predicted: bright", "predicted: dark")
     assert [[title[0] for title in titles] for titles in drawn] == [
         [f"{tmp_path.name}/0.jpg", "dark/1.jpg"],
-        ["true: bright"] * 3 + ["true: dark"] * 3,
-        ["true: bright", "true: dark"],
+        [f"{tmp_path.name}/0.jpg"],
+        [f"{tmp_path.name}/0.jpg"],
     ]
     for options, message in (
-        ("b.gif", "--output"),
-        ("c.png --images 8", "numbers go from 0 to 7"),
-        ("c.png --images ²", "No such file"),
+        ("b.gif --images 0.jpg", "--output"),
+        ("c.png --images ²", "does not exist"),
         ("0.jpg --images 0.jpg", "0.jpg is read, too; name another --output"),
     ):
         assert message in run(f"{draw} {options}", 2).err
-    told = run(f"visualize {OWN} --ckpt deit/last.safetensors", 2).err
+    told = run("visualize --images 0.jpg --ckpt deit/last.safetensors", 2).err
     assert "a model whose tokens all go through" in told
 
 
@@ -125,8 +119,7 @@ def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
         trained = results / "checkpoints" / "avit_finetuned" / f"last{suffix}"
         shutil.copy(trained, results / "models" / f"avit_finetuned{suffix}")
     shutil.rmtree(results / "checkpoints")
-    run(test)
-    tested = read_json(results / "models" / "avit_finetuned_test.json")
+    tested = json.loads(run(test).out)
     assert tested["images"] == 288 and tested["tested"]["profile"] == "mine"
 
 
@@ -154,9 +147,8 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
     assert isinstance(model, adaptive.Adaptive) and model.thresholds.min() < NEVER
     assert described["adapted"]["images"] == 32 and model.num_classes == 2
     run("visualize --ckpt adaptive.safetensors --images images/test/dark/0.jpg --output a.png")
-    for command in ("visualize --images 3", "test"):
-        told = run(f"{command} --ckpt adaptive.safetensors", 2).err
-        assert "name image files by --images, or test it by scripts/imagenet.py" in told
+    told = run("test --ckpt adaptive.safetensors", 2).err
+    assert "scripts/imagenet.py" in told
 
     measured = []
     monkeypatch.setattr(

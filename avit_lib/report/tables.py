@@ -4,7 +4,6 @@ One row a model, fractions 0 to 1.
 """
 
 import math
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 
@@ -27,8 +26,6 @@ MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PEER = {"method": "peer", "mean_depth": math.nan, "mean_executed_depth": math.nan}
 PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
-# What others published of DeiT-T on ImageNet's validation images.
-IMAGENET = PUBLISHED.pop("imagenet")
 
 
 # --- models that need no training -----------------------------------------------------------------
@@ -86,25 +83,6 @@ def draw_images(study: Study, data: Images, most: int) -> Tensor:
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def evaluation_table(
-    study: Study, predictions: dict[str, Predictions], others: Iterable[str] = ()
-) -> pd.DataFrame:
-    """One row a model: accuracies and F1 with 95 % intervals, depth in layers, GFLOPs, share saved.
-
-    First the trained ones; ``others`` are the labels of ``merged_models``.
-    """
-    plain, full = study.profile.plain, full_flops(study)
-    rows: list[dict] = []
-    for run in study.profile.runs:
-        facts = {"model": run.label, "method": run.method, "init": run.init}
-        rows.append(facts | measure(predictions[run.name], full))
-    for label in others:
-        facts = {"model": label, "method": "ours", "init": f"{plain.name}, not trained"}
-        beside = PEER if is_peer(label) else {}
-        rows.append(facts | measure(predictions[label], full) | beside)
-    return pd.DataFrame(rows)
 
 
 def full_flops(study: Study) -> float:

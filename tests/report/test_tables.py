@@ -1,6 +1,5 @@
 """The tables, on predictions made by hand and on small models."""
 
-from dataclasses import replace as replace_fields
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 from conftest import random_images, varied_model
 from msgspec.structs import replace
 
-from avit_lib.evaluation import Predictions, predict
-from avit_lib.flops import plain_flops
+from avit_lib.evaluation import predict
 from avit_lib.report import tables
 from avit_lib.study import get_profile
 
@@ -29,21 +27,6 @@ def study():
     return SimpleNamespace(
         profile=profile, load=models.get, data=data, test=images, device="cpu", seed=0
     )
-
-
-def test_the_evaluation_has_intervals_and_shares_and_no_depth_of_a_peer(study):
-    full = torch.full((10,), plain_flops(study.load("deit"), 17))
-    right = Predictions(torch.eye(10), torch.arange(10), torch.full((10, 17), 3), None, full, 4)
-    wrong = replace_fields(right, logits=torch.eye(10).roll(1, 0), flops=full / 4)
-    others = ["ToMe, r = 2", "Adaptive merging, 10% saved"]
-    runs = study.profile.runs
-    names = [run.name for run in runs] + others
-    table = tables.evaluation_table(study, dict.fromkeys(names, right) | {"avit": wrong}, others)
-    assert table["model"].tolist() == [run.label for run in runs] + others
-    assert table["method"].tolist() == ["plain"] * 2 + ["paper"] * 5 + ["ours", "peer", "ours"]
-    assert table["accuracy_macro_high"].tolist() == [1] * 6 + [0] + [1] * 3
-    assert table["flops_saved"].tolist() == pytest.approx([0] * 6 + [0.75] + [0] * 3)
-    assert table["mean_depth"].fillna(0).tolist() == [3] * 8 + [0, 3]
 
 
 def test_models_that_need_no_training_save_what_they_are_named_after(study):
