@@ -63,7 +63,7 @@ def predict(
             followed = trace.depth, trace.halting_scores, flops_of(model, trace)
             parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
     joined = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Predictions(*joined, layers=len(model.blocks))
+    return Predictions(*joined, len(model.blocks))
 
 
 def metrics(predictions: Predictions) -> dict[str, float]:
