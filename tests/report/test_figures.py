@@ -45,15 +45,6 @@ def test_words_beside_crowded_points_cover_neither_each_other_nor_a_point():
         assert box.count_contains(points) == box.count_overlaps(boxes[:number]) == 0
 
 
-def test_words_beside_a_point_avoid_the_interval_of_another():
-    figure, [[axis]] = figures.subplots()
-    axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.vlines([0.52, 0.55], 0, 1)
-    figures.label_points(figure, axis, [("12%", (0.5, 0.5), "black")], [[0.5, 0.5]])
-    (words,) = axis.texts
-    assert words.get_window_extent().x1 < axis.transData.transform((0.52, 0))[0]
-
-
 def test_a_notebook_shows_a_figure_as_png_without_pyplot():
     shown, _ = DisplayFormatter().format(figures.subplots()[0], include={"image/png"})
     assert shown["image/png"].startswith(b"\x89PNG")
