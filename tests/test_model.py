@@ -19,11 +19,8 @@ def forward_deleting(model, image):
     tokens = model.embed(image[None])
     places = list(range(tokens.shape[1]))
     sums, depth, ponder = [0.0] * len(places), [0] * len(places), [0.0] * len(places)
-    weights, representation = [], 0.0
+    weights, representation = torch.zeros(len(model.blocks)).double(), 0.0
     for layer, block in enumerate(model.blocks, start=1):
-        weights.append(torch.zeros((), dtype=tokens.dtype))
-        if not places:
-            continue
         tokens = block(tokens)
         kept = []
         for row, place in enumerate(places):
@@ -39,10 +36,10 @@ def forward_deleting(model, image):
                 kept.append(row)
             if place == 0:
                 representation = representation + weight * token
-                weights[-1] = weight
+                weights[layer - 1] = weight
         tokens, places = tokens[:, kept], [places[row] for row in kept]
     logits = model.head(model.norm(representation))
-    return logits, torch.tensor(depth), torch.stack(ponder), torch.stack(weights)
+    return logits, torch.tensor(depth), torch.stack(ponder), weights
 
 
 @pytest.mark.parametrize("shape", ["tiny_patch16_224", "nano"])
