@@ -6,7 +6,6 @@ import torch
 from conftest import refused
 from safetensors.torch import save_file
 
-from avit_lib.adaptive import without_thresholds
 from avit_lib.training import (
     count_classes,
     load_checkpoint,
@@ -43,13 +42,6 @@ def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_pa
     save_checkpoint(path, model, NAME, ARGUMENTS, run={"classes": ["ant", "bee"]})
     with refused("names 2 classes for 5"):
         load_checkpoint(path)
-
-
-def test_an_adapted_model_is_found_again(tmp_path):
-    model = without_thresholds(timm.create_model("deit_nano"), importance_weight=0.5)
-    save_checkpoint(tmp_path / "adapted.safetensors", model, "deit_nano", {})
-    found, _ = load_checkpoint(tmp_path / "adapted.safetensors")
-    assert type(found) is type(model) and found.importance_weight == 0.5
 
 
 def test_a_plain_model_starts_one_that_halts(tmp_path):
