@@ -105,23 +105,23 @@ def merge_slowly(model, image, choose):
     depth = torch.full((len(tokens),), len(model.blocks))
     for layer, block in enumerate(model.blocks):
         size = torch.tensor([len(group) for group in groups]).double()
-        qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1))
         q, k, v = qkv.unbind(1)
-        q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+        q, k = attn.q_norm(q), attn.k_norm(k)
         logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
         attention = logits.softmax(dim=-1)
         taken = torch.einsum("hqk,khd->qhd", attention, v).flatten(1)
-        tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(taken)))
+        tokens = tokens + block.ls1(attn.proj(attn.norm(taken)))
         worth = (attention[:, 0].T * v.norm(dim=-1)).mean(dim=1)
         joins, kept = choose(layer, F.normalize(k.mean(dim=1), dim=-1), worth)
-        for one in joins:
+        shares = size.diag()
+        for one, into in joins.items():
             depth[groups[one][0]] = layer + 1
-        means, joined = [], []
-        for place in kept:
-            members = [place, *(one for one, into in joins.items() if into == place)]
-            means.append(size[members] @ tokens[members] / size[members].sum())
-            joined.append([first for one in members for first in groups[one]])
-        tokens, groups = torch.stack(means), joined
+            shares[into, one] = size[one]
+            groups[into] += groups[one]
+        tokens = shares[kept] @ tokens / shares[kept].sum(dim=1, keepdim=True)
+        groups = [groups[place] for place in kept]
         tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
     whole = torch.empty(len(depth), tokens.shape[1]).double()
     for group, token in zip(groups, tokens, strict=True):

@@ -66,33 +66,28 @@ CHANGES = {  # a file to what runs again when it changes
 }
 
 
-def write_notebook(path, code):
-    nbformat.write(new_notebook(cells=[new_code_cell(code)]), path)
+def write_notebook(name, code):
+    nbformat.write(new_notebook(cells=[new_code_cell(code)]), f"notebooks/{name}.ipynb")
 
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("avit_lib/study/profiles", "avit_lib/report", "notebooks", "scripts", "env/bin"):
+        Path(folder).mkdir(parents=True)
     for name, code in LIBRARY.items():
-        path = tmp_path / "avit_lib" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(code)
-    (tmp_path / "notebooks").mkdir()
+        Path("avit_lib", name).write_text(code)
     for name, code in NOTEBOOKS.items():
-        write_notebook(tmp_path / "notebooks" / f"{name}.ipynb", code)
-    write_notebook(tmp_path / "notebooks" / "draft.ipynb", "")
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "dependencies.py", tmp_path / "scripts")
-    for name in ("Makefile", "pyproject.toml", "requirements.lock"):
-        shutil.copy(ROOT / name, tmp_path)
-    python = tmp_path / "env" / "bin" / "python"
-    python.parent.mkdir(parents=True)
+        write_notebook(name, code)
+    write_notebook("draft", "")
+    for name in ("Makefile", "pyproject.toml", "requirements.lock", "scripts/dependencies.py"):
+        shutil.copy(ROOT / name, name)
+    python = Path("env/bin/python")
     python.write_text(STUB)
     python.chmod(0o755)
-    (tmp_path / "env" / ".avit-setup").touch()
+    Path("env/.avit-setup").touch()
     for name in ("MAKEFLAGS", "MAKEOVERRIDES", "AVIT_RESULTS", "PROFILE", "SEED", "VENV"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def reproduce(*arguments, profile="base"):
@@ -147,17 +142,17 @@ def test_a_profile_depends_on_those_that_it_extends(tree):
 
 def test_a_failing_notebook_says_so_and_leaves_the_last_good_copy(tree):
     named(reproduce())
-    copies, source = Path("results/base/notebooks"), Path("notebooks/03_train_avit.ipynb")
-    good = (copies / source.name).read_text()
-    write_notebook(source, "raise ValueError")
+    copies = Path("results/base/notebooks")
+    good = (copies / "03_train_avit.ipynb").read_text()
+    write_notebook("03_train_avit", "raise ValueError")
     done = reproduce()
     assert done.returncode != 0
     failed = copies / "03_train_avit.failed.ipynb"
     words = f"error: notebook 03_train_avit failed: ValueError: no such thing; see {failed}"
     assert words in done.stderr.splitlines()
-    assert failed.read_text() == source.read_text()
-    assert (copies / source.name).read_text() == good
-    write_notebook(source, "")
+    assert failed.read_text() == Path("notebooks/03_train_avit.ipynb").read_text()
+    assert (copies / "03_train_avit.ipynb").read_text() == good
+    write_notebook("03_train_avit", "")
     assert set(named(reproduce())) == AFTER_02 - {"02_finetune_deit"}
     assert sorted(copies.glob("*.*.ipynb")) == []
 

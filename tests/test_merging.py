@@ -101,7 +101,7 @@ def test_it_is_turned_to_another_budget_saved_loaded_and_trained():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adaptive, images = adapted(model, 0.1), photographs(model)
     adaptive.calibrate(images, 0.3)
-    again = without_thresholds(make())
+    again = without_thresholds(make(), 0.0)
     again.load_state_dict(adaptive.state_dict())
     assert torch.equal(again(images), adapted(model, 0.3)(images))
     again.train()(images).square().sum().backward()

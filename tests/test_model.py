@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import bright_and_dark, refused, varied_model
+from torch.testing import assert_close
 
 from avit_lib.model import AViT
 
@@ -18,11 +19,8 @@ def forward_deleting(model, image):
     tokens = model.embed(image[None])
     places = list(range(tokens.shape[1]))
     sums, depth, ponder = [0.0] * len(places), [0] * len(places), [0.0] * len(places)
-    weights, representation = [], 0.0
+    weights, representation = torch.zeros(len(model.blocks)).double(), 0.0
     for layer, block in enumerate(model.blocks, start=1):
-        weights.append(torch.zeros((), dtype=tokens.dtype))
-        if not places:
-            continue
         tokens = block(tokens)
         kept = []
         for row, place in enumerate(places):
@@ -38,10 +36,10 @@ def forward_deleting(model, image):
                 kept.append(row)
             if place == 0:
                 representation = representation + weight * token
-                weights[-1] = weight
+                weights[layer - 1] = weight
         tokens, places = tokens[:, kept], [places[row] for row in kept]
     logits = model.head(model.norm(representation))
-    return logits, torch.tensor(depth), torch.stack(ponder), torch.stack(weights)
+    return logits, torch.tensor(depth), torch.stack(ponder), weights
 
 
 @pytest.mark.parametrize("shape", ["tiny_patch16_224", "nano"])
@@ -54,7 +52,7 @@ def test_without_halting_it_is_the_plain_transformer(shape):
     images = torch.randn(2, 3, *plain.patch_embed.img_size)
     logits, trace = model.forward_with_trace(images)
     for found in (logits, model(images)):
-        torch.testing.assert_close(found, plain(images), rtol=0, atol=1e-5)
+        assert_close(found, plain(images), rtol=0, atol=1e-5)
     assert (trace.depth == len(plain.blocks)).all()
     assert torch.equal(trace.output_weights, torch.eye(len(plain.blocks))[-1].expand(2, -1))
 
@@ -75,12 +73,12 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     deleting = zip(*(forward_deleting(model, image) for image in images), strict=True)
     expected = [torch.stack(values) for values in deleting]
     found = [logits, trace.depth, trace.ponder, trace.output_weights]
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(model(images), logits, rtol=0, atol=1e-10)
+    assert_close(found, expected, rtol=0, atol=1e-10)
+    assert_close(model(images), logits, rtol=0, atol=1e-10)
     layer = torch.arange(1, 7)[:, None]
     assert torch.equal(trace.halting_scores > 0, layer <= trace.depth[:, None])
     found, expected = gradients(logits, trace.ponder), gradients(expected[0], expected[2])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert_close(found, expected, rtol=0, atol=1e-10)
     model.beta = -1e4
     assert (model(images) - logits).abs().max() > 1e-4  # halting does change the result
 

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from avit_lib.study.results import Results
 from avit_lib.training import read_json, write_json
 
-SCRIPTS = {name: runpy.run_path(str(ROOT / "scripts" / f"{name}.py")) for name in ("pages", "tidy")}
+PAGES = runpy.run_path(str(ROOT / "scripts" / "pages.py"))
 TABLE = "| model   |\n|:--------|\n| DeiT    |"
 LINE = "Made by `make reproduce PROFILE=smoke SEED=3`, commit 0123456789, 2026-01-02 03:04 UTC"
 
@@ -40,7 +40,7 @@ def results(tmp_path, monkeypatch):
 
 
 def test_a_page_has_what_a_notebook_found(results):
-    page = SCRIPTS["pages"]["write_page"](SCRIPTS["pages"]["describe_page"]("smoke"))
+    page = PAGES["write_page"](PAGES["describe_page"]("smoke"))
     text = page.read_text()
     section = text.partition("## 04_evaluation\n")[2].partition("## Provenance")[0]
     assert "It is fast." in section
@@ -57,7 +57,7 @@ def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
     empty = "a\n<!-- begin smoke/{0} -->\n<!-- end smoke/{0} -->\nb\n"
     unknown = empty.format("gone").replace("-->\n<", "-->\nkept\n<")
     page.write_text(empty.format("speed") + empty.format("04_words") + unknown)
-    stamp_page = SCRIPTS["pages"]["stamp_page"]
+    stamp_page = PAGES["stamp_page"]
     stamp_page(page)
     once = page.read_text()
     assert f"a\n<!-- begin smoke/speed -->\n{TABLE}\n\n{LINE}, on two cores.\n<!-- end" in once
@@ -72,7 +72,7 @@ def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
 
 
 def test_the_address_of_the_repository_stands_where_it_is_cloned_or_opened():
-    show_address = SCRIPTS["pages"]["show_address"]
+    show_address = PAGES["show_address"]
     text = "!git clone -q --depth 1 REPOSITORY avit\n<!-- begin colab --><!-- end colab -->: run"
     shown = show_address(text, "https://github.com/some/one")
     assert "git clone -q --depth 1 https://github.com/some/one avit\n" in shown
@@ -88,7 +88,7 @@ def test_what_a_notebook_makes_no_longer_is_removed(results):
     os.utime(old, (0, 0))
     for later in (new, results / "findings" / "04_words.md"):
         os.utime(later, (stamp.stat().st_mtime + 1,) * 2)
-    SCRIPTS["pages"]["remove_stale"](results)
+    PAGES["remove_stale"](results)
     assert not old.exists() and not old.with_suffix(".csv").exists()
     assert new.exists() and (results / "findings" / "04_words.md").exists()
 

@@ -15,9 +15,7 @@ import avit_lib
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed
-WEIGHTS = Path("data/weights")
-MODELS = Path("results/caltech101/models")  # the headline models, in half precision
-MEGABYTE = 2**20
+HEAVY = {Path("data/weights"), Path("results/caltech101/models")}
 
 each_notebook = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 
@@ -71,10 +69,9 @@ def test_an_executed_notebook_names_no_home(path):
 
 def test_no_tracked_file_is_heavy():
     """But the weights in data/, and two headline models, in half precision."""
-    files = [ROOT / path for path in tracked() if (ROOT / path).is_file()]
-    heavy = [path for path in files if path.stat().st_size > 3 * MEGABYTE]
-    kept = [path for path in heavy if path.parent not in (ROOT / WEIGHTS, ROOT / MODELS)]
-    assert not kept and max(path.stat().st_size for path in heavy) <= 12 * MEGABYTE
+    sizes = {path: (ROOT / path).stat().st_size for path in tracked() if (ROOT / path).is_file()}
+    assert {path.parent for path in sizes if sizes[path] > 3 * 2**20} <= HEAVY
+    assert max(sizes.values()) <= 12 * 2**20
 
 
 def links(path):

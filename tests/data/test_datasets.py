@@ -33,18 +33,13 @@ def test_caltech256(tmp_path):
     assert sizes == (12, 6, 6)
 
 
-@pytest.fixture
-def imagenet(tmp_path):
-    """ImageNet with three classes."""
+def test_imagenet(tmp_path):
+    classes = ("n01440764", "n01443537", "n01484850")
     for part, count in (("train", 8), ("val", 2)):
-        classes = ("n01440764", "n01443537", "n01484850")
         write_images(tmp_path / "imagenet" / part, dict.fromkeys(classes, count))
-    return Data(dataset="ImageNet", image_size=16, validation_per_class=2)
-
-
-def test_imagenet(imagenet, tmp_path):
+    imagenet = Data(dataset="ImageNet", image_size=16, validation_per_class=2)
     found = data.training_data(imagenet, 0)
-    assert found.train.classes == ("n01440764", "n01443537", "n01484850")
+    assert found.train.classes == classes
     assert (len(found.train), len(found.validation)) == (18, 6)
     assert not set(carried(found.train)) & set(carried(found.validation))
     assert data.test_data(imagenet).labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -97,9 +92,8 @@ def test_what_is_embedded_is_as_published():
     assert check_embedded(embedded / "weights") == 1
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """The data of a checkout in which we are: three images, with their checksums."""
+@pytest.mark.parametrize("content", [None, b"other"])
+def test_an_embedded_file_that_is_not_as_published_is_named(content, tmp_path, monkeypatch):
     embedded = tmp_path / "data"
     write_images(embedded / "caltech101" / "101_ObjectCategories", {"ant": 3})
     files = sorted(embedded.rglob("*.png"))
@@ -109,16 +103,11 @@ def checkout(tmp_path, monkeypatch):
     (tmp_path / "avit_lib").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("AVIT_DATA")
-    return embedded
-
-
-@pytest.mark.parametrize("content", [None, b"other"])
-def test_an_embedded_file_that_is_not_as_published_is_named(checkout, content):
-    assert check_embedded(checkout) == 3
+    assert check_embedded(embedded) == 3
     name = "caltech101/101_ObjectCategories/ant/image_0001.png"
-    (checkout / name).unlink()
+    (embedded / name).unlink()
     if content is not None:
-        (checkout / name).write_bytes(content)
+        (embedded / name).write_bytes(content)
     with refused(rf"damaged in .*: {name}; .*git checkout -- data"):
         data.training_data(replace(COLOUR, classes=("ant",)), 0)
-    assert check_embedded(checkout / "weights") == 0  # of which there are no checksums
+    assert check_embedded(embedded / "weights") == 0  # of which there are no checksums

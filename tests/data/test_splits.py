@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 from conftest import refused
-from msgspec.structs import replace
 from PIL import Image
 from small_sets import COLOUR, carried, write_images
 
 from avit_lib import data
 from avit_lib.data import check_split, folder_test_data, folder_training_data, pick_per_class
 from avit_lib.data.datasets import official_images
-from avit_lib.data.images import batch_transform
 from avit_lib.data.splits import draw, plan_pool
 from avit_lib.study import get_profile
 
@@ -126,14 +124,6 @@ def test_other_images_than_on_record_are_noticed(caltech, role):
     renamed = data.training_data(COLOUR, 0).split
     with refused("not those on record: different names;"):
         check_split(recorded | {"content": renamed["content"]}, renamed)
-
-
-def test_only_training_images_are_augmented(caltech):
-    found = data.training_data(replace(COLOUR, augmentation="standard"), 0)
-    noise = torch.randint(0, 256, (2, 3, 17, 17), dtype=torch.uint8)
-    plain = batch_transform(16)(noise)
-    assert torch.equal(found.validation.transform(noise), plain)
-    assert not torch.equal(found.train.transform(noise), plain)
 
 
 def test_damage_in_any_part_of_a_pool_is_named_before_training(caltech):

@@ -103,21 +103,23 @@ def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
         assert torch.equal(model.state_dict()[name], wanted), name
 
 
+PAGE = """What it is.
+
+| model   |   accuracy |    n |
+|:--------|-----------:|-----:|
+| 1e9     |     0.1235 | 1200 |
+| b       |            |    2 |
+
+Made by notebook 04_evaluation.
+"""
+
+
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     results, folder = Results("mine", 3, "04_evaluation"), tmp_path / "mine"
     frame = pd.DataFrame({"model": ["1e9", "b"], "accuracy": [0.123456789, None], "n": [1200, 2]})
     assert results.table(frame, "04_short", "What\n  it is.") is frame
-    assert (folder / "tables" / "04_short.md").read_text().splitlines() == [
-        "What it is.",
-        "",
-        "| model   |   accuracy |    n |",
-        "|:--------|-----------:|-----:|",
-        "| 1e9     |     0.1235 | 1200 |",
-        "| b       |            |    2 |",
-        "",
-        "Made by notebook 04_evaluation.",
-    ]
+    assert (folder / "tables" / "04_short.md").read_text() == PAGE
     assert results.read("04_short")["accuracy"][0] == 0.123457
     with refused(r"other\.csv is missing; run the notebooks before"):
         results.read("other")

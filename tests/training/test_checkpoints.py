@@ -45,13 +45,6 @@ def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_pa
         load_checkpoint(path)
 
 
-def test_an_adapted_model_is_found_again(tmp_path):
-    model = without_thresholds(timm.create_model("deit_nano"), importance_weight=0.5)
-    save_checkpoint(tmp_path / "adapted.safetensors", model, "deit_nano", {})
-    found, _ = load_checkpoint(tmp_path / "adapted.safetensors")
-    assert type(found) is type(model) and found.importance_weight == 0.5
-
-
 def test_infinite_thresholds_of_before_mean_never(tmp_path):
     model, images = without_thresholds(timm.create_model("deit_nano")), torch.randn(2, 3, 28, 28)
     model.thresholds = torch.tensor([torch.inf, 0.5, torch.nan, torch.inf])

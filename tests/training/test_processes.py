@@ -4,7 +4,6 @@ import os
 import socket
 
 import pandas as pd
-import pytest
 import timm
 import torch
 import torch.multiprocessing
@@ -49,26 +48,20 @@ def join_and_compute(rank, port, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    """What each of the processes found."""
-    folder = tmp_path_factory.mktemp("several")
+def test_losses_and_weights_are_those_of_a_single_process(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        join_and_compute, (port, folder), PROCESSES, start_method="forkserver"
+        join_and_compute, (port, tmp_path), PROCESSES, start_method="forkserver"
     )
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
-
-
-@pytest.mark.parametrize("execution", EXECUTIONS)
-def test_losses_and_weights_are_those_of_a_single_process(several, execution, tmp_path):
-    first, second = (found[execution] for found in several)
-    single = train(tmp_path, execution)
-    history = pd.DataFrame(single.pop("history"))
-    assert first["history"] == second["history"]
-    pd.testing.assert_frame_equal(pd.DataFrame(first["history"]), history, rtol=1e-5)
-    for name, weights in single.items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
+    several = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    for execution in EXECUTIONS:
+        first, second = (found[execution] for found in several)
+        single = train(tmp_path / "single", execution)
+        history = pd.DataFrame(single.pop("history"))
+        assert first["history"] == second["history"]
+        pd.testing.assert_frame_equal(pd.DataFrame(first["history"]), history, rtol=1e-5)
+        for name, weights in single.items():
+            assert torch.equal(first[name], second[name])
+            torch.testing.assert_close(first[name], weights, rtol=1e-3, atol=1e-4)
