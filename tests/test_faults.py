@@ -42,9 +42,8 @@ TYPED = {
     "of model avit_nano, not deit_nano": f"{ADAPT} --model deit_nano --weights {WEIGHTS}",
     "empty holds 0 images": f"adapt --images empty --output new.safetensors --weights {WEIGHTS}",
     'must have extension "safetensors"': "adapt --images images --output new.bin",
-    "annotations.json is of something": "adapt --images images --output annotations.safetensors",
-    "last.json is of something else": f"adapt --images images --output {WEIGHTS}",
-    f"{WEIGHTS} is read, too": f"adapt --images images --output {WEIGHTS} --weights {WEIGHTS}",
+    "annotations.json is there": "adapt --images images --output annotations.safetensors",
+    f"{WEIGHTS} is there already": f"adapt --images images --output {WEIGHTS}",
 }
 
 
