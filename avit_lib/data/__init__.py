@@ -10,7 +10,6 @@ from avit_lib.data.files import find_images, read_all
 from avit_lib.data.images import STATISTICS, Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
-    check_split,
     folder_test_data,
     folder_training_data,
     pick_per_class,

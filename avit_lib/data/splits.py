@@ -189,17 +189,3 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
     }
     facts = split, data.image_size, data.augmentation, digests["train"]
     return TrainingData(train, loaded["validation"], *facts)
-
-
-def check_split(recorded: dict, split: dict) -> None:
-    """Raise UserError unless ``split`` (see ``TrainingData``) is of the ``recorded`` images."""
-    known = recorded["content"]
-    other = [role for role, checksum in split["content"].items() if known.get(role) != checksum]
-    if recorded["sha256"] != split["sha256"]:
-        other.append("names")
-    if other:
-        raise UserError(
-            f"the images of {split['dataset']} drawn by seed {split['seed']} are not those on "
-            f"record: different {', '.join(other)}; compare the files with those of the published "
-            f"archive"
-        )

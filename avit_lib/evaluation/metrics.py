@@ -1,9 +1,10 @@
 """Accuracy, F1, depth and FLOPs of trained models, with bootstrap confidence intervals."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
@@ -72,8 +73,8 @@ def metrics(predictions: Predictions) -> dict[str, float]:
     ``accuracy_macro`` is the mean over the classes that have images, ``f1_macro`` over those that
     have images or are predicted.
     """
-    cells, classes = _cells(predictions)
-    return _accuracies(cells, classes) | {
+    once = np.ones((1, len(predictions.labels)))
+    return {name: rate.item() for name, rate in _rate(predictions, once).items()} | {
         "mean_depth": predictions.depth.float().mean().item(),
         "mean_executed_depth": executed_depth(predictions.depth).float().mean().item(),
         "gflops_per_image": predictions.flops.mean().item() / 1e9,
@@ -81,14 +82,12 @@ def metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro."""
-    cells, classes = _cells(predictions)
+    """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro.
 
-    def resample(chosen: np.ndarray) -> list[float]:
-        return [*_accuracies(cells[chosen], classes).values()]
-
-    ends = _bootstrap(resample, len(cells), seed).tolist()
-    return dict(zip(_accuracies(cells, classes), map(tuple, ends), strict=True))
+    NaN for a single image.
+    """
+    rates = _rate(predictions, _resample(len(predictions.labels), seed))
+    return {name: _find_ends(rate) for name, rate in rates.items()}
 
 
 def paired_difference(
@@ -101,16 +100,10 @@ def paired_difference(
     """
     if not torch.equal(first.labels, second.labels):
         raise ValueError("the two models were evaluated on different images")
-    gain = (first.correct.long() - second.correct.long()).numpy()
-    labels = first.labels.numpy() if per_class else np.zeros_like(gain)
-
-    def mean(chosen: np.ndarray) -> float:
-        images = np.bincount(labels[chosen])
-        sums = np.bincount(labels[chosen], weights=gain[chosen])
-        return float((sums[images > 0] / images[images > 0]).mean())
-
-    low, high = _bootstrap(mean, len(gain), seed=0).tolist()
-    return mean(np.arange(len(gain))), low, high
+    name, images = "accuracy_macro" if per_class else "accuracy", len(first.labels)
+    drawn = np.concatenate([np.ones((1, images)), _resample(images, seed=0)])  # first as they are
+    gains = _rate(first, drawn)[name] - _rate(second, drawn)[name]
+    return gains[0].item(), *_find_ends(gains[1:])
 
 
 def divergence(first: Predictions, second: Predictions) -> Tensor:
@@ -124,31 +117,29 @@ def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
     return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
-def _cells(predictions: Predictions) -> tuple[np.ndarray, int]:
-    """Where each image [n] stands in the confusion matrix of K x K cells, and K."""
-    classes = predictions.logits.shape[1]
-    return (predictions.labels * classes + predictions.predicted).numpy(), classes
+@cache
+def _resample(images: int, seed: int) -> np.ndarray:
+    """How often each image is drawn, [1000, images]: a bootstrap; NaN if there is a single one."""
+    drawn = np.random.default_rng(seed).integers(images, size=(1000, images))
+    counts = np.stack([np.bincount(row, minlength=images) for row in drawn])
+    return counts if images > 1 else np.full_like(counts, np.nan, dtype=float)
 
 
-def _accuracies(cells: np.ndarray, classes: int) -> dict[str, float]:
-    """Accuracy, mean per-class accuracy and macro F1 of images [n] in these cells."""
-    confusion = np.bincount(cells, minlength=classes**2).reshape(classes, classes)
-    hits = np.diag(confusion)
-    true = confusion.sum(axis=1)
-    either = true + confusion.sum(axis=0)  # images of a class, and predictions of it
+def _rate(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
+    """Accuracy, mean per-class accuracy and macro F1 [k] of images ``drawn`` [k, n] times each."""
+    classes = np.eye(predictions.logits.shape[1])
+    true, said = (classes[one.numpy()] for one in (predictions.labels, predictions.predicted))
+    images, called, hits = drawn @ true, drawn @ said, drawn @ (true * said)  # [k, K]
+    with np.errstate(invalid="ignore"):  # a class without images has no rate
+        by_class, f1 = pd.DataFrame(hits / images), pd.DataFrame(2 * hits / (images + called))
     return {
-        "accuracy": float(hits.sum() / len(cells)),
-        "accuracy_macro": float((hits[true > 0] / true[true > 0]).mean()),
-        "f1_macro": float((2 * hits[either > 0] / either[either > 0]).mean()),
+        "accuracy": hits.sum(axis=1) / images.sum(axis=1),
+        "accuracy_macro": by_class.mean(axis=1).to_numpy(),
+        "f1_macro": f1.mean(axis=1).to_numpy(),
     }
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], ArrayLike], images: int, seed: int) -> np.ndarray:
-    """Percentile intervals [k, 2] of the k figures that ``statistic`` gives for image indices.
-
-    [2] of a single figure; NaN for a single image.
-    """
-    drawn = np.random.default_rng(seed)
-    found = [statistic(drawn.integers(images, size=images)) for _ in range(1000)]
-    ends = np.percentile(found, (2.5, 97.5), axis=0).T
-    return ends if images > 1 else np.full_like(ends, np.nan)
+def _find_ends(values: np.ndarray) -> tuple[float, float]:
+    """The ends of the middle 95 % of ``values``."""
+    low, high = np.percentile(values, (2.5, 97.5)).tolist()
+    return low, high

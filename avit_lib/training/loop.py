@@ -78,16 +78,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(kinds[name])
 
 
-def gains_by_bfloat16(device: torch.device) -> bool:
-    """Whether the device is faster in bfloat16: a CPU only if it multiplies in it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
 def uses_bfloat16(config: Training, device: torch.device) -> bool:
-    """Whether a training on ``device`` runs in bfloat16."""
-    return config.precision == "bfloat16" and gains_by_bfloat16(device)
+    """Whether a training runs in bfloat16: on a CPU only if that multiplies in it."""
+    if device.type == "cuda":
+        gains = torch.cuda.is_bf16_supported()
+    else:
+        gains = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return gains and config.precision == "bfloat16"
 
 
 def fit(
