@@ -101,25 +101,6 @@ class TaskLoss:
         return Losses(total, {"task": task, "distillation": distillation})
 
 
-def call_with_trace(model: nn.Module, images: Tensor) -> tuple[Tensor, HaltingTrace]:
-    """Logits [B, K] and trace, by a call of ``model`` itself.
-
-    That is what wrappers see (DDP, autocast, compile). Raises UserError for a model that gives no
-    halting scores.
-    """
-    trace = None
-    try:
-        logits, trace = model(images, with_trace=True)
-    except TypeError as error:
-        if "with_trace" not in str(error):
-            raise
-    if not isinstance(trace, HaltingTrace):
-        raise UserError(
-            "AdaptiveLoss needs the halting scores of an A-ViT; train any other model by TaskLoss"
-        )
-    return logits, trace
-
-
 @dataclass(frozen=True)
 class AdaptiveLoss:
     """The A-ViT objective: the weighted sum of its terms (equation 8; defaults: the paper's).
@@ -141,7 +122,10 @@ class AdaptiveLoss:
         self, model: nn.Module, images: Tensor, labels: Tensor, progress: float = 1.0
     ) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""
-        logits, trace = call_with_trace(model, images)
+        # By a call of the model itself: that is what wrappers see (DDP, autocast, compile).
+        logits, trace = model(images, with_trace=True)
+        if not isinstance(trace, HaltingTrace):
+            raise UserError("AdaptiveLoss needs the halting scores of an A-ViT; use TaskLoss")
         layers = trace.halting_scores.shape[1]
         target = target_distribution(self.target_depth, self.target_std, layers, images.device)
         found = halting_distribution(trace.halting_scores, self.average)

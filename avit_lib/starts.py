@@ -37,7 +37,7 @@ def mean_depth(model: AViT, images: Tensor) -> float:
     return model.forward_with_trace(images)[1].depth.float().mean().item()
 
 
-def calibrate_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish: float) -> float:
+def calibrate_beta(model: AViT, images: Tensor, wish: float) -> float:
     """The beta, by bisection, that gives images [B, C, H, W] a mean depth of ``wish`` layers.
 
     Stops within ``TOLERANCE`` of the wish, or where the depth jumps over it; the model is left as
@@ -46,8 +46,6 @@ def calibrate_beta(model: AViT, images: Tensor, gamma: float, eps: float, wish: 
     """
     check_images(images)
     probe = deepcopy(model).eval()
-    probe.gamma = gamma
-    probe.eps = eps
 
     def depth(beta: float) -> float:
         probe.beta = beta

@@ -10,5 +10,4 @@ from avit_lib.evaluation.metrics import (
     metrics,
     paired_difference,
     predict,
-    standard_error,
 )

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -110,11 +109,6 @@ def divergence(first: Predictions, second: Predictions) -> Tensor:
     """KL of the answers of ``first`` from those of ``second``, of each image [n], in nats."""
     logs = [F.log_softmax(one.logits, dim=1) for one in (first, second)]
     return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
-
-
-def standard_error(accuracy: ArrayLike, images: int) -> ArrayLike:
-    """The binomial standard error of an ``accuracy``, or of an array of them, over ``images``."""
-    return (accuracy * (1 - accuracy) / images) ** 0.5
 
 
 @cache

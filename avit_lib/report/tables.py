@@ -72,7 +72,7 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
 def recalibrate(model: AViT, images: Tensor, depth: float) -> AViT:
     """A copy of ``model`` whose beta gives a mean ``depth`` in layers on ``images``."""
     deeper = deepcopy(model)
-    deeper.beta = calibrate_beta(model, images, model.gamma, model.eps, depth)
+    deeper.beta = calibrate_beta(model, images, depth)
     return deeper
 
 
