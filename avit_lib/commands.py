@@ -5,6 +5,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -101,7 +102,7 @@ def find_test_images(
         found, trained_on = data.test_data(wanted, seed), data.training_data(wanted, seed)
     else:
         about = {"folder": str(folder.resolve())}
-        if (folder / "train").is_dir():
+        if os.path.lexists(folder / "train"):
             trained_on = data.folder_training_data(folder, wanted, seed)
         found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
     if not trained_on:
@@ -239,7 +240,7 @@ def adapt(
     common, images: Path, output: Path, name: str | None, weights: Path | None, saved: float
 ) -> None:
     """Write a model to ``output`` that saves a share of its FLOPs."""
-    beside = output.with_suffix(".json")
+    output, beside = output.with_suffix(".safetensors"), output.with_suffix(".json")
     if weights:
         refuse_inputs(output, [weights])
         refuse_inputs(beside, [weights.with_suffix(".json")])
@@ -303,11 +304,12 @@ def visualize(common, output: Path, images: list[str]) -> None:
         names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
-    classes = classes or name_classes(logits.shape[1])
+    classes = classes or name_classes(model.num_classes)
+    predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
     depths = trace.depth.float().mean(dim=1)
     titles = [
-        f"{name}\npredicted: {classes[best]}\nmean depth {depth:.1f}"
-        for name, best, depth in zip(names, logits.argmax(dim=1), depths, strict=True)
+        f"{name}\npredicted: {said}\nmean depth {depth:.1f}"
+        for name, said, depth in zip(names, predicted, depths, strict=True)
     ]
     patches = trace.depth[:, model.num_prefix_tokens :].cpu()
     figure = pictures.depth_maps(

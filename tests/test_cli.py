@@ -23,7 +23,7 @@ from avit_lib.adaptive import NEVER
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
-from avit_lib.training import load_checkpoint, read_json
+from avit_lib.training import load_checkpoint, read_json, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 AVIT = Path("avit/last.safetensors")
@@ -79,7 +79,10 @@ def test_a_model_is_tested_beside_the_images_that_trained_it(run):
         for command in ("test", "visualize --images 0"):
             told = run(f"{command} --ckpt {AVIT} {options}", 2).err
             assert "was trained on other images than those of" in told
-    shutil.rmtree("other/train")  # what is left is for a test alone
+    shutil.rmtree("other/train")
+    Path("other/train").symlink_to("nowhere")
+    assert "other/train holds no images" in run(f"test --ckpt {AVIT} --data-dir other", 2).err
+    Path("other/train").unlink()  # what is left is for a test alone
     run(f"test --ckpt {AVIT} --data-dir other")
     tested = read_json(Path("avit/last_test.json"))["tested"]
     assert tested == {"folder": str(Path("other").resolve())}
@@ -113,6 +116,15 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
         assert message in run(f"{draw} {options}", 2).err
     told = run(f"visualize {OWN} --ckpt deit/last.safetensors", 2).err
     assert "a model whose tokens all go through" in told
+
+
+def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
+    model = adaptive.without_thresholds(timm.create_model("deit_nano", num_classes=0))
+    save_checkpoint(Path("a.safetensors"), model, "deit_nano", {"num_classes": 0})
+    spy = Mock(wraps=commands.pictures.depth_maps)
+    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+    run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg")
+    assert spy.call_args.args[3] == ["dark/0.jpg\npredicted: nothing\nmean depth 4.0"]
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
@@ -185,7 +197,7 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, weights, monkeypat
 
 
 def test_a_model_of_the_study_is_adapted_and_tested(run):
-    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output a.safetensors")
+    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output a.Safetensors")
     # of the split on which it was trained
     assert read_json(Path("a.json"))["run"]["seed"] == 3
     run(f"test {OWN} --ckpt a.safetensors")
@@ -225,6 +237,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
     [
         ("--model none", "there is no model 'none'"),
         ("--model resnet18", "cannot be adapted: it is no"),
+        ("--model vit_tiny_patch16_224.none", "cannot be made: Invalid pretrained tag (none)"),
         ("--images empty", "holds 0 images"),
         ("--saved 0.9", "between 0 and 0.8"),
         ("--output adaptive.bin", 'must have extension "safetensors"'),
