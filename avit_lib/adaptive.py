@@ -77,7 +77,7 @@ class Adaptive(TokensLeave):
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of inference on the images traced."""
-        return flops_of_depth(self, trace.depth, find_merging(self.thresholds))
+        return flops_of_depth(self, trace.depth, [*map(can_merge, self.thresholds.tolist())])
 
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
         """As timm's."""
@@ -118,16 +118,16 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
-        return len(images) > 0 and any(find_merging(self.thresholds))
+        return len(images) > 0 and any(map(can_merge, self.thresholds.tolist()))
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
     def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
-        settings = self.thresholds.tolist(), find_merging(self.thresholds)
-        layers = zip(self.blocks, *settings, strict=True)
-        for layer, (block, threshold, merges) in enumerate(layers, start=1):
+        layers = zip(self.blocks, self.thresholds.tolist(), strict=True)
+        for layer, (block, threshold) in enumerate(layers, start=1):
+            merges = can_merge(threshold)
             packed, found = self.run(self._attend, block, packed, merges)
             if merges:
                 packed = merge(packed, found, threshold, layer)
@@ -176,7 +176,7 @@ class Adaptive(TokensLeave):
             parts = [feed_forward(block, part) for part in parts]
             thresholds.append(threshold)
         depth = torch.cat([part.depth for part in parts]).view(-1, count)
-        done = flops_of_depth(self, depth, find_merging(torch.tensor(thresholds)))
+        done = flops_of_depth(self, depth, [*map(can_merge, thresholds)])
         return thresholds, 1 - done.mean().item() / plain_flops(self, count)
 
 
@@ -187,9 +187,9 @@ class AdaptiveDistilled(Adaptive, VisionTransformerDistilled):
 KINDS = {VisionTransformer: Adaptive, VisionTransformerDistilled: AdaptiveDistilled}
 
 
-def find_merging(thresholds: Tensor) -> list[bool]:
-    """In which layers tokens merge, by their thresholds [L]; infinity means ``NEVER``, too."""
-    return (thresholds < NEVER / 2).tolist()  # half: an average of equal numbers is rounded
+def can_merge(threshold: float) -> bool:
+    """Whether tokens merge in a layer of this threshold; infinity means ``NEVER``, too."""
+    return threshold < NEVER / 2  # half: an average of equal numbers is rounded
 
 
 def _find_threshold(scores: Tensor, wanted: int) -> float:

@@ -16,7 +16,7 @@ from cyclopts import App, CycloptsError, Parameter, Token, validators
 from cyclopts.types import ExistingDirectory, ExistingFile
 
 from avit_lib.errors import UserError
-from avit_lib.profiles import find_profile, read_tables
+from avit_lib.profiles import find_profile, read_profile
 
 app = App(
     "python -m avit_lib",
@@ -91,7 +91,7 @@ class Chosen(Computing):
 
     def __post_init__(self):
         self.model = self.model and self.model.lower()
-        runs = read_tables(find_profile(self.profile)).get("runs", {})
+        runs = [run["name"] for run in read_profile(self.profile)[1]["runs"]]
         if self.model not in (None, *runs):
             raise UserError(
                 f"{self.profile} has no run {self.model!r}; choose from {', '.join(runs)}"
@@ -235,7 +235,8 @@ def benchmark(
             checkpoint, else deit_tiny_patch16_224.
         ckpt: A .safetensors that fit or adapt wrote, its .json beside it, in place of a name.
         saved: The share of FLOPs to save, 0 to 0.8; of a model that is not adaptive yet.
-        images: A folder with a hundred images or more, in it or below. Default: those in data/.
+        images: A folder with a hundred images or more, in it or below; batches of 8 and 64 are
+            left out where it has fewer. Default: those in data/.
     """
     return "benchmark", common, model, ckpt, saved, images
 

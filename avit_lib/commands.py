@@ -5,6 +5,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -96,7 +97,7 @@ def find_test_images(
         found, trained_on = data.test_data(wanted, seed), data.training_data(wanted, seed)
     else:
         about = {"folder": str(folder.resolve())}
-        if (folder / "train").is_dir():
+        if os.path.lexists(folder / "train"):
             trained_on = data.folder_training_data(folder, wanted, seed)
         found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
     if not trained_on:
@@ -227,6 +228,7 @@ def adapt(
     common, images: Path, output: Path, name: str | None, weights: Path | None, saved: float
 ) -> None:
     """Write a model to ``output`` that saves a share of its FLOPs."""
+    output = output.with_suffix(".safetensors")
     for path in (output, output.with_suffix(".json")):
         if path.exists():
             raise UserError(f"{path} is there already; delete it, or name another --output")
@@ -273,11 +275,12 @@ def visualize(common, images: list[Path], output: Path) -> None:
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
-    classes = run["classes"] or name_classes(logits.shape[1])
+    classes = run["classes"] or name_classes(model.num_classes)
+    predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
     depths = trace.depth.float().mean(dim=1)
     titles = [
-        f"{name}\npredicted: {classes[best]}\nmean depth {depth:.1f}"
-        for name, best, depth in zip(names, logits.argmax(dim=1), depths, strict=True)
+        f"{name}\npredicted: {said}\nmean depth {depth:.1f}"
+        for name, said, depth in zip(names, predicted, depths, strict=True)
     ]
     patches = trace.depth[:, model.num_prefix_tokens :].cpu()
     figure = pictures.depth_maps(

@@ -29,7 +29,7 @@ def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
     """The file of a profile, and its tables with complete runs, a list.
 
     A run lies over the one that it extends, else over the section ``training`` for all. Raises
-    UserError when something is missing.
+    UserError when something is missing, or named where nothing is.
     """
     path = find_profile(name)
     if path.parent != PROFILES and (PROFILES / path.name).is_file():
@@ -37,13 +37,20 @@ def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
             f"{path} would share the results of the profile {path.stem}: give the file another name"
         )
     tables = read_tables(path)
-    shared = {"training": tables.pop("training", {})}
+    shared = {"training": check(path, "training", tables.pop("training", {}), dict)}
     runs: dict[str, dict] = {}  # by name, those of which a later one may say that it extends them
     for run, table in check(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
         extends = table.pop("extends", None)
         if extends not in (None, *runs):
             raise UserError(f"{path}: runs.{run}.extends: there is no run {extends!r} before it")
-        runs[run] = lay_over(runs[extends] if extends else shared, table | {"name": run})
+        if "name" in table:
+            raise UserError(f"{path}: runs.{run}.name: a run is called like its section")
+        runs[run] = lay_over(runs[extends] if extends else shared, table) | {"name": run}
+    for section in ("recalibrated", "budgets"):
+        for run in check(path, section, tables.get(section, {}), dict).keys() - runs:
+            raise UserError(f"{path}: {section}.{run}: there is no run {run!r}")
+    if "name" in tables:
+        raise UserError(f"{path}: name: a profile is called like its file")
     return path, tables | {"name": path.stem, "runs": list(runs.values())}
 
 
@@ -60,16 +67,18 @@ def check(path: Path | str, key: str, tables: Any, kind: Any) -> Any:
         raise UserError(f"{path}: {key}{': ' if key else ''}{what}") from None
 
 
-def read_tables(path: Path) -> dict[str, Any]:
-    """The tables of a file, laid over those of the profile it extends."""
+def read_tables(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a file, laid over those of the profile it extends; ``above`` extend it."""
     try:
         tables = msgspec.toml.decode(path.read_text("utf-8-sig"))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}; mend this line") from None
     if "extends" not in tables:
         return tables
-    base = find_profile(tables.pop("extends"), path.parent)
-    return lay_over(read_tables(base), tables)
+    base = find_profile(check(path, "extends", tables.pop("extends"), str), path.parent)
+    if base in (path, *above):
+        raise UserError(f"{path}: extends: {base} extends this file, too")
+    return lay_over(read_tables(base, (path, *above)), tables)
 
 
 def lay_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from avit_lib.adaptive import NEVER
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
-from avit_lib.training import load_checkpoint, read_json
+from avit_lib.training import load_checkpoint, read_json, save_checkpoint
 
 AVIT = Path("avit/last.safetensors")
 OWN = "--profile mine.toml --data-dir images"
@@ -73,7 +73,10 @@ def test_a_model_is_tested_beside_the_images_that_trained_it(run):
     for options in ("--data-dir other", "--profile mine.toml", ""):  # of another size the last
         told = run(f"test --ckpt {AVIT} {options}", 2).err
         assert "was trained on other images than those of" in told
-    shutil.rmtree("other/train")  # what is left is for a test alone
+    shutil.rmtree("other/train")
+    Path("other/train").symlink_to("nowhere")
+    assert "other/train holds no images" in run(f"test --ckpt {AVIT} --data-dir other", 2).err
+    Path("other/train").unlink()  # what is left is for a test alone
     tested = json.loads(run(f"test --ckpt {AVIT} --data-dir other").out)["tested"]
     assert tested == {"folder": str(Path("other").resolve())}
 
@@ -105,6 +108,15 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
         assert message in run(f"{draw} {options}", 2).err
     told = run("visualize --images 0.jpg --ckpt deit/last.safetensors", 2).err
     assert "a model whose tokens all go through" in told
+
+
+def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
+    model = adaptive.without_thresholds(timm.create_model("deit_nano", num_classes=0))
+    save_checkpoint(Path("a.safetensors"), model, "deit_nano", {"num_classes": 0})
+    spy = Mock(wraps=commands.pictures.depth_maps)
+    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+    run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg")
+    assert spy.call_args.args[3] == ["dark/0.jpg\npredicted: nothing\nmean depth 4.0"]
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
@@ -163,7 +175,7 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
 
 
 def test_a_model_of_the_study_is_adapted_and_tested(run):
-    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output a.safetensors")
+    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output a.Safetensors")
     # of the split on which it was trained
     assert read_json(Path("a.json"))["run"]["seed"] == 3
     run(f"test {OWN} --ckpt a.safetensors")

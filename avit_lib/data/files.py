@@ -35,8 +35,8 @@ class Unreadable(UserError):
 
 
 def tell(message: str) -> None:
-    """Print one line on stderr."""
-    print(message, file=sys.stderr)
+    """Print one line on stderr, even if a name in it has several."""
+    print(*message.split(), file=sys.stderr)
 
 
 def find_images(

@@ -33,10 +33,13 @@ BAD_WEIGHTS = (
 
 
 def create_model(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The timm model called ``name``, untrained; raises UserError when timm knows none."""
+    """The timm model called ``name``, untrained; raises UserError when timm knows none such."""
     if not timm.is_model(name):
         raise UserError(f"there is no model {name!r}; timm.list_models() names them all")
-    return timm.create_model(name, **arguments)
+    try:
+        return timm.create_model(name, **arguments)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{name} cannot be made: {error}; name another model") from None
 
 
 def save_checkpoint(
@@ -67,7 +70,7 @@ def load_checkpoint(
         model = create_model(description["model"], description["arguments"])
         checksum = description["sha256"]
         classes = description.get("run", {}).get("classes")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
     if classes and len(classes) != model.num_classes:
         raise UserError(
@@ -122,14 +125,14 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
 
 def _download(timm_name: str) -> Path:
     """The weights from timm's hub, always as safetensors, in the hub's cache."""
-    repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
     try:
+        repository = timm.get_pretrained_cfg(timm_name).hf_hub_id
         return Path(hf_hub_download(repository, "model.safetensors"))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, AttributeError) as error:  # the last: where timm knows of none
         raise UserError(
-            f"no weights of {timm_name}: {weights_file(timm_name)} is missing and timm's hub is "
-            f"out of reach; work in a clone of the repository, put the file there, or name its "
-            f"folder in AVIT_WEIGHTS"
+            f"no weights of {timm_name}: {weights_file(timm_name)} is missing, and timm's hub has "
+            f"none or is out of reach; work in a clone of the repository, put the file there, or "
+            f"name its folder in AVIT_WEIGHTS"
         ) from error
 
 

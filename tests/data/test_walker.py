@@ -26,13 +26,13 @@ def test_what_pillow_reads_is_found_and_read(tmp_path, capsys):
 def test_what_is_left_out_is_counted_and_told(tmp_path, capsys):
     hidden = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "ants/.trash")
     write_images(tmp_path, dict.fromkeys(("ants", "__MACOSX_real", *hidden), 2))
-    (tmp_path / "ants" / "._00.png").write_text("of a Mac")
+    (tmp_path / "ants" / "._\n.png").write_text("of a Mac")
     Image.new("RGB", (20, 20)).save(tmp_path / "in_no_class.png")
     (tmp_path / "ants" / os.fsdecode(b"\xfe.txt")).write_text("no image")
     assert folder_images(tmp_path, 16).classes == ("__MACOSX_real", "ants")
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and f"7 left out of {tmp_path}" in line
-    assert line.endswith(r"ants/._00.png, ants/.trash and 2 more" + "\n")
+    assert line.endswith(r"ants/._ .png, ants/.trash and 2 more" + "\n")
     assert find_images(tmp_path)[0][-1] == "in_no_class.png"  # where there are no classes
     for number in range(2):
         (tmp_path / "ants" / f"image_000{number}.png").unlink()

@@ -98,12 +98,28 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables need one without a comma"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: Expected `float` <= 0.8"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
+        ("training = [1]", "training: Expected `object`"),
+        ("name = 'other'", "name: a profile is called like its file"),
+        ("runs.avit.name = 'other'", r"runs\.avit\.name: a run is called like its section"),
+        ("recalibrated.nobody = [2.0]", r"recalibrated\.nobody: there is no run 'nobody'"),
+        ("budgets.nobody = [0.2]", r"budgets\.nobody: there is no run 'nobody'"),
     ],
 )
 def test_a_fault_is_told_with_its_file_and_key(text, words, read, tmp_path):
     with refused(words) as error:
         read(f"extends = 'smoke'\n{text}\n")
     assert str(error.value).startswith(f"{tmp_path / 'own.toml'}: ")
+
+
+def test_what_a_profile_extends_is_another(read, tmp_path):
+    (tmp_path / "base.toml").write_text("extends = 'own.toml'")
+    for text, words in (
+        ("extends = 'own.toml'", r"own\.toml: extends: .*own\.toml extends this file, too"),
+        ("extends = 'base.toml'", r"base\.toml: extends: .*own\.toml extends this file, too"),
+        ("extends = 3", r"own\.toml: extends: Expected `str`, got `int`"),
+    ):
+        with refused(words):
+            read(text)
 
 
 def test_names_that_nothing_has_are_told_with_those_there_are(read):

@@ -43,6 +43,9 @@ def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_pa
     save_checkpoint(path, model, NAME, ARGUMENTS, run={"classes": ["ant", "bee"]})
     with refused("names 2 classes for 5"):
         load_checkpoint(path)
+    save_checkpoint(path, model, NAME, ARGUMENTS, run=3)
+    with refused("last.json does not describe a model"):
+        load_checkpoint(path)
 
 
 def test_infinite_thresholds_of_before_mean_never(tmp_path):
@@ -95,10 +98,11 @@ def test_weights_in_a_folder_keep_a_head_of_another_size(model, tmp_path, monkey
     assert torch.equal(model.head.weight, head)
 
 
-def test_without_weights_and_network_both_ways_are_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [PUBLISHED, "nobody", "test_vit4"])
+def test_without_weights_and_network_both_ways_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     model = timm.create_model(PUBLISHED, depth=1)
-    with refused("hub is out of reach; work in a clone of the repository, put the file there"):
-        load_pretrained(model, PUBLISHED)
+    with refused("hub has none or is out of reach; work in a clone of the repository, put the"):
+        load_pretrained(model, name)
