@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing
 from conftest import random_images, refused
 
-from avit_lib.losses import AdaptiveLoss, TaskLoss
+from avit_lib.losses import AdaptiveLoss
 from avit_lib.training import Training, fit, processes, seed_everything
 
 PROCESSES = 2
@@ -20,9 +20,8 @@ def train(folder, batch_size=16):
     """The history of a training, and the weights it ends with."""
     seed_everything(0)
     # Some layers get no token, and no gradient.
-    model = timm.create_model(NAME, beta=-1.0, execution="packed")
-    weights = {"alpha_ponder": 0.01, "alpha_distr": 1.0, "target_depth": 2.0}
-    loss = AdaptiveLoss(**weights, task=TaskLoss(0.1), average=processes.mean)
+    model = timm.create_model(NAME, gamma=1.0, beta=1.0, execution="packed")
+    loss = AdaptiveLoss(alpha_distr=1.0, target_depth=2.0, average=processes.mean)
     config = Training(epochs=2, learning_rate=2e-3, batch_size=batch_size, warmup_epochs=0)
     history = fit(
         model,
