@@ -28,16 +28,6 @@ def model():
 # ---- what is written is what is read ----
 
 
-def test_round_trip_with_what_was_set_after_the_model_was_made(model, tmp_path):
-    model.gamma, model.beta, model.eps = 4.0, -7.5, 0.25
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, model, NAME, ARGUMENTS, epoch=3)
-    found, description = load_checkpoint(path)
-    assert not found.training and description["epoch"] == 3
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, found.state_dict()[key])
-
-
 def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_path):
     path = tmp_path / "last.safetensors"
     save_checkpoint(path, model, NAME, ARGUMENTS, run={"classes": ["ant", "bee"]})
@@ -77,10 +67,9 @@ def test_weights_of_another_model_that_halts_leave_the_settings_as_they_are(mode
     assert torch.equal(other.head.weight, model.head.weight)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.complex64])
-def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path, kind):
+def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path):
     path = tmp_path / "other.safetensors"
-    save_file({name: value.to(kind) for name, value in model.state_dict().items()}, path)
+    save_file({name: value.char() for name, value in model.state_dict().items()}, path)
     with refused("has weights that are no real numbers: beta"):
         load_weights(model, path)
 
