@@ -100,14 +100,13 @@ def find_test_images(
         if os.path.lexists(folder / "train"):
             trained_on = data.folder_training_data(folder, wanted, seed)
         found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
-    if not trained_on:
-        return found, about
-    about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
-    if run.get("images", [])[:2] != [about["sha256"], about["content"]]:
-        raise UserError(
-            f"{path} was trained on other images than those of {folder or profile.name}: name its "
-            f"own by --profile or --data-dir, or a folder with test/ alone"
-        )
+    if trained_on:
+        about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
+        if run.get("images", [])[:2] != [about["sha256"], about["content"]]:
+            raise UserError(
+                f"{path} was trained on other images than those of {folder or profile.name}: name "
+                f"its own by --profile or --data-dir, or a folder with test/ alone"
+            )
     return found, about
 
 

@@ -1,8 +1,8 @@
 """FLOPs of vision transformers, predicted and counted; a multiply-add is one, as in the paper.
 
-Predicted layer by layer (DeiT-T: 1.3 G); norms, activations and softmax are left out. A model says
-itself how deep its tokens go (``forward_with_trace``) and what that costs (``flops_of``); one that
-does neither is a plain transformer.
+Predicted layer by layer (DeiT-T: 1.3 G); norms, activations, softmax and a pooling by attention are
+left out. A model says itself how deep its tokens go (``forward_with_trace``) and what that costs
+(``flops_of``); one that does neither is a plain transformer.
 """
 
 import math
@@ -53,9 +53,9 @@ def flops_of_depth(
 
     ``merging`` says in which layers tokens merge: they leave there between attention and MLP.
     """
-    depth, layers = depth.cpu(), len(model.blocks)
+    depth = depth.cpu()
     total = torch.full(depth.shape[:1], fixed_flops(model, depth.shape[1]), dtype=torch.float64)
-    merging = merging or [False] * layers
+    merging = merging or [False] * len(model.blocks)
     for layer, (block, merges) in enumerate(zip(model.blocks, merging, strict=True), start=1):
         attended = (depth >= layer).sum(dim=1).double()
         passed = (depth > layer).sum(dim=1).double() if merges else attended
@@ -92,8 +92,7 @@ def fixed_flops(model: VisionTransformer, count: int) -> float:
 
 def plain_flops(model: VisionTransformer, count: int) -> float:
     """FLOPs of an image of ``count`` tokens, all of which go through all layers."""
-    layers = sum(block_flops(block, count, count, merges=False) for block in model.blocks)
-    return fixed_flops(model, count) + layers
+    return flops_of_depth(model, torch.full((1, count), len(model.blocks))).item()
 
 
 def counted_flops(model: nn.Module, images: Tensor) -> float:

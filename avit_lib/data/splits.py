@@ -3,12 +3,12 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -77,15 +77,11 @@ def plan_pool(data: Data, count: int) -> dict[str, int]:
     With the 30 and 5 of Caltech-101, classes of 40 images or more are complete; the smallest, of
     31, gives 29, 1 and 1.
     """
-    train = limit(data.train_per_class, count - 2)
+    wanted = data.train_per_class, data.test_per_class
+    train, test = (count if number == "all" else number for number in wanted)
+    train = min(train, count - 2)
     validation = min(data.validation_per_class, (count - train) // 2)
-    test = limit(data.test_per_class, count - train - validation)
-    return {"train": train, "validation": validation, "test": test}
-
-
-def limit(wanted: int | str, most: int) -> int:
-    """As many as ``wanted``, a number or "all", but at most ``most``."""
-    return most if isinstance(wanted, str) else min(wanted, most)
+    return {"train": train, "validation": validation, "test": min(test, count - train - validation)}
 
 
 def hold_out(per_class: int, count: int) -> dict[str, int]:
@@ -126,22 +122,22 @@ def folder_test_data(
 
 
 def tell_repeated(parts: dict[str, Images], digests: Mapping[str, Sequence[str]]) -> None:
-    """Tell on stderr which files are among the training images, too, and which in two classes.
+    """Tell on stderr which files are among the training images, too, or in two classes.
 
     ``digests`` has the SHA-256 of each file, of training in any case.
     """
     for role, images in parts.items():
-        columns = {"name": images.images.names, "label": images.labels, "digest": digests[role]}
-        files = pd.DataFrame(columns)
-        told = {
-            "are training images, too": files["digest"].isin(digests["train"]) & (role != "train"),
-            "lie in two classes": files.groupby("digest")["label"].transform("nunique") > 1,
-        }
-        for what, chosen in told.items():
-            found = files["name"][chosen].tolist()
-            if found:
-                place = f"{role} images in {images.images.root}"
-                tell(f"{len(found)} {place} {what}: {name_some(found)}; remove the copies")
+        own, files = digests[role], images.images
+        copies = Counter(digest for digest, _ in {*zip(own, images.labels.tolist(), strict=True)})
+        if role != "train":
+            copies.update(digests["train"])
+        pairs = zip(files.names.tolist(), own, strict=True)
+        found = [name for name, digest in pairs if copies[digest] > 1]
+        if found:
+            tell(
+                f"{len(found)} {role} images in {files.root} have a copy in train or in another "
+                f"class: {name_some(found)}; remove one of both"
+            )
 
 
 def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
@@ -151,10 +147,8 @@ def folder_training_data(folder: Path, data: Data, seed: int) -> TrainingData:
     is called alike is told on stderr. Of ``data`` the image size and the augmentation count.
     """
     train, val = folder_images(folder / "train", data.image_size), folder / "val"
-    if val.is_dir():
+    if os.path.lexists(val):
         parts = {"train": train, "validation": folder_images(val, data.image_size, train.classes)}
-    elif os.path.lexists(val):
-        raise UserError(f"{val} is no folder, or a link to none; mend or remove it")
     else:
         for name in sorted(os.listdir(folder)):
             if name.lower() not in ("val", "valid", "validation", "dev"):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avit_lib.backbone import check_followed
+from avit_lib.backbone import TokensLeave, check_followed
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, block_flops, fixed_flops
 from avit_lib.packed import packed_attention, whole_layout
@@ -79,7 +79,7 @@ class TokenMerging(nn.Module):
         """
         model = self.model
         check_followed(model)
-        tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        tokens = TokensLeave.embed(model, images)
         size = torch.ones_like(tokens[..., :1])  # how many of the first tokens each stands for
         first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
         depth = torch.full_like(first, len(model.blocks))

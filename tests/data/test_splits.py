@@ -41,7 +41,7 @@ def test_validation_images_that_are_not_used_are_told(tmp_path, capsys):
     folder_training_data(tmp_path, COLOUR, seed=0)
     assert capsys.readouterr().err.startswith(f"{tmp_path}/VALID is not used")
     (tmp_path / "val").symlink_to("nowhere")
-    with refused(f"{tmp_path}/val is no folder"):
+    with refused(f"{tmp_path}/val holds no images"):
         folder_training_data(tmp_path, COLOUR, seed=0)
 
 
@@ -66,13 +66,11 @@ def test_a_photograph_in_two_parts_or_in_two_classes_is_told(tmp_path, capsys):
         shutil.copy(ant, tmp_path / copy)
     train = folder_training_data(tmp_path, COLOUR, seed=0)
     folder_test_data(tmp_path, 16, train.train.classes, train)
+    told = "images in {} have a copy in train or in another class: {}; remove one of both"
     assert capsys.readouterr().err.splitlines() == [
-        f"{count} images in {tmp_path}/{part} {what}; remove the copies"
-        for count, part, what in (
-            ("2 train", "train", "lie in two classes: ants/image_0000.png, bees/a.png"),
-            ("1 validation", "val", "are training images, too: ants/b.png"),
-            ("2 test", "test", "are training images, too: bees/c.png, bees/d.png"),
-        )
+        "2 train " + told.format(tmp_path / "train", "ants/image_0000.png, bees/a.png"),
+        "1 validation " + told.format(tmp_path / "val", "ants/b.png"),
+        "2 test " + told.format(tmp_path / "test", "bees/c.png, bees/d.png"),
     ]
 
 
