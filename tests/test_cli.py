@@ -66,7 +66,6 @@ def test_a_checkpoint_is_tested(run):
     run(f"{command} --model AViT")
     shutil.copy(AVIT.with_suffix(".json"), "avit/last_test.json")  # of another checkpoint
     assert "avit/last_test.json is of something else" in run(command, 2).err
-    assert "was trained as avit, not deit" in run(f"{command} --model deit", 2).err
 
 
 def test_a_model_is_tested_beside_the_images_that_trained_it(run):
@@ -101,20 +100,10 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
         ["true: bright"] * 3 + ["true: dark"] * 3,
         ["true: bright", "true: dark"],
     ]
-    for options, message in (
-        ("b.gif", "--output"),
-        ("c.png --images 8", "numbers go from 0 to 7"),
-        ("c.png --images ²", "No such file"),
-        ("0.jpg --images 0.jpg", "0.jpg is read, too; name another --output"),
-    ):
-        assert message in run(f"{draw} {options}", 2).err
-    told = run(f"visualize {OWN} --ckpt deit/last.safetensors", 2).err
-    assert "a model whose tokens all go through" in told
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
     test = "test --profile mine.toml"
-    assert "A-ViT halting trained has not been trained to the end" in run(test, 2).err
     run("fit --profile mine.toml")  # the focus, after its teacher
     results = Path("results/mine")
     assert set(os.listdir(results / "checkpoints")) == {"deit", "avit_finetuned"}

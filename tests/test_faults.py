@@ -24,6 +24,8 @@ TEST = f"test {OWN} --ckpt {WEIGHTS}"
 TRAIN = Path("images/train")
 ADAPT = "adapt --images images --output new.safetensors"
 OTHERS = f"{ADAPT} --weights plain.safetensors"
+DRAW = f"visualize {OWN} --ckpt {WEIGHTS} --output"
+IMAGE = "images/test/dark/0.jpg"
 
 TYPED = {
     "Unknown option: --epoch-count. Did you mean --epochs?": f"{START} --epoch-count 3",
@@ -45,6 +47,13 @@ TYPED = {
     "annotations.json is of something": "adapt --images images --output annotations.safetensors",
     "last.json is of something else": f"adapt --images images --output {WEIGHTS}",
     f"{WEIGHTS} is read, too": f"adapt --images images --output {WEIGHTS} --weights {WEIGHTS}",
+    'Invalid value "new.gif" for --output': f"{DRAW} new.gif",
+    "the numbers go from 0 to 7": f"{DRAW} new.png --images 8",
+    "No such file": f"{DRAW} new.png --images ²",
+    f"{IMAGE} is read, too; name another --output": f"{DRAW} {IMAGE} --images {IMAGE}",
+    "a model whose tokens all go through": f"visualize {OWN} --ckpt deit/last.safetensors",
+    "was trained as avit, not deit": f"{TEST} --model deit",
+    "A-ViT halting trained has not been trained to the end": "test --profile mine.toml",
 }
 
 
