@@ -168,8 +168,8 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
             )
         return model, described
     name = name or "deit_tiny_patch16_224"
-    classes = training.count_classes(weights) if weights else None
-    arguments = {"num_classes": classes} if classes else {}
+    head = training.read_weights(weights).get("head.weight") if weights else None
+    arguments = {} if head is None else {"num_classes": len(head)}
     model = training.create_model(name, arguments)
     adaptive.without_thresholds(model)  # or an error, before anything is downloaded
     if weights:

@@ -64,7 +64,6 @@ def test_a_checkpoint_is_tested(run):
     assert [tested["sha256"], tested["content"]] == known[:2]
     assert printed["provenance"]["seed"] == 3
     run(f"{command} --model AViT")
-    assert "was trained as avit, not deit" in run(f"{command} --model deit", 2).err
 
 
 def test_a_model_is_tested_beside_the_images_that_trained_it(run):
@@ -100,14 +99,6 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
         [f"{tmp_path.name}/0.jpg"],
         [f"{tmp_path.name}/0.jpg"],
     ]
-    for options, message in (
-        ("b.gif --images 0.jpg", "--output"),
-        ("c.png --images ²", "does not exist"),
-        ("0.jpg --images 0.jpg", "0.jpg is read, too; name another --output"),
-    ):
-        assert message in run(f"{draw} {options}", 2).err
-    told = run("visualize --images 0.jpg --ckpt deit/last.safetensors", 2).err
-    assert "a model whose tokens all go through" in told
 
 
 def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
@@ -121,7 +112,6 @@ def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
     test = "test --profile mine.toml"
-    assert "A-ViT halting trained has not been trained to the end" in run(test, 2).err
     run("fit --profile mine.toml")  # the focus, after its teacher
     results = Path("results/mine")
     assert set(os.listdir(results / "checkpoints")) == {"deit", "avit_finetuned"}

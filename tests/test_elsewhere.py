@@ -23,8 +23,8 @@ def reader(tmp_path, monkeypatch):
     images, labels = torch.randn(16, 3, 28, 28), torch.arange(16) % 10
     pairs = [(image, int(label)) for image, label in zip(images, labels, strict=True)]
     dictionaries = [{"pixel_values": image, "labels": label} for image, label in pairs]
-    named = {"images": images, "labels": labels, "more_images": torch.randn(5, 3, 28, 28)}
-    found = named | {"pairs": pairs, "dictionaries": dictionaries, "plain": plain}
+    found = {"images": images, "labels": labels, "more_images": torch.randn(5, 3, 28, 28)}
+    found |= {"pairs": pairs, "dictionaries": dictionaries, "plain": plain}
     exec(FIRST.replace("avit_tiny_patch16_224", "avit_nano"), found)
     return found
 

@@ -24,6 +24,8 @@ TEST = f"test {OWN} --ckpt {WEIGHTS}"
 TRAIN = Path("images/train")
 ADAPT = "adapt --images images --output new.safetensors"
 OTHERS = f"{ADAPT} --weights plain.safetensors"
+DRAW = f"visualize --ckpt {WEIGHTS} --output"
+IMAGE = "images/test/dark/0.jpg"
 
 TYPED = {
     "Unknown option: --epoch-count. Did you mean --epochs?": f"{START} --epoch-count 3",
@@ -45,6 +47,12 @@ TYPED = {
     'must have extension "safetensors"': "adapt --images images --output new.bin",
     "annotations.json is there": "adapt --images images --output annotations.safetensors",
     f"{WEIGHTS} is there already": f"adapt --images images --output {WEIGHTS}",
+    'Invalid value "new.gif" for --output': f"{DRAW} new.gif --images {IMAGE}",
+    '"²" does not exist': f"{DRAW} new.png --images ²",
+    f"{IMAGE} is read, too; name another --output": f"{DRAW} {IMAGE} --images {IMAGE}",
+    "a model whose tokens all go": f"visualize --images {IMAGE} --ckpt deit/last.safetensors",
+    "was trained as avit, not deit": f"{TEST} --model deit",
+    "A-ViT halting trained has not been trained to the end": "test --profile mine.toml",
 }
 
 

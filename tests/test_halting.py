@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from avit_lib.halting import HaltingRule, halting_score, halting_step, initial_state
 
@@ -30,9 +31,9 @@ def test_equals_what_sums_over_the_layers_say(highest, eps):
     expected = torch.where(layer < depth, scores, (layer == depth) * remainder)
     assert torch.equal(states[-1].depth, depth)
     assert torch.equal(torch.stack([state.active for state in states]), layer < depth)
-    torch.testing.assert_close(states[-1].ponder, depth + remainder)
-    torch.testing.assert_close(weights, expected)
-    torch.testing.assert_close(weights.sum(0), torch.ones_like(weights[0]))
+    assert_close(states[-1].ponder, depth + remainder)
+    assert_close(weights, expected)
+    assert_close(weights.sum(0), torch.ones_like(weights[0]))
 
 
 def test_a_sum_on_the_boundary_halts():

@@ -82,16 +82,13 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-WRAPPERS = {
-    "DDP": partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True),
-    "compile": partial(torch.compile, backend="eager"),
-}
+DDP = partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [DDP, partial(torch.compile, backend="eager")])
 def test_a_wrapped_model_has_the_loss_and_the_gradient_of_the_bare_one(wrapper, one_process):
     found = []
-    for wrap in (lambda model: model, WRAPPERS[wrapper]):
+    for wrap in (lambda model: model, wrapper):
         model = varied_model(0.5, execution="packed").train()
         loss = AdaptiveLoss(alpha_ponder=0.25, target_depth=3.0)
         wrapped = wrap(model)  # DDP must live until backward

@@ -5,6 +5,7 @@ import torch
 from conftest import bright_and_dark, noise, varied_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avit_lib.packed import fold_bias, packed_block, run_packed, whole_layout
@@ -23,8 +24,8 @@ def run(model, images, execution):
 
 def assert_same(model, images):
     masked, packed = run(model, images, "masked"), run(model, images, "packed")
-    torch.testing.assert_close(packed, masked, rtol=0, atol=1e-10)
-    torch.testing.assert_close(model(images), masked[0])
+    assert_close(packed, masked, rtol=0, atol=1e-10)
+    assert_close(model(images), masked[0])
     return masked[1]["depth"]
 
 
@@ -63,9 +64,7 @@ def test_a_bias_folded_into_queries_and_keys_acts_as_one_that_is_added(dtype, er
     query, key, _ = qkv.double().unbind(1)
     expected = torch.einsum("qhd,khd->hqk", query, key) + bias
     query, key, value = fold_bias(qkv, bias).double().unbind(1)
-    torch.testing.assert_close(
-        torch.einsum("qhd,khd->hqk", query, key), expected, atol=error, rtol=0
-    )
+    assert_close(torch.einsum("qhd,khd->hqk", query, key), expected, atol=error, rtol=0)
     assert torch.equal(value[..., :16], qkv[:, 2].double()) and not value[..., 16:].any()
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import bright_and_dark, channels, noise, refused, varied_model
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from torch.testing import assert_close
 
 from avit_lib import starts
 from avit_lib.model import masked_block
@@ -93,10 +94,10 @@ def test_a_patch_is_as_important_as_what_the_class_token_takes_from_it():
     qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
     length = qkv[:, 1:, 2].norm(dim=-1).transpose(1, 2)
     found = starts.class_attention(block, tokens, active)
-    torch.testing.assert_close(found, (attention * length).mean(dim=1))
+    assert_close(found, (attention * length).mean(dim=1))
     spared = starts.unimportance(block, tokens, active)
     assert spared.isfinite().all()
-    torch.testing.assert_close(spared[:, 5:], -found[:, 5:].log())
+    assert_close(spared[:, 5:], -found[:, 5:].log())
 
 
 @pytest.mark.parametrize("settings", [{}, {"init_values": 1e-5}])
@@ -155,5 +156,5 @@ def test_channel_0_goes_as_far_as_its_rate_says_and_the_rest_as_ever(rate):
     before = channels(fitted_model())
     free, scaled = step(fitted_model(), 1.0), step(fitted_model(), rate)
     for old, far, near in zip(before, channels(free), channels(scaled), strict=True):
-        torch.testing.assert_close(near - old, rate * (far - old))
+        assert_close(near - old, rate * (far - old))
     assert all(map(torch.equal, untouched(free), untouched(scaled)))

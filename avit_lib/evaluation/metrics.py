@@ -62,8 +62,8 @@ def predict(
             logits, trace = trace_model(model, images.to(device))
             followed = trace.depth, trace.halting_scores, flops_of(model, trace)
             parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
-    joined = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Predictions(*joined, len(model.blocks))
+    logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Predictions(logits, labels, depth, scores, flops, len(model.blocks))
 
 
 def metrics(predictions: Predictions) -> dict[str, float]:

@@ -5,11 +5,11 @@ validates a model.
 """
 
 from avit_lib.training.checkpoints import (
-    count_classes,
     create_model,
     load_checkpoint,
     load_pretrained,
     load_weights,
+    read_weights,
     save_checkpoint,
 )
 from avit_lib.training.files import read_json, write_atomically, write_json

@@ -65,7 +65,7 @@ def load_checkpoint(
     path = Path(path)
     beside = path.with_suffix(".json")
     description = read_json(beside)
-    weights = _read_weights(path)
+    weights = read_weights(path)
     try:
         model = create_model(description["model"], description["arguments"])
         checksum = description["sha256"]
@@ -89,18 +89,12 @@ def load_checkpoint(
     return model.to(device).eval(), description
 
 
-def count_classes(path: Path) -> int | None:
-    """How many classes the state dict in ``path`` tells apart; None if it has no head."""
-    head = _read_weights(path).get("head.weight")
-    return None if head is None else len(head)
-
-
 def load_weights(model: nn.Module, path: Path) -> None:
     """Load a state dict of the same shape, DeiT into A-ViT say; raises UserError if it differs.
 
     The weights alone: what decides on the tokens that leave, as gamma does, stays as it is.
     """
-    weights = _read_weights(Path(path))
+    weights = read_weights(Path(path))
     for name in getattr(model, "added", ()):
         weights.pop(name, None)
     _load_strictly(model, weights, path)
@@ -115,7 +109,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
     path = weights_file(timm_name)
     if not path.is_file():
         path = _download(timm_name)
-    weights = checkpoint_filter_fn(_read_weights(path), model)
+    weights = checkpoint_filter_fn(read_weights(path), model)
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
         if key in weights and weights[key].shape != own[key].shape:
@@ -136,7 +130,7 @@ def _download(timm_name: str) -> Path:
         ) from error
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or .pth, also of a wrapped model or a whole checkpoint."""
     path.open("rb").close()  # what may not be read is told by Python best
     try:

@@ -1,6 +1,6 @@
 """The scripts that time all methods side by side, and what they leave."""
 
-import importlib.util
+import importlib
 import multiprocessing.dummy
 import sys
 
@@ -11,29 +11,13 @@ from conftest import ROOT, assert_on_the_page
 
 from avit_lib import packed
 
-
-def load(name):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    """The script for all machines."""
-    return load("benchmark")
-
-
-@pytest.fixture(scope="module")
-def gpu_benchmark(benchmark):
-    """The script for GPUs, which takes from the other one."""
-    return load("gpu_benchmark")
+sys.path.append(str(ROOT / "scripts"))
+benchmark = importlib.import_module("benchmark")
+gpu_benchmark = importlib.import_module("gpu_benchmark")
 
 
 @pytest.fixture
-def small(benchmark, gpu_benchmark, tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch):
     """A small size, timed in one round; the folder of the tables."""
     monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
     monkeypatch.setattr(benchmark, "SAVED", 0.1)  # four layers cannot save much more
@@ -46,7 +30,7 @@ def small(benchmark, gpu_benchmark, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("short_timings")
-def test_it_leaves_tables_and_figures(benchmark, small, monkeypatch):
+def test_it_leaves_tables_and_figures(small, monkeypatch):
     # In this process: new ones know no small model.
     monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
     drawn = []
@@ -71,7 +55,7 @@ def test_it_leaves_tables_and_figures(benchmark, small, monkeypatch):
 
 
 @pytest.mark.usefixtures("short_timings")
-def test_on_a_gpu_it_compares_results_and_speeds_in_half_precision(gpu_benchmark, small, capsys):
+def test_on_a_gpu_it_compares_results_and_speeds_in_half_precision(small, capsys):
     gpu_benchmark.main(["--device", "cpu"])
     exactness = pd.read_csv(small / "gpu_exactness.csv")
     assert exactness["max_difference"].between(0, 0.2).all()
@@ -80,14 +64,14 @@ def test_on_a_gpu_it_compares_results_and_speeds_in_half_precision(gpu_benchmark
     assert "| A-ViT varlen" in capsys.readouterr().out
 
 
-def test_without_a_gpu_it_says_so_in_one_line(gpu_benchmark, monkeypatch):
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=r"\Aerror: [^\n]*no CUDA GPU[^\n]*\Z"):
         gpu_benchmark.main([])
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_padded_attention_is_that_of_each_image_alone(benchmark, biased):
+def test_padded_attention_is_that_of_each_image_alone(biased):
     torch.manual_seed(0)
     keep = torch.tensor([True] * 5 + [True, True, False, True, False])
     layout, _ = packed.split_off(packed.whole_layout(2, 5, keep.device), keep)

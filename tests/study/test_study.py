@@ -15,7 +15,6 @@ from PIL import Image
 from avit_lib import load
 from avit_lib.adaptive import NEVER
 from avit_lib.data import TrainingData
-from avit_lib.flops import plain_flops
 from avit_lib.study import Sentence, Study
 from avit_lib.study.results import Results
 from avit_lib.study.study import released
@@ -83,8 +82,6 @@ def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
     start, trained = study.initial_model(study.profile.run("merging")), study.load("merging")
     assert torch.equal(trained.thresholds, start.thresholds) and trained.thresholds.min() < NEVER
     assert not torch.equal(trained.head.weight, start.head.weight)
-    found = study.predict(trained, study.data.validation)
-    assert found.flops.mean() < plain_flops(trained, found.depth.shape[1])
 
 
 def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
