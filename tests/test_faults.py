@@ -4,6 +4,7 @@ import errno
 import pickle
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ TYPED = {
     "avit_finetuned.training.learning_rate: Expected `float` <= 1000000.0": f"{START} --lr inf",
     "mine.toml has no run 'resnet'; choose from deit, ": f"{START} --model resnet",
     '"none.safetensors" does not exist': f"{START} --ckpt none.safetensors",
+    "settings of your own need a folder of their own: add": "fit --profile smoke --epochs 1",
     "there is no model 'none'": f"{OTHERS} --model none",
     "ResNet cannot be adapted: it is no": f"{OTHERS} --model resnet18",
     "plain.safetensors is of another model": f"{OTHERS} --model deit_tiny_distilled_patch16_224",
@@ -76,11 +78,6 @@ def fault(message, leaves=frozenset()):
     return lambda arrange: ROWS.append(pytest.param(arrange, message, leaves, id=arrange.__name__))
 
 
-@fault("add --output DIR")
-def own_settings_for_the_profiles_folder(patch):
-    return "fit --profile smoke --epochs 1"
-
-
 @fault("all training images are of class 'bright': add a folder of another class")
 def a_single_class(patch):
     shutil.rmtree(TRAIN / "dark")
@@ -111,16 +108,9 @@ def a_pickle_that_would_run_code(patch):
 
 @fault("cannot be written (No space left on device); free some space", leaves=UNFINISHED)
 def a_disk_that_is_full_after_the_second_epoch(patch):
-    calls, write = 0, files.os.fsync
-
-    def full(descriptor):
-        nonlocal calls
-        calls += 1
-        if calls >= 7:  # of the first epoch: history, best (2), last (2), state
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(descriptor)
-
-    patch.setattr(files.os, "fsync", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    # In the first epoch history, best (2), last (2) and state are written.
+    patch.setattr(files.os, "fsync", Mock(side_effect=[None] * 6 + [full]))
     return FIT
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 import avit_lib
 
 COMMITTED = sorted(ROOT.glob("results/*/models/*.safetensors"))
-HEAVY = ("matplotlib", "pandas", "jupyterlab", "nbformat", "papermill", "seaborn", "msgspec")
+HEAVY = {"matplotlib", "pandas", "jupyterlab", "nbformat", "papermill", "seaborn", "msgspec"}
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -23,8 +23,6 @@ def test_a_committed_model_is_loaded_in_one_line_and_computes(path):
 
 def test_importing_the_method_loads_nothing_that_only_a_study_needs():
     code = "import sys, avit_lib; print(*{name.split('.')[0] for name in sys.modules})"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    assert {"torch", "timm", "avit_lib"} <= set(loaded.split())
-    assert not set(HEAVY) & set(loaded.split())
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert {"torch", "timm", "avit_lib"} <= set(loaded)
+    assert not HEAVY & set(loaded)

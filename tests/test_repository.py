@@ -33,7 +33,7 @@ def tracked():
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     command = ["git", "ls-files", "-z"]
-    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listing = subprocess.check_output(command, cwd=ROOT, text=True)
     return [Path(name) for name in listing.split("\0") if name]
 
 
@@ -120,7 +120,7 @@ def test_every_target_is_phony_and_in_the_help():
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
     assert re.findall(r"^([a-z][a-z-]*):(?!=)", makefile, re.MULTILINE) == phony
-    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.check_output(["make"], cwd=ROOT, text=True)
     assert re.findall(r"^  ([a-z-]+) {2,}\S", listed, re.MULTILINE) == phony
 
 
