@@ -43,13 +43,16 @@ class Sentence(str):
 class Results:
     """Writes what a notebook finds into the results folder of a profile."""
 
-    def __init__(self, profile: str, seed: int, source: str):
-        """``source`` names the notebook, or what else makes these results; its clock starts."""
+    def __init__(self, profile: str, seed: int, source: str, started: float | None = None):
+        """``source`` names the notebook, or what else makes these results.
+
+        ``started``: when, by ``time.perf_counter``; default: now.
+        """
         self.profile = profile
         self.seed = seed
         self.source = source
         self.folder = results_dir(profile)
-        self._started = time.perf_counter()
+        self._started = started or time.perf_counter()
 
     def table(self, frame: pd.DataFrame, name: str, caption: str) -> pd.DataFrame:
         """Write ``frame`` to tables/<name>.csv and .md; returns it, so that a cell can end in it.

@@ -1,6 +1,7 @@
 """The study as the notebooks see it: one profile and seed, its data, its models, its results."""
 
 import shutil
+import time
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
-from avit_lib.study.settings import Run, get_profile
+from avit_lib.study.settings import Profile, Run, get_profile
 from avit_lib.training import processes, read_json
 
 FIT_IMAGES = 512
@@ -35,13 +36,23 @@ class Study:
     ):
         """``source`` names the notebook; ``checkpoints`` a subfolder for those of this seed.
 
-        Raises UserError for a profile that does not exist or a device that is not there.
+        Its clock starts. Raises UserError for a device that is not there.
         """
-        self.profile = get_profile(profile)
+        self.name = profile
         self.seed = seed
         self.device = training.pick_device(device)
-        self.results = Results(self.profile.name, seed, source)
-        self.checkpoints = self.results.folder / "checkpoints" / checkpoints
+        self.checkpoints = checkpoints
+        self._made_by = source, time.perf_counter()
+
+    @cached_property
+    def profile(self) -> Profile:
+        """Its settings; raises UserError for a profile that does not exist, or is wrong."""
+        return get_profile(self.name)
+
+    @cached_property
+    def results(self) -> Results:
+        """Where its results are written."""
+        return Results(self.profile.name, self.seed, *self._made_by)
 
     @cached_property
     def data(self) -> TrainingData:
@@ -55,7 +66,8 @@ class Study:
 
     def folder(self, run: str) -> Path:
         """Where the checkpoints of a run lie."""
-        return self.checkpoints / self.profile.run(run).name
+        checkpoints = results_dir(self.profile.name) / "checkpoints" / self.checkpoints
+        return checkpoints / self.profile.run(run).name
 
     def train(self, name: str) -> pd.DataFrame:
         """Train a run after those it starts or learns from; returns its history.
