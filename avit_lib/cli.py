@@ -134,8 +134,7 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, CycloptsError, OSError) as error:
-        speaker = f"process {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to resume", file=sys.stderr)

@@ -115,10 +115,14 @@ def test(common, batch_size: int) -> None:
     model, run, path = load_trained(common)
     found, about = find_test_images(common, model, run, path)
     predictions = predict(model, found, batch_size, training.pick_device(common.device))
-    facts: dict[str, Any] = {"images": len(found), **metrics(predictions)}
-    facts["intervals"] = bootstrap_intervals(predictions, common.seed)
-    origin = provenance(get_profile(common.profile).name, run["seed"])
-    print(json.dumps(facts | {"tested": about, "provenance": origin}, indent=1))
+    facts = {
+        "images": len(found),
+        **metrics(predictions),
+        "intervals": bootstrap_intervals(predictions, common.seed),
+        "tested": about,
+        "provenance": provenance(get_profile(common.profile).name, run["seed"]),
+    }
+    print(json.dumps(facts, indent=1))
 
 
 def describe_data(common) -> None:
@@ -132,25 +136,15 @@ def describe_data(common) -> None:
     path = results_dir(profile.name) / "metrics" / "split.json"
     recorded = training.read_json(path) if path.is_file() else {}
     if recorded.get("seed") == common.seed:
-        for key in ("sha256", "content"):  # of names, and of what the files hold
-            if recorded[key] != found.split[key]:
-                raise UserError(
-                    f"the images are not those on record: {key} in {path} is {recorded[key]}; "
-                    f"compare the files with those of the published archive"
-                )
+        if recorded["content"] != found.split["content"]:
+            raise UserError(
+                f"the images are not those on record in {path}: {recorded['content']}; compare the "
+                f"files with those of the published archive"
+            )
         print(f"the same as in {path}")
 
 
 # --- adapt, benchmark -----------------------------------------------------------------------------
-
-
-def is_described(weights: Path) -> bool:
-    """Whether beside ``weights`` lies the .json that fit and adapt write."""
-    try:
-        found = training.read_json(weights.with_suffix(".json"))
-    except (FileNotFoundError, UserError):  # none, or no JSON
-        return False
-    return isinstance(found, dict) and {"model", "arguments", "sha256"} <= found.keys()
 
 
 def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[str, Any]]:
@@ -159,7 +153,7 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
     ``weights``: of fit or adapt, with the .json beside; or a .safetensors or .pth of timm's keys,
     for as many classes as it has. Default: the pretrained ones of ``name``.
     """
-    if weights and is_described(weights):
+    if weights and weights.with_suffix(".json").is_file():
         model, described = training.load_checkpoint(weights)
         if name not in (None, described["model"]):
             raise UserError(
@@ -219,7 +213,7 @@ def prepare(
     chosen = [folder / files[number] for number in drawn[:CALIBRATION].tolist()]
     read, _ = make_reader(model, described.get("run", {}).get("classes", []))
     device = training.pick_device(common.device)
-    pixels = torch.stack(data.read_all(read, chosen, "reading"))
+    pixels = torch.stack(data.read_all(read, chosen))
     return model.to(device), described, pixels.to(device)
 
 
@@ -270,7 +264,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
         )
     read, statistics = make_reader(model, run["classes"])
     files = [path.resolve() for path in images]
-    pixels = torch.stack(data.read_all(read, files, "reading"))
+    pixels = torch.stack(data.read_all(read, files))
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))

@@ -80,8 +80,8 @@ def block_flops(
 
 def linear_flops(module: nn.Module) -> int:
     """FLOPs of all linear layers in ``module``, for one token."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    return sum(layer.weight.numel() for layer in layers)
+    layers = module.modules()
+    return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
 
 
 def fixed_flops(model: VisionTransformer, count: int) -> float:

@@ -39,10 +39,10 @@ def digest_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_embedded(place: Path) -> int:
+def check_embedded(place: Path) -> None:
     """Compare what is embedded in the checkout's data/, at or below ``place``, with SHA256SUMS.
 
-    Returns how many files that are. Raises UserError for those missing or not as published.
+    Raises UserError for those missing or not as published.
     """
     data = project_root() / "data"
     sums = data / "SHA256SUMS"
@@ -58,4 +58,3 @@ def check_embedded(place: Path) -> int:
             f"missing or damaged in {data}: {name_some(wrong)}; bring it back with "
             f"`git checkout -- data`"
         )
-    return len(within)

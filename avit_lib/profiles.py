@@ -38,19 +38,18 @@ def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
         )
     tables = read_tables(path)
     shared = {"training": check(path, "training", tables.pop("training", {}), dict)}
+    given = check(path, "runs", tables.get("runs", {}), dict[str, dict])
+    if any("name" in table for table in (tables, *given.values())):
+        raise UserError(f"{path}: name: a profile is called like its file, a run like its section")
     runs: dict[str, dict] = {}  # by name, those of which a later one may say that it extends them
-    for run, table in check(path, "runs", tables.get("runs", {}), dict[str, dict]).items():
+    for run, table in given.items():
         extends = table.pop("extends", None)
         if extends not in (None, *runs):
             raise UserError(f"{path}: runs.{run}.extends: there is no run {extends!r} before it")
-        if "name" in table:
-            raise UserError(f"{path}: runs.{run}.name: a run is called like its section")
         runs[run] = lay_over(runs[extends] if extends else shared, table) | {"name": run}
     for section in ("recalibrated", "budgets"):
         for run in check(path, section, tables.get(section, {}), dict).keys() - runs:
             raise UserError(f"{path}: {section}.{run}: there is no run {run!r}")
-    if "name" in tables:
-        raise UserError(f"{path}: name: a profile is called like its file")
     return path, tables | {"name": path.stem, "runs": list(runs.values())}
 
 

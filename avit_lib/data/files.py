@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -29,9 +28,7 @@ class Unreadable(UserError):
     """
 
     def __str__(self) -> str:
-        told = f"cannot be read as images: {name_some(self.args)}; mend or remove them"
-        # What a DataLoader's worker hands on is a whole traceback, which ends in this line.
-        return told[told.rindex("cannot be read as images") :].partition("\n")[0]
+        return f"cannot be read as images: {name_some(self.args)}; mend or remove them"
 
 
 def tell(message: str) -> None:
@@ -51,10 +48,10 @@ def find_images(
     """
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
-    waiting = deque([("", root)] if os.path.isdir(root) else [])
+    waiting = [("", root)] if os.path.isdir(root) else []
     images, folders, left_out = [], [], []
     while waiting:
-        name, place = waiting.popleft()
+        name, place = waiting.pop()
         own = name.rpartition("/")[2]
         if place in seen or own.startswith(".") or own in HIDDEN:
             left_out.append(name)
@@ -65,9 +62,9 @@ def find_images(
                 if entry.name in leave_out:
                     continue
                 if entry.is_symlink():  # last: what it leads to may have a name of its own
-                    waiting.append((inner, os.path.realpath(entry)))
+                    waiting.insert(0, (inner, os.path.realpath(entry)))
                 else:
-                    waiting.appendleft((inner, entry.path))
+                    waiting.append((inner, entry.path))
         elif name.lower().endswith(ENDINGS) and name.count("/") >= depth:
             images.append(name)
         else:
@@ -81,7 +78,7 @@ def find_images(
     return sorted(images, key=lambda name: name.split("/")), folders
 
 
-def read_all(read: Callable[[Any], Any], items: Sequence[Any], verb: str) -> list[Any]:
+def read_all(read: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     """What ``read`` makes of each item, in threads.
 
     Raises Unreadable with the faults of all items.
@@ -96,7 +93,7 @@ def read_all(read: Callable[[Any], Any], items: Sequence[Any], verb: str) -> lis
 
     with ThreadPool(worker_count()) as threads:  # Pillow lets other threads run while it decodes
         running = threads.imap(attempt, items, chunksize=16)
-        made = list(tqdm(running, desc=verb, total=len(items), unit="image", disable=None))
+        made = list(tqdm(running, "reading", total=len(items), unit="image", disable=None))
     if faults:
         raise Unreadable(*sorted(faults))
     return made

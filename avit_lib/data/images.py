@@ -111,12 +111,15 @@ def load(
         room = torch.empty(shape, dtype=torch.uint8) if fits else data.images
         loaded[role] = replace(data, images=room)
         jobs += [(data.images, room, index) for index in range(len(data))]
-    digests = iter(read_all(_read_into, jobs, "reading"))
+    digests = iter(read_all(_read_into, jobs))
     return loaded, {role: [*islice(digests, len(data))] for role, data in parts.items()}
 
 
-def _read_into(job: tuple[ImageFiles, Tensor | ImageFiles, int]) -> str:
-    """Decode the file of an index into its room, or only check it; returns its checksum."""
+def _read_into(job: tuple) -> str:
+    """Of a job, files, their room and an index: decode one, or only check it; returns its checksum.
+
+    It is only checked where the room are the files themselves.
+    """
     files, room, index = job
     path = files.root / files.names[index]
     if room is files:

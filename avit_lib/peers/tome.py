@@ -35,15 +35,9 @@ def merge(values: Tensor, stay: Tensor, gone: Tensor, target: Tensor) -> Tensor:
 
     ``stay``, ``gone`` and ``target`` are as ``match`` returns them.
     """
-    stay, gone, target = (
-        places[..., None].expand(-1, -1, values.shape[2]) for places in (stay, gone, target)
-    )
-    return values.gather(1, stay).scatter_add(1, target, values.gather(1, gone))
-
-
-def limit(r: int, count: int) -> int:
-    """How many of ``count`` tokens a layer merges: at most all of set A but the class token."""
-    return min(r, (count - 1) // 2)
+    joiners = values.take_along_dim(gone[..., None], dim=1)
+    kept = values.take_along_dim(stay[..., None], dim=1)
+    return kept.scatter_add(1, target[..., None].expand_as(joiners), joiners)
 
 
 class TokenMerging(nn.Module):
@@ -91,7 +85,7 @@ class TokenMerging(nn.Module):
             tokens = tokens.unflatten(0, (-1, count))
             if r:
                 keys = qkv[:, 1].mean(dim=1).unflatten(0, (-1, count))
-                stay, gone, target = match(keys, limit(r, count))
+                stay, gone, target = match(keys, min(r, (count - 1) // 2))
                 sums = merge(tokens * size, stay, gone, target)
                 size = merge(size, stay, gone, target)
                 tokens = sums / size
@@ -105,7 +99,7 @@ class TokenMerging(nn.Module):
         model, count = self.model, trace.depth.shape[1]
         done = fixed_flops(model, count)
         for block, r in zip(model.blocks, self.numbers, strict=True):
-            r = limit(r, count)
+            r = min(r, (count - 1) // 2)  # at most all of set A but the class token
             matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B
             done += block_flops(block, count, count - r, merges=False) + matching * (r > 0)
             count -= r

@@ -69,13 +69,8 @@ def load_checkpoint(
     try:
         model = create_model(description["model"], description["arguments"])
         checksum = description["sha256"]
-        classes = description.get("run", {}).get("classes")
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
-    if classes and len(classes) != model.num_classes:
-        raise UserError(
-            f"{beside} names {len(classes)} classes for {model.num_classes}; train it again"
-        )
     if digest_file(path) != checksum:
         raise UserError(
             f"{path} does not match the checksum beside it: it is damaged or foreign; "

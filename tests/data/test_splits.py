@@ -19,9 +19,9 @@ from avit_lib.study import get_profile
 ROLES = ("train", "validation", "test")
 
 
-def test_too_few_images_of_a_class():
-    with refused("fewer than the 2"):
-        pick_per_class(torch.tensor([0, 0, 0, 1]), 2, torch.Generator())
+def test_of_each_class_as_many_are_picked_as_it_has():
+    labels = torch.tensor([0, 0, 0, 1])
+    assert labels[pick_per_class(labels, 2, torch.Generator())].tolist() == [0, 0, 1]
 
 
 def test_a_folder_without_validation_images_gives_some_up(tmp_path):

@@ -27,16 +27,6 @@ def model():
 # ---- what is written is what is read ----
 
 
-def test_a_description_with_other_classes_than_the_head_is_refused(model, tmp_path):
-    path = tmp_path / "last.safetensors"
-    save_checkpoint(path, model, NAME, ARGUMENTS, run={"classes": ["ant", "bee"]})
-    with refused("names 2 classes for 5"):
-        load_checkpoint(path)
-    save_checkpoint(path, model, NAME, ARGUMENTS, run=3)
-    with refused("last.json does not describe a model"):
-        load_checkpoint(path)
-
-
 def test_infinite_thresholds_of_before_mean_never(tmp_path):
     model, images = without_thresholds(timm.create_model("deit_nano")), torch.randn(2, 3, 28, 28)
     model.thresholds = torch.tensor([torch.inf, 0.5, torch.nan, torch.inf])
