@@ -128,7 +128,7 @@ def run_masked(
     for layer, block in enumerate(blocks, start=1):
         active = state.active
         tokens = tokens * active[..., None]  # t * m
-        bias = fade(state.cumulative, rule) if rule.task_gradient else None
+        bias = fade(state.cumulative, rule) if rule.task_gradient else 0.0
         tokens = run(masked_block, block, tokens, active, bias)
         if observe:
             seen = torch.where(active[..., None], tokens, seen)
@@ -143,20 +143,20 @@ def run_masked(
 
 
 def masked_block(
-    block: nn.Module, tokens: Tensor, active: Tensor, added: Tensor | None = None
+    block: nn.Module, tokens: Tensor, active: Tensor, added: float | Tensor = 0.0
 ) -> Tensor:
     """A block on tokens [B, N, D] of which only the ``active`` [B, N] are attended.
 
-    ``added`` [B, N], if any, is added to the attention logits of each key.
+    ``added`` [B, N] is added to the attention logits of each key.
     """
     # An image without active tokens may attend anywhere: a row of keys all masked would give NaN.
-    keys = (active | ~active.any(dim=1, keepdim=True))[:, None, None, :]
-    # A bias, not a mask of truth values: some versions of timm would add those.
-    bias = torch.zeros_like(keys, dtype=tokens.dtype)
-    if added is not None:
-        bias = bias + added[:, None, None].to(tokens.dtype)
-    bias = bias.masked_fill(~keys, -torch.inf)
-    return block(tokens, attn_mask=bias)
+    keys = active | ~active.any(dim=1, keepdim=True)
+    # A bias, not a mask of truth values: some versions of timm would add those. In the precision of
+    # attention, or that would be computed in float32.
+    kind = tokens.device.type
+    precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+    bias = (torch.zeros_like(tokens[..., 0]) + added).masked_fill(~keys, -torch.inf)
+    return block(tokens, attn_mask=bias[:, None, None].to(precision))
 
 
 # --- registration with timm -----------------------------------------------------------------------

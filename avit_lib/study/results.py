@@ -128,8 +128,12 @@ def to_markdown(frame: pd.DataFrame) -> str:
     known = frame.astype(object).where(frame.notna(), None)
     # Words stay words: the commit 12345e6789 is no number.
     words = [not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]
-    look = {"index": False, "floatfmt": ".4g", "missingval": ""}
-    return known.to_markdown(disable_numparse=np.flatnonzero(words).tolist(), **look)
+    return known.to_markdown(
+        index=False,
+        floatfmt=".4g",
+        missingval="",
+        disable_numparse=np.flatnonzero(words).tolist(),
+    )
 
 
 @cache
