@@ -141,7 +141,6 @@ def test_a_split_is_compared_with_the_one_on_record(run):
 
 def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
     shutil.copy("deit/last.safetensors", "plain.safetensors")
-    Path("plain.json").write_text("[]")  # of another program
     source = "--model deit_nano --images images --saved 0.1"
     told = run(f"adapt {source} --weights plain.safetensors --output adaptive.safetensors").out
     assert "of the FLOPs" in told

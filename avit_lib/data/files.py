@@ -28,7 +28,9 @@ class Unreadable(UserError):
     """
 
     def __str__(self) -> str:
-        return f"cannot be read as images: {name_some(self.args)}; mend or remove them"
+        told = f"cannot be read as images: {name_some(self.args)}; mend or remove them"
+        # What a DataLoader's worker hands on is a whole traceback, which ends in this line.
+        return told[told.rindex("cannot be read as images") :].partition("\n")[0]
 
 
 def tell(message: str) -> None:

@@ -27,7 +27,7 @@ def interleave(
     calls, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
         seconds = _time(step)
-        if seconds < 10 * minimum:  # the first call warms up
+        if seconds < 3 * minimum:  # the first call warms up
             seconds = _time(step)
         calls[name] = max(1, round(minimum / seconds))
     for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):

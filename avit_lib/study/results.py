@@ -59,8 +59,7 @@ class Results:
 
         In the Markdown the first line is the caption, the last one names what made it.
         """
-        maker = f"notebook {self.source}" if self.source[:1].isdigit() else self.source
-        page = f"{' '.join(caption.split())}\n\n{to_markdown(frame)}\n\nMade by {maker}.\n"
+        page = f"{' '.join(caption.split())}\n\n{to_markdown(frame)}\n\nMade by {self.source}.\n"
         self._write(f"tables/{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
         self._write(f"tables/{name}.md", page)
         return frame

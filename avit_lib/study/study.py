@@ -20,7 +20,7 @@ from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Profile, Run, get_profile
 from avit_lib.training import processes, read_json
 
-FIT_IMAGES = 512
+FIT_IMAGES = 256
 
 
 class Study:

@@ -42,7 +42,7 @@ def test_steps_take_turns_and_a_sample_is_the_mean_of_its_calls(clock):
 
 
 def test_speed_is_the_median_with_quartiles_and_compared_with_the_first(clock):
-    first, second = clock[0]("a", 4.0, 4.0), clock[0]("b", 1.0, 1.0, 1.0, 2.0, 4.0, 5.0)
+    first, second = clock[0]("a", 4.0, 4.0), clock[0]("b", 1.0, 1.0, 2.0, 4.0, 5.0)
     table = speed.compare({"a": first, "b": second}, batch=8, repeats=5)
     assert table["images_per_second"].tolist() == [2, 2]
     found = table.loc[1, "images_per_second_low":"speedup"].tolist()

@@ -107,7 +107,7 @@ PAGE = """What it is.
 | 1e9     |     0.1235 | 1200 |
 | b       |            |    2 |
 
-Made by notebook 04_evaluation.
+Made by 04_evaluation.
 """
 
 
