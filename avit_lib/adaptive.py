@@ -40,7 +40,8 @@ from avit_lib.packed import packed_attention, to_dense
 
 TOLERANCE = 0.005  # share of FLOPs by which a calibration may miss the wish
 MOST = 0.8  # share of FLOPs that may be asked for
-# The threshold of a layer in which no token merges: no score comes near it, and it can be averaged
+# The threshold of a layer in which no token merges: no score comes near it. Finite, so that an
+# average of weights (EMA) keeps it
 NEVER = 1e6
 
 
@@ -60,7 +61,7 @@ class Adaptive(TokensLeave):
     ) -> tuple[Tensor, MergingTrace]:
         """The normalised tokens [B, N, D] of images [B, C, H, W], and the trace.
 
-        A merged token is what stands for it.
+        A token that merged has the features of the one that stands for it.
         """
         tokens = self.embed(x)
         if self._merges(x):

@@ -1,13 +1,13 @@
-"""Tokens that merge by thresholds, as pure functions (ours; the model: ``adaptive``).
+"""Tokens that merge by thresholds, as pure functions: our method; ``adaptive`` holds its model.
 
-Every second layer merges tokens between attention and MLP, as ToMe does (Bolya et al., ICLR 2023,
-arXiv 2210.09461), but not the same number in every image. The score of a token is its similarity to
-the token that can stand for it, minus a weight times the logarithm of its importance to the class
-token; it merges where the score exceeds the threshold of the layer.
+As in ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461), tokens merge between attention and MLP; but
+by default in every second layer, and not the same number in every image. The score of a token is
+its similarity to the token that can stand for it, minus a weight times the logarithm of its
+importance to the class token. It merges where the score exceeds the threshold of the layer.
 
 Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated
 (DyMU, 2025) and set by a formula (ATM, arXiv 2505.15160). New is that images with different numbers
-of tokens run as one packed batch: what has merged is computed no more.
+of tokens run as one packed batch: tokens merged into others leave the computation.
 """
 
 from dataclasses import dataclass, replace
@@ -21,24 +21,24 @@ from avit_lib.backbone import attend_as_class
 from avit_lib.flops import block_flops, fixed_flops, plain_flops
 from avit_lib.packed import Layout, packed_mlp, split_off, to_packed, whole_layout
 
-# Of the logarithm of a token's importance, against similarity (notebook 07 compares)
+# Weight of the logarithm of importance, against similarity (notebook 07 compares)
 IMPORTANCE_WEIGHT = 0.2
 # Exponent of the schedule of merges over the layers, see ``plan`` (notebook 07 compares)
 SPREAD = 1.0
 # Layers from one merge to the next: to merge costs time (notebook 07 compares)
 STEP = 2
-# About how many lengths images may have: those that share one are attended in one call
+# About how many lengths images may have: those that share one are scored in one call
 LENGTHS = 24
 
 
 def find_partners(key: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
     """The similarity of every second patch to its partner, and where in its image that one lies.
 
-    Both [S, m]. Bipartite, as in ToMe: of the patches of an image, which follow ``prefix`` other
-    tokens, every second looks for the most similar one among those between. Similarity is the
-    cosine of ``key`` [S, heads, n, d], mean over heads.
+    Both [S, m] with m = (n - prefix) // 2. Bipartite, as in ToMe: of the patches of an image, which
+    follow ``prefix`` other tokens, numbers 1, 3, 5, ... each look for the most similar of 0, 2, 4,
+    ... Similarity is the cosine of their keys, averaged over heads, in ``key`` [S, heads, n, d].
     """
-    key = key.to(torch.promote_types(key.dtype, torch.float32))  # the square of 256 is no float16
+    key = key.to(torch.promote_types(key.dtype, torch.float32))  # 256 squared overflows float16
     patches = F.normalize(key.sum(dim=1)[:, prefix:], dim=-1)
     best = (patches[:, 1::2] @ patches[:, ::2].transpose(1, 2)).max(dim=2)
     return best.values, prefix + 2 * best.indices
@@ -47,8 +47,8 @@ def find_partners(key: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
 def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, prefix: int) -> Tensor:
     """The logarithm of what the class token takes from each patch [S, n - prefix].
 
-    It is relative to the mean over the patches. Arguments as of ``attend_as_class``, with the
-    logarithm of the tokens' sizes [S, n] as bias.
+    It takes attention times the norm of the value; this is relative to the mean over the patches.
+    Arguments as of ``attend_as_class``, with the logarithm of the tokens' sizes [S, n] as bias.
     """
     taken = attend_as_class(query, key, value, log_size)[:, prefix:]
     tiny = torch.finfo(taken.dtype).tiny
@@ -57,7 +57,7 @@ def importance(query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, pref
 
 @dataclass(frozen=True)
 class Candidates:
-    """Who may merge in a layer, of S images of n tokens."""
+    """Who may merge in a layer, of S images that all have n tokens."""
 
     score: Tensor  # [S, n], -inf: may not
     partner: Tensor  # [S, n] the row, among its image's tokens, of the one that can stand for it
@@ -84,11 +84,11 @@ def score_tokens(
 def choose(found: Candidates, threshold: float, grain: int) -> Tensor:
     """Which tokens merge, [S, n] bool: those whose score exceeds the threshold.
 
-    Except the lowest few of them, so that each image keeps a multiple of ``grain`` tokens; where
-    too few exceed it for that, none merges.
+    Those that score least among them stay, as many as it takes for the image to keep a multiple of
+    ``grain`` tokens; where too few exceed the threshold for that, none merges.
     """
     above = (found.score > threshold).sum(dim=1, keepdim=True)
-    number = (above - (above - found.score.shape[1]) % grain).clamp(min=0)
+    number = (above - (above - found.score.shape[1]) % grain).clamp(min=0)  # n - number: a multiple
     limit = found.score.sort(dim=1, descending=True).values.gather(1, number)
     return found.score > limit.clamp(min=threshold)
 
@@ -101,7 +101,7 @@ class Packed:
     size: Tensor  # [T] how many of the original tokens each stands for
     layout: Layout
     into: Tensor  # [B * N] which of the original tokens stands for each of them
-    depth: Tensor  # [B * N] the layer in which each became part of another, or the last
+    depth: Tensor  # [B * N] the layer in which each merged into another; L if it never did
 
     @property
     def grain(self) -> int:
@@ -119,9 +119,9 @@ def pack(tokens: Tensor, layers: int) -> Packed:
 
 
 def unpack(packed: Packed, values: Tensor) -> Tensor:
-    """``values`` [T, D] of the tokens as [B * N, D], in their first places.
+    """``values`` [T, D] of the tokens as [B * N, D], at the tokens' original positions.
 
-    A merged token has that of the token that stands for it.
+    A token that merged into another has the value of the one that stands for it.
     """
     row = torch.empty_like(packed.into)
     row[packed.layout.index] = torch.arange(len(values), device=row.device)
@@ -129,9 +129,10 @@ def unpack(packed: Packed, values: Tensor) -> Tensor:
 
 
 def merge(packed: Packed, found: list[Candidates], threshold: float, layer: int) -> Packed:
-    """The tokens after those chosen from the candidates, of each table of ``to_dense``, merged.
+    """The tokens after those that ``choose`` picks have merged.
 
-    A token becomes the mean of what is in it, weighted by size. ``layer`` counts from 1.
+    ``found`` has the candidates of each table of ``to_dense``. Each target becomes the mean of
+    itself and its joiners, weighted by size. ``layer`` counts from 1.
     """
     goes = to_packed([choose(one, threshold, packed.grain) for one in found])
     partner = to_packed([one.partner for one in found])
@@ -177,7 +178,7 @@ def plan(
             left -= numbers[-1]
         return 1 - done / whole, numbers
 
-    low, high = 0.0, 0.5 if saved else 0.0  # to look for merges costs FLOPs, too
+    low, high = 0.0, 0.5 if saved else 0.0  # or it would merge to pay for looking who merges
     if saved and step > 1 and try_scale(high)[0] < saved:
         return plan(model, count, saved, spread, 1)
     for _ in range(40):
