@@ -208,7 +208,8 @@ def adapt(
     Args:
         images: A folder with some hundred images, in it or below, on which thresholds are set; no
             labels.
-        output: The .safetensors to write, which test and visualize take as --ckpt.
+        output: The .safetensors to write, which visualize takes as --ckpt, and test, if fit has
+            trained the model.
         model: Its timm name. Default: what fit or adapt wrote with the weights, else
             deit_tiny_patch16_224.
         weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's

@@ -88,7 +88,9 @@ def find_test_images(
     may know the others. A folder with test/ alone is taken as it is.
     """
     if not run["classes"]:
-        raise UserError(f"{path} has no test images of its own; test it by scripts/imagenet.py")
+        raise UserError(
+            f"{path} was not trained by fit: it has no test images; use a loop of your own"
+        )
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
     about: dict[str, Any] = {"profile": profile.name}
