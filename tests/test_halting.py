@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from avit_lib.halting import HaltingRule, halting_score, halting_step, initial_state
+from avit_lib.halting import HaltingRule, fade, halting_score, halting_step, initial_state
 
 
 def run(scores, eps):
@@ -47,3 +47,10 @@ def test_the_score_is_read_from_channel_0_in_single_precision():
     tokens[0, 0, 0] = 2.5
     score = halting_score(tokens, rule)
     assert score.dtype == torch.float32 and score[0, 0].item() == pytest.approx(0.92414, abs=1e-5)
+
+
+def test_a_token_fades_in_its_gradient_alone():
+    cumulative = torch.tensor([0.0, 0.3], requires_grad=True)
+    bias = fade(cumulative, HaltingRule(1.0, 0.0, 0.01, task_gradient=2.0))
+    assert bias.tolist() == [0.0, 0.0]
+    assert torch.autograd.grad(bias.sum(), cumulative)[0].tolist() == [-2.0, -2.0]

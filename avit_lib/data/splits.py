@@ -33,7 +33,7 @@ class TrainingData:
     split: dict
     image_size: int  # pixels, as models see them
     augmentation: str = "none"  # of the training images
-    digests: Sequence[str] = ()  # SHA-256 of the files of the training images
+    digests: Sequence[str] = ()  # SHA-256 of the files of both
 
 
 def pick_per_class(labels: Tensor, per_class: int, generator: torch.Generator) -> Tensor:
@@ -134,7 +134,7 @@ def tell_repeated(parts: dict[str, Images], digests: Mapping[str, Sequence[str]]
         found = [name for name, digest in pairs if copies[digest] > 1]
         if found:
             tell(
-                f"{len(found)} {role} images in {files.root} have a copy in train or in another "
+                f"{len(found)} {role} images in {files.root} have a copy in training or in another "
                 f"class: {name_some(found)}; remove one of both"
             )
 
@@ -180,5 +180,5 @@ def _load_training(dataset: str, seed: int, parts: dict[str, Images], data: Data
         },
         "files": {k: names for k, names in files.items() if k != "train" or "test" in files},
     }
-    facts = split, data.image_size, data.augmentation, digests["train"]
+    facts = split, data.image_size, data.augmentation, digests["train"] + digests["validation"]
     return TrainingData(train, loaded["validation"], *facts)

@@ -64,13 +64,14 @@ def test_a_photograph_in_two_parts_or_in_two_classes_is_told(tmp_path, capsys):
     ant = tmp_path / "train" / "ants" / "image_0000.png"
     for copy in ("train/bees/a.png", "val/ants/b.png", "test/bees/c.png", "test/bees/d.png"):
         shutil.copy(ant, tmp_path / copy)
+    shutil.copy(tmp_path / "val" / "bees" / "image_0001.png", tmp_path / "test" / "bees" / "e.png")
     train = folder_training_data(tmp_path, COLOUR, seed=0)
     folder_test_data(tmp_path, 16, train.train.classes, train)
-    told = "images in {} have a copy in train or in another class: {}; remove one of both"
+    told = "images in {} have a copy in training or in another class: {}; remove one of both"
     assert capsys.readouterr().err.splitlines() == [
         "2 train " + told.format(tmp_path / "train", "ants/image_0000.png, bees/a.png"),
         "1 validation " + told.format(tmp_path / "val", "ants/b.png"),
-        "2 test " + told.format(tmp_path / "test", "bees/c.png, bees/d.png"),
+        "3 test " + told.format(tmp_path / "test", "bees/c.png, bees/d.png, bees/e.png"),
     ]
 
 
