@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -50,10 +51,10 @@ def find_images(
     """
     root = os.path.realpath(folder)
     seen = {str(parent) for parent in Path(root).parents}
-    waiting = [("", root)] if os.path.isdir(root) else []
+    waiting = deque([("", root)] if os.path.isdir(root) else [])
     images, folders, left_out = [], [], []
     while waiting:
-        name, place = waiting.pop()
+        name, place = waiting.popleft()
         own = name.rpartition("/")[2]
         if place in seen or own.startswith(".") or own in HIDDEN:
             left_out.append(name)
@@ -64,9 +65,9 @@ def find_images(
                 if entry.name in leave_out:
                     continue
                 if entry.is_symlink():  # last: what it leads to may have a name of its own
-                    waiting.insert(0, (inner, os.path.realpath(entry)))
+                    waiting.append((inner, os.path.realpath(entry)))
                 else:
-                    waiting.append((inner, entry.path))
+                    waiting.appendleft((inner, entry.path))
         elif name.lower().endswith(ENDINGS) and name.count("/") >= depth:
             images.append(name)
         else:
