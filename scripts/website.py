@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--profile", default="caltech24", help="whose executed notebooks to show")
     parser.add_argument("--output", type=Path, default=ROOT / "site")
     options = parser.parse_args()
+    if options.output.exists() and not (options.output / STYLE.name).is_file():
+        parser.error(f"{options.output} is there, and no site; name another --output")
     shutil.rmtree(options.output, ignore_errors=True)
     count = build(options.profile, options.output)
     print(f"{options.output / 'index.html'}: {count} files")

@@ -52,3 +52,11 @@ def test_code_is_shown_and_formulas_are_drawn(site):
     assert "[no](link)" in (site / "lib/one.py.html").read_text()
     notebook = (site / "results/mine/notebooks/01_one.html").read_text()
     assert "<mfrac>" in notebook and "<title>01 By hand</title>" in notebook
+
+
+def test_a_folder_that_is_no_site_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "letter.txt").touch()
+    monkeypatch.setattr("sys.argv", ["website.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        SCRIPT["main"]()
+    assert (tmp_path / "letter.txt").is_file()
