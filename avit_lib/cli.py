@@ -29,10 +29,10 @@ app = App(
 
 
 def read_number(kind: type, tokens: Sequence[Token]) -> float:
-    """A number as Python reads it; cyclopts would round 1.5."""
+    """A number as others write it; Python's own 1_0 is no 10, and cyclopts would round 1.5."""
     word = tokens[0].value
     try:
-        return kind(word)
+        return kind("" if "_" in word else word)
     except ValueError:
         raise ValueError(f"{word!r} is no {'whole ' * (kind is int)}number") from None
 

@@ -138,10 +138,11 @@ def describe_data(common) -> None:
     path = results_dir(profile.name) / "metrics" / "split.json"
     recorded = training.read_json(path) if path.is_file() else {}
     if recorded.get("seed") == common.seed:
-        if recorded["content"] != found.split["content"]:
+        other = [key for key in ("sha256", "content") if recorded[key] != found.split[key]]
+        if other:  # names, or what the files hold
             raise UserError(
-                f"the images are not those on record in {path}: {recorded['content']}; compare the "
-                f"files with those of the published archive"
+                f"the images are not those on record: {', '.join(other)} of {path} differ; compare "
+                f"the files with those of the published archive"
             )
         print(f"the same as in {path}")
 

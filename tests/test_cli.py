@@ -133,6 +133,9 @@ def test_a_split_is_compared_with_the_one_on_record(run):
     assert printed.items() >= (facts | {"sha256": split["sha256"]}).items()
     Results("mine", 0, "02_finetune_deit").metrics(split, "split")
     assert "the same as in" in run("data --profile mine.toml").out
+    for key in ("sha256", "content"):
+        Results("mine", 0, "02_finetune_deit").metrics(split | {key: "other"}, "split")
+        assert f"not those on record: {key} of" in run("data --profile mine.toml", 2).err
     json.loads(run("data --profile mine.toml --seed 1").out)  # of which there is no record
 
 

@@ -31,6 +31,7 @@ IMAGE = "images/test/dark/0.jpg"
 TYPED = {
     "Unknown option: --epoch-count. Did you mean --epochs?": f"{START} --epoch-count 3",
     "--seed: '1.5' is no whole number": f"{START} --seed 1.5",
+    "--lr: '1_0' is no number": f"{START} --lr 1_0",
     "avit_finetuned.training.epochs: Expected `int` >= 1": f"{START} --epochs -1",
     "training.batch_size: Expected `int` <= 2147483647": f"{START} --batch-size {10**22}",
     "avit_finetuned.training.learning_rate: Expected `float` > 0": f"{START} --lr nan",
