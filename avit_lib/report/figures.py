@@ -14,7 +14,6 @@ from matplotlib import rc_params_from_file
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from matplotlib.typing import ColorType
 from numpy.typing import ArrayLike
@@ -45,7 +44,6 @@ CURVES = {  # marker and line of models that are no A-ViTs; of their peers the l
     "": ("s", ":"),
 }
 BY_BETA = ("o", "--")
-HALO = [withStroke(linewidth=2.5, foreground="white")]  # keeps words legible on lines
 
 
 class NotebookFigure(Figure):

@@ -66,7 +66,7 @@ class Study:
 
     def folder(self, run: str) -> Path:
         """Where the checkpoints of a run lie."""
-        checkpoints = results_dir(self.profile.name) / "checkpoints" / self.checkpoints
+        checkpoints = self.results.folder / "checkpoints" / self.checkpoints
         return checkpoints / self.profile.run(run).name
 
     def train(self, name: str) -> pd.DataFrame:
