@@ -12,6 +12,7 @@ learns at a rate of its own (``scale_channel_rate``).
 
 from collections.abc import Iterator
 from copy import deepcopy
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -23,6 +24,7 @@ from avit_lib.halting import channel_to_halt, halting_score, halting_step, initi
 from avit_lib.model import AViT, masked_block
 
 TOLERANCE = 0.05  # layers by which a calibrated depth may miss the wish
+FAR = 1e4  # a beta at which all tokens halt at once; at its opposite, none does
 # Standard deviation over patches that channel 0 is fitted to: with gamma 5, logits of several units
 SPREAD = 0.7
 # How much lower channel 0 of the class token starts: it halts by its own score, but late
@@ -32,44 +34,41 @@ RIDGE = 2.0
 
 
 @torch.inference_mode()
-def mean_depth(model: AViT, images: Tensor) -> float:
-    """Mean depth in layers over all tokens of images [B, C, H, W], each to its own halting."""
-    return model.forward_with_trace(images)[1].depth.float().mean().item()
-
-
 def calibrate_beta(model: AViT, images: Tensor, wish: float) -> float:
-    """The beta, by bisection, that gives images [B, C, H, W] a mean depth of ``wish`` layers.
+    """The beta that gives images [B, C, H, W] a mean depth of ``wish`` layers.
 
     Stops within ``TOLERANCE`` of the wish, or where the depth jumps over it; the model is left as
-    it is. Raises UserError unless the wish lies between the least depth and the greatest that any
-    beta gives.
+    it is. Raises UserError for a wish below the least depth that any beta gives, or above the
+    greatest.
     """
     check_images(images)
     probe = deepcopy(model).eval()
 
-    def depth(beta: float) -> float:
+    @cache
+    def excess(beta: float) -> float:
+        """Layers above the wish; 0 where it is met."""
         probe.beta = beta
-        return mean_depth(probe, images)
+        depth = probe.forward_with_trace(images)[1].depth  # of each token to its own halting
+        found = depth.float().mean().item() - wish
+        return 0.0 if abs(found) <= TOLERANCE else found
 
-    shallowest, deepest = depth(1e4), depth(-1e4)  # the higher beta, the sooner tokens halt
-    if not shallowest < wish < deepest:
-        reach = f"{shallowest:g} and {deepest:g} layers"
-        raise UserError(f"a mean depth of {wish} is out of reach; choose one between {reach}")
-    low, high = -1.0, 1.0
-    while depth(low) < wish:
-        low *= 2
-    while depth(high) > wish:
-        high *= 2
-    while high - low > 1e-4 * max(1.0, abs(low)):
-        beta = (low + high) / 2
-        found = depth(beta)
-        if abs(found - wish) <= TOLERANCE:
-            return beta
-        if found > wish:
+    now, step = model.beta.item(), 1.0
+    while not excess(now - step) >= 0 >= excess(now + step):  # high beta: tokens halt soon
+        step *= 2
+        if step > FAR:
+            raise UserError(
+                f"a mean depth of {wish} is out of reach; choose one between "
+                f"{wish + excess(FAR):g} and {wish + excess(-FAR):g} layers"
+            )
+    low, high = now - step, now + step
+    while excess(low) and excess(high) and high - low > 1e-4:
+        share = excess(low) / (excess(low) - excess(high))  # as if depth were linear between them
+        beta = low + min(max(share, 0.2), 0.8) * (high - low)
+        if excess(beta) > 0:
             low = beta
         else:
             high = beta
-    return low  # on the deeper side of a jump: less is lost
+    return low if excess(high) else high  # on the deeper side of a jump: less is lost
 
 
 # --- which patches can be spared ------------------------------------------------------------------
@@ -131,17 +130,25 @@ def _layer_scales(block: nn.Module) -> list[nn.Parameter]:
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let channel 0 learn ``rate`` times as fast as all else; 0 holds it as it is.
 
-    Steps are scaled, not gradients: Adam would undo that.
+    Steps are scaled, not gradients: Adam would undo that. Raises UserError for an optimizer that
+    calls no hooks of its steps, as timm's Lookahead.
     """
-    parts = [part for part in channel_parameters(model) if part[0] is not None]
+    if not hasattr(type(optimizer).step, "hooked"):
+        raise UserError(
+            f"{type(optimizer).__name__} calls no hooks of its steps; take an optimizer of torch's"
+        )
     before = []
 
     def remember(*_) -> None:
-        before[:] = [parameter[index].detach().clone() for parameter, index in parts]
+        before[:] = [
+            (parameter, index, parameter[index].detach().clone())
+            for parameter, index in channel_parameters(model)
+            if parameter is not None
+        ]
 
     @torch.no_grad()
     def scale(*_) -> None:
-        for (parameter, index), old in zip(parts, before, strict=True):
+        for parameter, index, old in before:
             parameter[index] = torch.lerp(old, parameter[index], rate)
 
     optimizer.register_step_pre_hook(remember)
@@ -156,20 +163,22 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     layer, the paper's target distribution say. Channel 0 starts, of each position, as the mean of
     ``unimportance`` there; each MLP adds what is missing to that in the attention of the next
     layer, whole where a layer scale follows. Raises UserError when less than a patch of an image is
-    left for the last layer, when ``halting`` is of another number of layers, and for a model in
-    which channel 0 is not free to be written: before the first change.
+    left for the last layer, when ``halting`` is no distribution over its layers, and for a model
+    in which channel 0 is not free to be written: before the first change.
     """
     check_images(images)
-    if any(parameter is None for parameter, _ in channel_parameters(model)):
+    missing = any(parameter is None for parameter, _ in channel_parameters(model))
+    if missing or not model.gamma > 0:
         raise UserError(
-            "the fit of channel 0 takes learned positions, biases, and weights in all norms; "
-            "leave it out"
+            "the fit of channel 0 takes learned positions, biases, weights in all norms, and a "
+            "gamma above 0; leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
-    if len(halting) != layers or halting[-1] * patches < 1:
+    shares = len(halting) == layers and halting.min() >= 0 and abs(halting.sum() - 1) < 1e-3
+    if not shares or halting[-1] * patches < 1:
         raise UserError(
-            f"of {layers} layers the last must be left a patch of each image; "
-            f"raise target_depth or target_std"
+            f"halting must have a share of the patches for each of {layers} layers, and leave the "
+            f"last a patch of each image; raise target_depth or target_std"
         )
     with evaluating(model):
         _write_channel(model, images, halting)

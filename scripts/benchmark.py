@@ -43,7 +43,7 @@ from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.packed import Layout
 from avit_lib.peers import PEERS, make_peers
 from avit_lib.report import figures
-from avit_lib.starts import fit_start, mean_depth
+from avit_lib.starts import fit_start
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results, hardware, to_markdown
 from avit_lib.training import load_pretrained, pick_device
@@ -135,7 +135,7 @@ def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
     write(time_overhead(rivals), "overhead", caption)
 
     avit = rivals.models["A-ViT packed"]
-    depth = mean_depth(avit, rivals.largest)
+    depth = trace_model(avit, rivals.largest)[1].depth.double().mean().item()
     halting = f"A-ViT's mean depth is {depth:.2f} of {len(avit.blocks)} layers. {about}"
     caption = f"Training: forward, backward and AdamW; bfloat16 is autocast. {halting}"
     training = write(time_training(rivals), "training", caption)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import bright_and_dark, channels, noise, refused, varied_model
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+from timm.optim import Lookahead
 from torch.testing import assert_close
 
 from avit_lib import starts
@@ -19,7 +20,6 @@ from avit_lib.starts import (
     calibrate_beta,
     channel_parameters,
     fit_start,
-    mean_depth,
     scale_channel_rate,
 )
 
@@ -35,12 +35,13 @@ def test_the_mean_depth_is_the_one_wished_for(gamma, wish):
     beta = calibrate_beta(model, TWO_IMAGES, wish)
     assert model.beta == -1.0 and model.training
     model.beta = beta
-    assert mean_depth(model.eval(), TWO_IMAGES) == pytest.approx(wish, abs=0.1)
+    _, trace = model.eval().forward_with_trace(TWO_IMAGES)
+    assert trace.depth.double().mean() == pytest.approx(wish, abs=0.1)
 
 
 def test_a_wish_out_of_reach_is_refused():
     with refused("between 1 and 6"):
-        calibrate_beta(varied_model(), TWO_IMAGES, 6.0)
+        calibrate_beta(varied_model(), TWO_IMAGES, 6.1)
 
 
 # --- channel 0, fitted ----------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def images():
 
 
 def untouched_model(**settings):
-    model = varied_model(gamma=5.0, patch_size=4, embed_dim=64, **settings)
+    model = varied_model(patch_size=4, embed_dim=64, **{"gamma": 5.0} | settings)
     with torch.no_grad():  # positions as if they had been learnt
         model.pos_embed[0, 1:, 1:] = build_sincos2d_pos_embed([7, 7], 64)[:, 1:]
     return model
@@ -129,8 +130,10 @@ def test_an_image_all_of_whose_patches_are_equal_gives_a_model_that_computes():
 @pytest.mark.parametrize(
     "settings, halting, message",
     [
-        ({"final_norm": False}, HALTING, "and weights in all norms"),
-        ({}, HALTING[1:], "of 6 layers the last must be left a patch"),
+        ({"final_norm": False}, HALTING, "weights in all norms"),
+        ({"gamma": 0.0}, HALTING, "a gamma above 0"),
+        ({}, HALTING[1:], "for each of 6 layers, and leave the last a patch"),
+        ({}, 2 * HALTING, "a share of the patches"),
         ({}, torch.eye(6)[0], "of each image; raise target_depth"),
     ],
 )
@@ -140,6 +143,13 @@ def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halt
     with refused(message):
         fit_start(model, images(), halting)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_optimizer_that_would_not_hold_channel_0_is_refused():
+    model = varied_model()
+    inner = torch.optim.SGD(model.parameters())
+    with refused("Lookahead calls no hooks of its steps"):
+        scale_channel_rate(model, Lookahead(inner), 0.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
