@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -116,26 +116,29 @@ def folder_test_data(
     """
     parts = {"test": folder_images(folder / "test", size, classes)}
     loaded, digests = load(parts)
-    tell_repeated(parts, {**digests, "train": trained_on.digests if trained_on else ()})
+    tell_repeated(parts, digests, trained_on.digests if trained_on else ())
     return loaded["test"]
 
 
-def tell_repeated(parts: dict[str, Images], digests: Mapping[str, Sequence[str]]) -> None:
-    """Tell on stderr which files are among the training images, too, or in two classes.
+def tell_repeated(
+    parts: dict[str, Images], digests: dict[str, list[str]], known: Sequence[str] = ()
+) -> None:
+    """Tell on stderr which files are in a part before, too, or in two classes.
 
-    ``digests`` has the SHA-256 of each file, of training in any case.
+    ``digests`` has the SHA-256 of each file of ``parts``; ``known`` are those of further images.
     """
+    before = Counter(known)
     for role, images in parts.items():
         own, files = digests[role], images.images
-        copies = Counter(digest for digest, _ in {*zip(own, images.labels.tolist(), strict=True)})
-        if role != "train":
-            copies.update(digests["train"])
+        labelled = {*zip(own, images.labels.tolist(), strict=True)}
+        copies = before + Counter(digest for digest, _ in labelled)
+        before.update(own)
         pairs = zip(files.names.tolist(), own, strict=True)
         found = [name for name, digest in pairs if copies[digest] > 1]
         if found:
             tell(
-                f"{len(found)} {role} images in {files.root} have a copy in training or in another "
-                f"class: {name_some(found)}; remove one of both"
+                f"{len(found)} {role} images in {files.root} have a copy in another part or class: "
+                f"{name_some(found)}; remove one of both"
             )
 
 

@@ -67,7 +67,7 @@ def test_a_photograph_in_two_parts_or_in_two_classes_is_told(tmp_path, capsys):
     shutil.copy(tmp_path / "val" / "bees" / "image_0001.png", tmp_path / "test" / "bees" / "e.png")
     train = folder_training_data(tmp_path, COLOUR, seed=0)
     folder_test_data(tmp_path, 16, train.train.classes, train)
-    told = "images in {} have a copy in training or in another class: {}; remove one of both"
+    told = "images in {} have a copy in another part or class: {}; remove one of both"
     assert capsys.readouterr().err.splitlines() == [
         "2 train " + told.format(tmp_path / "train", "ants/image_0000.png, bees/a.png"),
         "1 validation " + told.format(tmp_path / "val", "ants/b.png"),
