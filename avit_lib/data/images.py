@@ -30,7 +30,7 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-SUBFILE_TYPE, BITS_PER_SAMPLE, SAMPLE_FORMAT = 254, 258, 339  # tags of a TIFF
+SUBFILE_TYPE, BITS_PER_SAMPLE, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 320, 339  # tags of a TIFF
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
 BAD_IMAGE = (
@@ -251,6 +251,8 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
         raise ValueError("its colours have a sign; save it with 8 bits")
     if "transparency" in image.info and re.search("'L;[24]'", layout):
         raise ValueError("its transparent grey is read wrongly; save it with 8 bits")
+    if np.max(tags.get(COLOUR_MAP, 256)) < 256:
+        raise ValueError("its palette is of 8 bits in place of 16; save it again")
     if tags.get(SUBFILE_TYPE, 0) & 1:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
     if image.format == "BMP" and image.mode == "RGBA" and not np.any(image.getchannel("A")):

@@ -39,13 +39,12 @@ def clear_bmp():
     return b"BM" + struct.pack("<IHHI", 138, 0, 0, 122) + head + b"\x09\x09\x09\x00" * 4
 
 
-def tiled_tiff():
-    """An image wider than its only tile: Pillow knows how long the rows of the tile are."""
-    shape = {256: 400, 257: 9, 259: 1, 262: 2, 277: 3, 322: 512, 323: 16, 324: 140, 325: 24576}
-    tags = [(258, 3, 3, 134), *((tag, 4, 1, value) for tag, value in shape.items())]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
-    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
-    return head + struct.pack("<3H", 8, 8, 8) + b"\xff" * 24576
+def small_palette():
+    """A TIFF whose palette has 0..255 where 0..65535 is meant."""
+    image = new("P", 200)
+    image.putpalette([value for value in range(256) for _ in "RGB"])
+    right = struct.pack("<768H", *3 * [*range(0, 65536, 256)])
+    return encode(image, "TIFF").replace(right, struct.pack("<768H", *3 * [*range(256)]))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,6 @@ def tiled_tiff():
         (encode(new("CMYK", (0, 255, 255, 0)), "JPEG"), "red"),
         (encode(new("LAB", (128, 128, 128)), "TIFF"), (119, 119, 119)),
         (encode(new("1", 1), "GIF", save_all=True, append_images=[new("1", 0)]), "white"),
-        (tiled_tiff(), "white"),
     ],
 )
 def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
@@ -76,6 +74,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (b"P6 20 20 256\n" + bytes(2400), "more than 8 bits"),
         (b"P3 2 2 300 " + b"9 " * 12, "more than 8 bits"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
+        (small_palette(), "its palette is of 8 bits"),
         (clear_bmp(), "all of it is transparent"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),
     ],
