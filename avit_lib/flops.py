@@ -79,9 +79,9 @@ def block_flops(
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs of all linear layers in ``module``, for one token."""
-    layers = module.modules()
-    return sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear))
+    """FLOPs of all linear layers in ``module``, for one token; quantised ones count as others."""
+    inner = sum(map(linear_flops, module.children()))
+    return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def fixed_flops(model: VisionTransformer, count: int) -> float:

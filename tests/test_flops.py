@@ -3,9 +3,10 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from avit_lib.adaptive import without_thresholds
-from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
+from avit_lib.flops import counted_flops, flops_of, linear_flops, plain_flops, trace_model
 from avit_lib.peers.tome import TokenMerging
 
 
@@ -29,6 +30,14 @@ def test_of_images_of_another_size_than_the_model_s():
         trace = trace_model(model.eval(), images)[1]
         assert trace.depth.shape == (2, 49)
         assert flops_of(model, trace)[0] == pytest.approx(counted_flops(model, images), rel=1e-6)
+
+
+def test_of_linear_layers_of_somebody_else_s():
+    """As quantised ones, and with another inside as those of LoRA."""
+    foreign, wrapped = nn.Identity(), nn.Identity()
+    foreign.in_features, foreign.out_features = 3, 5
+    wrapped.in_features, wrapped.inner = 3, nn.Linear(3, 5)
+    assert linear_flops(nn.Sequential(foreign, wrapped)) == 15 + 15
 
 
 @pytest.mark.parametrize("r", [1, 100])
