@@ -44,7 +44,7 @@ def merge_both_ways(plain: nn.Module, profile: Profile, images: Tensor) -> dict[
     """
     models = make_peers(plain, profile.peers)
     for share in profile.adapted:
-        models[f"{ADAPTED}, {share:.0%} saved"] = adapt(plain, images, share)
+        models[f"{ADAPTED}, {100 * share:g}% saved"] = adapt(plain, images, share)
     return models
 
 
@@ -64,7 +64,7 @@ def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     for depth in study.profile.recalibrated.get(name, ()):
         models[f"{run.label}, depth {depth:g}"] = recalibrate(model, pixels, depth)
     for saved in study.profile.budgets.get(name, ()):
-        cheaper = models[f"{run.label}, {saved:.0%} saved"] = deepcopy(model)
+        cheaper = models[f"{run.label}, {100 * saved:g}% saved"] = deepcopy(model)
         cheaper.calibrate(pixels, saved)
     return models
 

@@ -76,16 +76,18 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     distillation: NotNegative = 1.0  # weight of the teacher, beside the cross-entropy's 1
 
     def __post_init__(self):
-        warmup = self.training.warmup_epochs
-        epochs = self.training.epochs
+        training = self.training
         if bool(self.halting) != self.model.startswith("avit_"):
             raise ValueError(
                 f"model {self.model!r}: models avit_* have a section halting, and no others have"
             )
         if self.init == "pretrained" and not self.pretrained:
             raise ValueError("init is pretrained; name the weights of timm's, as pretrained")
-        if warmup >= epochs:
-            raise ValueError(f"warmup_epochs must be fewer than epochs, not {warmup:g} of {epochs}")
+        if training.warmup_epochs >= training.epochs:
+            raise ValueError(
+                f"warmup_epochs must be fewer than epochs, not {training.warmup_epochs:g} of "
+                f"{training.epochs}"
+            )
 
     @property
     def method(self) -> str:
@@ -122,12 +124,18 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
-        labels = [run.label for run in self.runs]
+        labels, before = [run.label for run in self.runs], {""}
         for run in self.runs:
-            if ", " in run.label or labels.count(run.label) > 1:
+            if re.search(r", |[|\n]", run.label) or labels.count(run.label) > 1:
                 raise ValueError(
-                    f"label {run.label!r}: tables need one without a comma, that no other run has"
+                    f"label {run.label!r}: tables need one that no other run has, without comma, "
+                    f"bar or line break"
                 )
+            if not before >= {run.start, run.teacher}:
+                raise ValueError(
+                    f"run {run.name}: init and teacher name runs above it, or init is pretrained"
+                )
+            before.add(run.name)
             patch = re.search(r"_patch(\d+)", run.model)
             if patch and self.data.image_size % int(patch[1]):
                 raise ValueError(
