@@ -120,7 +120,7 @@ def test(common, batch_size: int) -> None:
     facts = {
         "images": len(found),
         **metrics(predictions),
-        "intervals": bootstrap_intervals(predictions, common.seed),
+        "intervals": bootstrap_intervals(predictions),
         "tested": about,
         "provenance": provenance(get_profile(common.profile).name, run["seed"]),
     }

@@ -1,7 +1,7 @@
 """Accuracy, F1, depth and FLOPs of trained models, with bootstrap confidence intervals."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,15 @@ class Predictions:
         """Mean depth [n] over the tokens of each image, in layers."""
         return self.depth.float().mean(dim=1)
 
+    @cached_property
+    def rates(self) -> dict[str, np.ndarray]:
+        """Accuracy, mean per-class accuracy and macro F1: of the images, then of 1000 bootstraps.
+
+        [1001] each; the bootstraps draw the same images for every model.
+        """
+        images = len(self.labels)
+        return _rate(self, np.concatenate([np.ones((1, images)), _resample(images)]))
+
 
 @torch.inference_mode()
 def predict(
@@ -72,21 +81,19 @@ def metrics(predictions: Predictions) -> dict[str, float]:
     ``accuracy_macro`` is the mean over the classes that have images, ``f1_macro`` over those that
     have images or are predicted.
     """
-    once = np.ones((1, len(predictions.labels)))
-    return {name: rate.item() for name, rate in _rate(predictions, once).items()} | {
+    return {name: rate[0].item() for name, rate in predictions.rates.items()} | {
         "mean_depth": predictions.depth.float().mean().item(),
         "mean_executed_depth": executed_depth(predictions.depth).float().mean().item(),
         "gflops_per_image": predictions.flops.mean().item() / 1e9,
     }
 
 
-def bootstrap_intervals(predictions: Predictions, seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_intervals(predictions: Predictions) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro.
 
     NaN for a single image.
     """
-    rates = _rate(predictions, _resample(len(predictions.labels), seed))
-    return {name: _find_ends(rate) for name, rate in rates.items()}
+    return {name: _find_ends(rate[1:]) for name, rate in predictions.rates.items()}
 
 
 def paired_difference(
@@ -99,9 +106,8 @@ def paired_difference(
     """
     if not torch.equal(first.labels, second.labels):
         raise ValueError("the two models were evaluated on different images")
-    name, images = "accuracy_macro" if per_class else "accuracy", len(first.labels)
-    drawn = np.concatenate([np.ones((1, images)), _resample(images, seed=0)])  # first as they are
-    gains = _rate(first, drawn)[name] - _rate(second, drawn)[name]
+    name = "accuracy_macro" if per_class else "accuracy"
+    gains = first.rates[name] - second.rates[name]
     return gains[0].item(), *_find_ends(gains[1:])
 
 
@@ -112,9 +118,9 @@ def divergence(first: Predictions, second: Predictions) -> Tensor:
 
 
 @cache
-def _resample(images: int, seed: int) -> np.ndarray:
+def _resample(images: int) -> np.ndarray:
     """How often each image is drawn, [1000, images]: a bootstrap; NaN if there is a single one."""
-    drawn = np.random.default_rng(seed).integers(images, size=(1000, images))
+    drawn = np.random.default_rng(0).integers(images, size=(1000, images))
     counts = np.stack([np.bincount(row, minlength=images) for row in drawn])
     return counts if images > 1 else np.full_like(counts, np.nan, dtype=float)
 
@@ -135,5 +141,4 @@ def _rate(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
 
 def _find_ends(values: np.ndarray) -> tuple[float, float]:
     """The ends of the middle 95 % of ``values``."""
-    low, high = np.percentile(values, (2.5, 97.5)).tolist()
-    return low, high
+    return tuple(np.percentile(values, (2.5, 97.5)).tolist())
