@@ -24,15 +24,18 @@ def interleave(
 
     A sample is the mean of as many calls as fill ``minimum`` seconds.
     """
+    gc.collect()
+    gc.freeze()  # or a collection, by chance in a step, would look at all objects of the process
     calls, samples = {}, {name: [] for name in steps}
     for name, step in steps.items():
         seconds = _time(step)
         if seconds < 3 * minimum:  # the first call warms up
             seconds = _time(step)
-        calls[name] = max(1, round(minimum / seconds))
+        calls[name] = round(minimum / seconds) or 1
     for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
         for name, step in steps.items():
             samples[name].append(_time(step, calls[name]))
+    gc.unfreeze()
     return samples
 
 
@@ -44,7 +47,6 @@ def read_clock() -> float:
 
 
 def _time(step: Step, calls: int = 1) -> float:
-    gc.collect()
     started = read_clock()
     for _ in range(calls):
         step()
@@ -71,10 +73,10 @@ def compare(steps: dict[str, Step], batch: int, repeats: int) -> pd.DataFrame:
     """
     samples = interleave(steps, repeats)
     table = pd.DataFrame({"model": list(samples), "batch": batch})
-    rates = batch / np.array([np.percentile(seconds, (50, 75, 25)) for seconds in samples.values()])
-    for column, rate in zip(("", "_low", "_high"), rates.T, strict=True):
+    rates = batch / np.percentile([*samples.values()], (50, 75, 25), axis=1)  # [3, models]
+    for column, rate in zip(("", "_low", "_high"), rates, strict=True):
         table[f"images_per_second{column}"] = rate
-    table["speedup"] = rates[:, 0] / rates[0, 0]
+    table["speedup"] = rates[0] / rates[0, 0]
     return table.assign(rounds=repeats)
 
 
