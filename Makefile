@@ -47,10 +47,11 @@ help:  ## List the targets and variables
 setup: $(STAMP)  ## Make .venv with everything the study needs (does nothing when up to date)
 
 # The stamp is written last: a set-up that was cut short does not count as done. The locked versions
-# need Python 3.11; on 3.10 pip chooses within the ranges of pyproject.toml.
+# need Python 3.11; on 3.10 pip chooses within the ranges of pyproject.toml. Python compiles what it
+# imports; to compile all of torch beforehand would take a minute.
 $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(check_python) && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/python -m pip install $(PIP_ARGS) -e ".[notebooks,dev]" \
+	$(BIN)/python -m pip install --no-compile $(PIP_ARGS) -e ".[notebooks,dev]" \
 		$$($(BIN)/python -c 'import sys; print("-c requirements.lock" if sys.version_info >= (3, 11) else "")')
 	@touch $@
 
@@ -92,7 +93,7 @@ reproduce: $(NAMES:%=$(STAMPS)/%)  ## Train and run what is out of date in PROFI
 # What a notebook reads of others: trained models, tables.
 $(STAMPS)/03_train_avit: $(STAMPS)/02_finetune_deit
 $(STAMPS)/04_evaluation: $(STAMPS)/03_train_avit
-$(STAMPS)/05_halting_analysis: $(STAMPS)/03_train_avit
+$(STAMPS)/05_halting_analysis: $(STAMPS)/04_evaluation
 $(STAMPS)/06_efficiency: $(STAMPS)/04_evaluation
 $(STAMPS)/07_adapt: $(STAMPS)/04_evaluation
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation

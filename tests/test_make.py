@@ -53,7 +53,7 @@ WITH_FIGURES = {"04_evaluation", "05_halting_analysis", "06_efficiency", "07_ada
 CHANGES = {  # a file to what runs again when it changes
     "notebooks/01_algorithm.ipynb": {"01_algorithm"},
     "notebooks/02_finetune_deit.ipynb": AFTER_02,
-    "notebooks/04_evaluation.ipynb": {"04_evaluation", "06_efficiency", "07_adapt"},
+    "notebooks/04_evaluation.ipynb": WITH_FIGURES,
     "notebooks/draft.ipynb": set(),
     "avit_lib/halting.py": EVERY,
     "avit_lib/study/study.py": AFTER_02,
