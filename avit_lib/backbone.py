@@ -173,8 +173,8 @@ def check_followed(model: VisionTransformer) -> None:
     parts = [model.blocks]
     for block in model.blocks:
         attention = block.attn
-        parts += [block, attention, attention.attn_drop, attention.q_norm, attention.k_norm]
-        parts += [block.drop_path1, block.drop_path2]
+        parts += [block, block.drop_path1, block.drop_path2, attention]
+        parts += [attention.attn_drop, attention.q_norm, attention.k_norm]
     if any(map(is_hooked, parts)):
         raise UserError(
             "a hook on a block would never be called, since tokens merge inside of it; "

@@ -16,7 +16,6 @@ from cyclopts import App, CycloptsError, Parameter, Token, validators
 from cyclopts.types import ExistingDirectory, ExistingFile
 
 from avit_lib.errors import UserError
-from avit_lib.profiles import find_profile, read_profile
 
 app = App(
     "python -m avit_lib",
@@ -60,9 +59,6 @@ class Common:
     profile: str = "caltech24"
     seed: Seed = 0
 
-    def __post_init__(self):
-        find_profile(self.profile)
-
 
 @Parameter(name="*")
 @dataclass
@@ -91,11 +87,6 @@ class Chosen(Computing):
 
     def __post_init__(self):
         self.model = self.model and self.model.lower()
-        runs = [run["name"] for run in read_profile(self.profile)[1]["runs"]]
-        if self.model not in (None, *runs):
-            raise UserError(
-                f"{self.profile} has no run {self.model!r}; choose from {', '.join(runs)}"
-            )
 
 
 @Parameter(name="*")

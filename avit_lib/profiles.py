@@ -1,7 +1,7 @@
 """Profiles as files: TOML tables, laid over those of the profile that they extend.
 
-What the tables may say stands in ``study.settings``. This imports nothing slow, so that the command
-line can tell at once what is not there. What is wrong is told in one line that names file and key.
+What the tables may say stands in ``study.settings``. What is wrong is told in one line that names
+file and key.
 """
 
 from pathlib import Path

@@ -36,7 +36,7 @@ TYPED = {
     "training.batch_size: Expected `int` <= 2147483647": f"{START} --batch-size {10**22}",
     "avit_finetuned.training.learning_rate: Expected `float` > 0": f"{START} --lr nan",
     "avit_finetuned.training.learning_rate: Expected `float` <= 1000000.0": f"{START} --lr inf",
-    "mine.toml has no run 'resnet'; choose from deit, ": f"{START} --model resnet",
+    "profile 'mine' has no run 'resnet'; choose from deit, ": f"{START} --model resnet",
     '"none.safetensors" does not exist': f"{START} --ckpt none.safetensors",
     "settings of your own need a folder of their own: add": "fit --profile smoke --epochs 1",
     "there is no model 'none'": f"{OTHERS} --model none",

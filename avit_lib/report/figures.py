@@ -150,19 +150,9 @@ def difference_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     figure, [[axis]] = subplots(height=5.6)
     for name, part in table.groupby(table["model"].str.split(", ").str[0], sort=False):
         part = part.sort_values(x)
-        label = f"{name}, {describe_points(part)}" if len(part) > 1 else name
+        points = ", ".join(one.partition(", ")[2] or "as trained" for one in part["model"])
+        label = f"{name}: {points}" if len(part) > 1 else name
         ends = 100 * part["low_macro"], 100 * part["high_macro"]
         curve(axis, name, part[x], 100 * part["difference_macro"], *ends, label)
     axis.set(xlabel=xlabel, ylabel="mean per-class accuracy minus DeiT's [points]")
     return legend_above(figure, axis)
-
-
-def describe_points(rows: pd.DataFrame) -> str:
-    """What is varied along the curve of a model, and its values at the points in ``rows``."""
-    name = rows["model"].iloc[0]
-    if " = " in name:  # a peer's
-        values = rows["model"].str.split(" = ").str[1]
-        return f"{name.split(', ')[1].split(' = ')[0]} = {', '.join(values)}"
-    if name.startswith("A-ViT"):
-        return f"depth {', '.join(rows['mean_depth'].map('{:.1f}'.format))}"
-    return f"{', '.join(rows['flops_saved'].map('{:.0%}'.format))} saved"

@@ -117,7 +117,7 @@ def hardware() -> str:
     """The processor, its threads, and the GPU if one is visible, in words."""
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    processor = named[1] if named else platform.processor() or platform.machine()
+    processor = named[1] if named else platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor}, {torch.get_num_threads()} threads{gpu}"
 

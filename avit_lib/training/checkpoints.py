@@ -14,7 +14,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from avit_lib.adaptive import NEVER, without_thresholds
+from avit_lib.adaptive import without_thresholds
 from avit_lib.errors import UserError, name_some
 from avit_lib.places import digest_file, weights_file
 from avit_lib.training.files import read_json, write_atomically, write_json
@@ -78,8 +78,6 @@ def load_checkpoint(
         )
     if "thresholds" in weights:  # its tokens merge
         model = without_thresholds(model)
-        # It was infinite once, and NaN in an average of the weights.
-        weights["thresholds"].nan_to_num_(NEVER, NEVER)
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
 

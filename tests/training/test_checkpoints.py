@@ -6,9 +6,7 @@ import torch
 from conftest import refused
 from safetensors.torch import save_file
 
-from avit_lib.adaptive import NEVER, without_thresholds
 from avit_lib.training import (
-    load_checkpoint,
     load_pretrained,
     load_weights,
     save_checkpoint,
@@ -25,16 +23,6 @@ def model():
 
 
 # ---- what is written is what is read ----
-
-
-def test_infinite_thresholds_of_before_mean_never(tmp_path):
-    model, images = without_thresholds(timm.create_model("deit_nano")), torch.randn(2, 3, 28, 28)
-    model.thresholds = torch.tensor([torch.inf, 0.5, torch.nan, torch.inf])
-    expected = model.eval()(images)
-    save_checkpoint(tmp_path / "adapted.safetensors", model, "deit_nano", {})
-    found, _ = load_checkpoint(tmp_path / "adapted.safetensors")
-    assert found.thresholds.tolist() == [NEVER, 0.5, NEVER, NEVER]
-    assert torch.equal(found(images), expected)
 
 
 def test_a_plain_model_starts_one_that_halts(tmp_path):
