@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce readme site train release animate benchmark test lint lock clean clean-results
+.PHONY: help setup lab reproduce seeds readme site train release animate benchmark test lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -77,17 +77,16 @@ AS_SEEN_FROM_NOTEBOOKS := $(if $(filter %.toml,$(filter-out /%,$(PROFILE))),../)
 dependencies = $(or $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/dependencies.py "$(PROFILE)" $(1)), \
 	$(error cannot tell what the notebooks of PROFILE=$(PROFILE) depend on))
 
-ifneq ($(filter reproduce,$(MAKECMDGOALS)),)
-# the models of several seeds, only where the profile names some
-SWEEP := $(shell sed -n 's/^sweep *= *//p' $(dependencies) | head -n 1 | sed 's/\[ *\]//')
+ifneq ($(filter reproduce seeds,$(MAKECMDGOALS)),)
 NAMES := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
-NAMES := $(if $(SWEEP),$(NAMES),$(filter-out 08_seeds,$(NAMES)))
 # an executed copy that somebody removed is made again
 $(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMPS)/$(name): missing-copy)))
 .PHONY: missing-copy
 endif
 
-reproduce: $(NAMES:%=$(STAMPS)/%)  ## Train and run what is out of date in PROFILE: in a fresh clone, everything
+reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, everything but 08
+seeds: $(STAMPS)/08_seeds  ## The same, and 08: train what PROFILE names as sweep from several seeds
+reproduce seeds:
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 
 # What a notebook reads of others: trained models, tables.
@@ -145,7 +144,7 @@ benchmark: setup  ## Time all methods side by side (25 minutes on 2 cores; leave
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
-	$(MAKE) --no-print-directory reproduce PROFILE=smoke SEED=0
+	$(MAKE) --no-print-directory reproduce seeds PROFILE=smoke SEED=0
 
 lint: setup  ## Check style, types and the direction of imports
 	$(BIN)/ruff check

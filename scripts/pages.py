@@ -163,10 +163,11 @@ def name_origin(name: str, source: str) -> str:
     """A line that says by which command, commit and machine a result was made."""
     facts: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
     target = "reproduce" if re.match(r"\d\d_", source) else source
+    target = "seeds" if source == "08_seeds" else target
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
         command = "make benchmark" if source == name else f"python scripts/{source}.py"
-    commit = facts["commit"][:10]
+    commit = facts["commit"][:10] + (" with changes" if facts["dirty"] else "")
     return f"Made by `{command}`, commit {commit}, {facts['date']}, on {facts['hardware']}."
 
 

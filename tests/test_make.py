@@ -28,7 +28,7 @@ LIBRARY = {
     "study/__init__.py": "from avit_lib.study.study import Study\n",
     "study/study.py": "class Study: ...\n",
     "study/profiles/base.toml": 'purpose = "x"\n[runs.a]\nextends = "other"\n',
-    "study/profiles/seeds.toml": 'extends = "base"\nsweep = ["deit"]\nsweep_seeds = [0]\n',
+    "study/profiles/small.toml": 'extends = "base"\n',
     "report/__init__.py": "",
     "report/figures.py": "",
     "report/tables.py": "def summary():\n    import avit_lib.report.figures\n",
@@ -46,7 +46,7 @@ echo "ValueError: no such thing" >&2
 echo >&2
 exit 1
 """
-EVERY = set(NOTEBOOKS) - {"08_seeds"}  # of a profile that names no sweep
+EVERY = set(NOTEBOOKS) - {"08_seeds"}
 AFTER_02 = EVERY - {"01_algorithm"}
 WITH_FIGURES = {"04_evaluation", "05_halting_analysis", "06_efficiency", "07_adapt"}
 
@@ -61,7 +61,7 @@ CHANGES = {  # a file to what runs again when it changes
     "avit_lib/report/theme.mplstyle": WITH_FIGURES,
     "avit_lib/unused.py": set(),
     "avit_lib/study/profiles/base.toml": EVERY,
-    "avit_lib/study/profiles/seeds.toml": set(),
+    "avit_lib/study/profiles/small.toml": set(),
     "README.md": set(),
 }
 
@@ -114,6 +114,7 @@ def test_a_fresh_clone_runs_everything_in_order_and_then_nothing(tree):
     assert named(reproduce()) == ["05_halting_analysis"]
     call = Path("calls").read_text().splitlines()[0]
     assert "--cwd notebooks --kernel python3 -r PROFILE base -p SEED 0" in call
+    assert named(reproduce("seeds")) == ["08_seeds"]
     assert set(named(reproduce("SEED=1"))) == EVERY
     assert named(reproduce("SEED=1")) == []
 
@@ -130,14 +131,12 @@ def test_a_change_runs_what_depends_on_it_and_nothing_else(tree):
 
 
 def test_a_profile_depends_on_those_that_it_extends(tree):
-    Path("mine.toml").write_text('extends = "seeds"\n')
-    assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)  # the sweep of seeds, too
+    Path("mine.toml").write_text('extends = "small"\n')
+    assert set(named(reproduce(profile="mine.toml"))) == EVERY
     assert "-r PROFILE ../mine.toml" in Path("calls").read_text()
     for changed in ("avit_lib/study/profiles/base.toml", "mine.toml"):
         os.utime(changed)
-        assert set(named(reproduce(profile="mine.toml"))) == set(NOTEBOOKS)
-    Path("mine.toml").write_text('extends = "seeds"\nsweep = []\n')
-    assert set(named(reproduce(profile="mine.toml"))) == EVERY
+        assert set(named(reproduce(profile="mine.toml"))) == EVERY
 
 
 def test_a_failing_notebook_says_so_and_leaves_the_last_good_copy(tree):

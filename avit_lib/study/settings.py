@@ -118,7 +118,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     # Other methods, each with its number at several budgets (``peers``).
     peers: dict[str, tuple[int | float, ...]] = {}
     adapted: tuple[Saved, ...] = ()  # such budgets of ``adaptive.adapt``, as shares of FLOPs saved
-    sweep: tuple[str, ...] = ()  # runs that notebook 08 trains once for each of these seeds
+    sweep: tuple[str, ...] = ()  # runs that notebook 08 trains from each of these seeds
     sweep_seeds: tuple[Seed, ...] = (0, 1, 2)
     licence: str = ""  # of the weights that ``scripts/release.py`` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
