@@ -157,9 +157,9 @@ class Study:
         loss: TaskLoss | AdaptiveLoss = task
         adjust = None
         if run.halting:
-            # In bfloat16 a CPU makes a kernel for each number of tokens: masks cost less.
+            # In bfloat16 a CPU makes a kernel for each number of tokens: to train, masks cost less.
             masks = self.device.type == "cpu" and training.uses_bfloat16(run.training, self.device)
-            model.execution = "masked" if masks else "packed"
+            model.execution = "auto" if masks else "packed"
             model.task_gradient = run.halting.task_gradient
             loss = AdaptiveLoss(**run.halting.objective, task=task, average=processes.mean)
             if run.halting.fitted:

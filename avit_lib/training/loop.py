@@ -102,11 +102,10 @@ def fit(
 ) -> pd.DataFrame:
     """Train ``model`` and return its history, one row an epoch.
 
-    ``validate`` returns the metrics of a model, among them "accuracy", in the precision of the
-    training. Into ``output`` go last and best.safetensors (best by validation accuracy),
-    history.csv and the resume state; an interrupted run resumes from there, a finished one returns
-    at once. ``description`` (model, arguments, ...) goes into the JSON of each checkpoint.
-    ``adjust`` gets the optimizer before the first step.
+    ``validate`` returns the metrics of a model, among them "accuracy". Into ``output`` go last and
+    best.safetensors (best by validation accuracy), history.csv and the resume state; an interrupted
+    run resumes from there, a finished one returns at once. ``description`` (model, arguments, ...)
+    goes into the JSON of each checkpoint. ``adjust`` gets the optimizer before the first step.
     Raises UserError when another description lies in ``output``, when nothing can be written there,
     when memory does not suffice and when the loss is no longer finite: then the checkpoints of the
     last finished epoch stay.
@@ -200,8 +199,7 @@ def fit(
             record[f"train_{name}"] = processes.mean(own).item()
         records.append(record)
         if rank == 0:  # alone: validation images are few
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                record |= {f"val_{name}": value for name, value in validate(result).items()}
+            record |= {f"val_{name}": value for name, value in validate(result).items()}
             record["seconds"] = round(time.perf_counter() - started, 1)
             _write_results(output, run, result, records)
             if epoch < config.epochs:
