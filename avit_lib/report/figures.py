@@ -27,7 +27,7 @@ PALETTE = sns.color_palette("colorblind")
 AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "halting trained": "C3",
     "halting held": "C1",
-    "halting taught": "C6",
+    "halting taught": "#7f0000",
     "ImageNet": "C5",
     "": "C2",
 }
@@ -38,12 +38,12 @@ OTHER_COLOURS = {
     "longer": "C9",
     "": "C0",
 }
-CURVES = {  # marker and line of models that are no A-ViTs; of their peers the last
-    "Adaptive merging": ("D", "-."),
-    "Adaptive merging trained": ("P", "-"),
+CURVES = {  # marker and line, by a word of the label
+    "A-ViT": ("o", "--"),
+    " trained": ("P", "-"),
+    "Adaptive": ("D", "-."),
     "": ("s", ":"),
 }
-BY_BETA = ("o", "--")
 
 
 class NotebookFigure(Figure):
@@ -89,7 +89,7 @@ def legible(words: str) -> str:
 
 def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    kind = label.split(", ")[0]
+    kind = label.split(", ")[0].removesuffix(" trained")
     if kind in PEERS:
         return PEER_COLOURS[[*PEERS].index(kind) % len(PEER_COLOURS)]
     kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
@@ -135,8 +135,8 @@ def curve(
     label: str,
 ) -> None:
     """A curve in the look of the model ``name``, with a bar ``low`` to ``high`` at each point."""
-    looks = {"": BY_BETA} if name.startswith("A-ViT") else CURVES
-    colour, (marker, line) = model_colour(name), looks.get(name, looks[""])
+    colour = model_colour(name)
+    marker, line = next(look for word, look in CURVES.items() if word in name)
     axis.plot(x, value, color=colour, marker=marker, markersize=7, linestyle=line, label=label)
     axis.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.45)
 
