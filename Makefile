@@ -85,7 +85,7 @@ $(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMP
 endif
 
 reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, everything but 08
-seeds: $(STAMPS)/08_seeds  ## The same, and 08: train what PROFILE names as sweep from several seeds
+seeds: $(STAMPS)/08_seeds  ## Run 08, and what it reads: models that PROFILE names as sweep, from several seeds
 reproduce seeds:
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 

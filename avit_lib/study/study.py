@@ -79,11 +79,7 @@ class Study:
         for before in (run.start, run.teacher):
             if before:
                 self.train(before)
-        known, wanted = folder / "last.json", self.describe(run, *self.needed(run))
-        if processes.rank() == 0 and known.is_file() and read_json(known).get("run") != wanted:
-            print(f"{run.label}: its settings or images changed; training again", flush=True)
-            shutil.rmtree(folder)
-        processes.barrier()  # the others see the folder as the first one left it
+        clear_other(folder, self.describe(run, *self.needed(run)))
         return self.train_into(folder, run)
 
     def needed(
@@ -203,6 +199,15 @@ class Study:
             f"`python -m avit_lib fit --model {name}`, with this profile; or name a checkpoint by "
             f"--ckpt or --teacher"
         )
+
+
+def clear_other(folder: Path, wanted: dict[str, Any]) -> None:
+    """Remove a ``folder`` of checkpoints unless they are of the run that ``wanted`` describes."""
+    known = folder / "last.json"
+    if processes.rank() == 0 and known.is_file() and read_json(known).get("run") != wanted:
+        print(f"{folder.name}: its settings or images changed; training again", flush=True)
+        shutil.rmtree(folder)
+    processes.barrier()  # the others see the folder as the first one left it
 
 
 def released(profile: str, run: str) -> Path:
