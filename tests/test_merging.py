@@ -1,5 +1,6 @@
 """Tokens that merge by thresholds: against a loop over single images, and for bad input."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from avit_lib.adaptive import adapt, without_thresholds
 from avit_lib.flops import counted_flops, flops_of, plain_flops
-from avit_lib.merging import IMPORTANCE_WEIGHT
+from avit_lib.merging import IMPORTANCE_WEIGHT, Candidates, merge, pack
 
 SMALL = dict(depth=4, embed_dim=48, num_heads=3, num_classes=7)
 ARCHITECTURES = {
@@ -170,3 +171,10 @@ def test_a_bad_or_interrupted_calibration_changes_nothing(change, saved, message
     with pytest.raises(KeyboardInterrupt):
         adaptive.calibrate(images, 0.1, interrupt)
     assert torch.equal(adaptive.thresholds, before)
+
+
+def test_a_token_that_stands_for_several_weighs_as_many():
+    packed = replace(pack(torch.tensor([[[0.0], [6.0], [3.0]]]), 4), size=torch.tensor([1.0, 2, 1]))
+    found = Candidates(torch.tensor([[-torch.inf, 1, -torch.inf]]), torch.tensor([[0, 2, 0]]))
+    merged = merge(packed, [found], threshold=0.5, layer=2)
+    assert merged.tokens.tolist() == [[0.0], [5.0]] and merged.size.tolist() == [1, 3]

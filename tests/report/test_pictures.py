@@ -45,14 +45,6 @@ def test_maps_show_patches_in_reading_order_without_the_class_token_also_if_not_
     assert unveiled.sum() == 16
 
 
-def test_a_depth_has_the_same_colour_in_every_figure_and_in_the_key():
-    figure = pictures.depth_maps(BLACK, np.array([[12, 1, 12, 5, 5]]), 12)
-    FigureCanvasAgg(figure).draw()
-    key = figure.axes[-1].collections[-1]
-    expected = key.cmap(key.norm([1, 12]))[:, :3]
-    np.testing.assert_allclose(show(figure, "depth")[0], expected, atol=0.01)
-
-
 def test_a_grid_is_given_or_follows_from_the_images_or_is_square():
     depth = np.arange(145)[None]
     assert pictures.grids(depth).shape == (1, 12, 12)

@@ -30,7 +30,7 @@ def open_study(small_profile, tmp_path, monkeypatch):
     def open_study(text="", data=DATA):
         path = tmp_path / "mine.toml"
         path.write_text(f"extends = '{small_profile}'\n{text}\n")
-        study = Study(str(path), device="cpu")
+        study = Study(str(path), 1, device="cpu")
         study.data = data
         return study
 
@@ -127,8 +127,6 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
 
     said = results.finding("It is\n  so.", "04_so")
     assert isinstance(said, Sentence) and said == "It is so."
-    results.metrics({"a": 1}, "evaluation")
-    assert json.loads((folder / "metrics" / "evaluation.json").read_text()) == {"a": 1}
     (origin,) = (folder / "provenance").iterdir()
     facts = json.loads(origin.read_text())
     assert origin.name == "04_evaluation.json" and facts["seed"] == 3 and facts["seconds"] >= 0

@@ -60,6 +60,14 @@ def content(folder):
     return {path.name: re.sub(seconds, b"", path.read_bytes()) for path in folder.iterdir()}
 
 
+def test_gradients_are_clipped(tmp_path):
+    model = timm.create_model("avit_nano")
+    config = replace(CONFIG, epochs=1, clip_norm=1e-3)
+    fit(model, TRAIN, LOSS, config, tmp_path, validate, description=DESCRIPTION)
+    norms = [parameter.grad.norm() for parameter in model.parameters()]
+    assert torch.stack(norms).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
 # ---- interruptions ----
 
 
