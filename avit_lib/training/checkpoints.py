@@ -28,6 +28,7 @@ BAD_WEIGHTS = (
     EOFError,
     LookupError,
     AttributeError,
+    TypeError,
     ValueError,
 )
 
@@ -128,12 +129,12 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     path.open("rb").close()  # what may not be read is told by Python best
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)
+        others = [name for name, one in weights.items() if not torch.is_floating_point(one)]
     except BAD_WEIGHTS:
         raise UserError(
             f"{path} is not a whole safetensors file, nor a state dict that torch saved; train or "
             f"download it again, or save the state_dict() of its model"
         ) from None
-    others = [name for name, value in weights.items() if not torch.is_floating_point(value)]
     if others:
         raise UserError(f"{path} has weights that are no real numbers: {name_some(others)}")
     return weights

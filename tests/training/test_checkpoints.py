@@ -49,6 +49,10 @@ def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path):
     save_file({name: value.char() for name, value in model.state_dict().items()}, path)
     with refused("has weights that are no real numbers: beta"):
         load_weights(model, path)
+    path = path.with_suffix(".pth")
+    torch.save({"epoch": 3}, path)
+    with refused("nor a state dict"):
+        load_weights(model, path)
 
 
 # ---- pretrained weights, from a folder or timm's hub ----
