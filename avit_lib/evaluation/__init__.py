@@ -7,7 +7,9 @@ from avit_lib.evaluation.metrics import (
     Predictions,
     bootstrap_intervals,
     divergence,
+    draw_again,
     metrics,
     paired_difference,
     predict,
+    rate_draws,
 )

@@ -45,12 +45,8 @@ class Predictions:
 
     @cached_property
     def rates(self) -> dict[str, np.ndarray]:
-        """Accuracy, mean per-class accuracy and macro F1: of the images, then of 1000 bootstraps.
-
-        [1001] each; the bootstraps draw the same images for every model.
-        """
-        images = len(self.labels)
-        return _rate(self, np.concatenate([np.ones((1, images)), _resample(images)]))
+        """``rate_draws`` of ``draw_again``: computed once a model, however often it is compared."""
+        return rate_draws(self, draw_again(len(self.labels)))
 
 
 @torch.inference_mode()
@@ -81,7 +77,8 @@ def metrics(predictions: Predictions) -> dict[str, float]:
     ``accuracy_macro`` is the mean over the classes that have images, ``f1_macro`` over those that
     have images or are predicted.
     """
-    return {name: rate[0].item() for name, rate in predictions.rates.items()} | {
+    once = np.ones((1, len(predictions.labels)))
+    return {name: rate.item() for name, rate in rate_draws(predictions, once).items()} | {
         "mean_depth": predictions.depth.float().mean().item(),
         "mean_executed_depth": executed_depth(predictions.depth).float().mean().item(),
         "gflops_per_image": predictions.flops.mean().item() / 1e9,
@@ -118,14 +115,18 @@ def divergence(first: Predictions, second: Predictions) -> Tensor:
 
 
 @cache
-def _resample(images: int) -> np.ndarray:
-    """How often each image is drawn, [1000, images]: a bootstrap; NaN if there is a single one."""
+def draw_again(images: int) -> np.ndarray:
+    """How often each image counts, [1001, images]: once, then in each draw of a bootstrap.
+
+    The draws are the same whenever there are as many images; NaN if there is a single one.
+    """
     drawn = np.random.default_rng(0).integers(images, size=(1000, images))
     counts = np.stack([np.bincount(row, minlength=images) for row in drawn])
-    return counts if images > 1 else np.full_like(counts, np.nan, dtype=float)
+    counts = counts if images > 1 else np.full_like(counts, np.nan, dtype=float)
+    return np.concatenate([np.ones((1, images)), counts])
 
 
-def _rate(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
+def rate_draws(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy, mean per-class accuracy and macro F1 [k] of images ``drawn`` [k, n] times each."""
     classes = np.eye(predictions.logits.shape[1])
     true, said = (classes[one.numpy()] for one in (predictions.labels, predictions.predicted))
@@ -141,4 +142,5 @@ def _rate(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
 
 def _find_ends(values: np.ndarray) -> tuple[float, float]:
     """The ends of the middle 95 % of ``values``."""
-    return tuple(np.percentile(values, (2.5, 97.5)).tolist())
+    low, high = np.percentile(values, (2.5, 97.5)).tolist()
+    return low, high
