@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from avit_lib.adaptive import adapt
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
-from avit_lib.flops import plain_flops
 from avit_lib.model import AViT
 from avit_lib.peers import PEERS, make_peers
 from avit_lib.starts import calibrate_beta
@@ -83,12 +82,6 @@ def draw_images(study: Study, data: Images, most: int) -> Tensor:
 
 
 # --- tables ---------------------------------------------------------------------------------------
-
-
-def full_flops(study: Study) -> float:
-    """FLOPs of an image in the plain model."""
-    plain = study.load(study.profile.plain.name)
-    return plain_flops(plain, plain.patch_embed.num_patches + plain.num_prefix_tokens)
 
 
 def measure(predictions: Predictions, full: float) -> dict[str, float]:
