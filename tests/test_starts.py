@@ -54,8 +54,8 @@ def images():
     return noise(8, 3, 28, 28, seed=5) * torch.linspace(0.1, 2, 28)
 
 
-def untouched_model(**settings):
-    model = varied_model(patch_size=4, embed_dim=64, **{"gamma": 5.0} | settings)
+def untouched_model(gamma=5.0, **settings):
+    model = varied_model(gamma=gamma, patch_size=4, embed_dim=64, **settings)
     with torch.no_grad():  # positions as if they had been learnt
         model.pos_embed[0, 1:, 1:] = build_sincos2d_pos_embed([7, 7], 64)[:, 1:]
     return model
@@ -147,9 +147,9 @@ def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halt
 
 def test_an_optimizer_that_would_not_hold_channel_0_is_refused():
     model = varied_model()
-    inner = torch.optim.SGD(model.parameters())
+    optimizer = Lookahead(torch.optim.SGD(model.parameters()))
     with refused("Lookahead calls no hooks of its steps"):
-        scale_channel_rate(model, Lookahead(inner), 0.0)
+        scale_channel_rate(model, optimizer, 0.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])

@@ -31,7 +31,7 @@ def interleave(
         seconds = _time(step)
         if seconds < 3 * minimum:  # the first call warms up
             seconds = _time(step)
-        calls[name] = round(minimum / seconds) or 1
+        calls[name] = max(1, round(minimum / seconds))
     for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
         for name, step in steps.items():
             samples[name].append(_time(step, calls[name]))

@@ -151,7 +151,8 @@ def difference_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     for name, part in table.groupby(table["model"].str.split(", ").str[0], sort=False):
         part = part.sort_values(x)
         points = ", ".join(one.partition(", ")[2] or "as trained" for one in part["model"])
-        label = f"{name}: {points.replace(', r = ', ', ')}" if len(part) > 1 else name
+        points = points.replace(", r = ", ", ")  # once is enough
+        label = f"{name}: {points}" if len(part) > 1 else name
         ends = 100 * part["low_macro"], 100 * part["high_macro"]
         curve(axis, name, part[x], 100 * part["difference_macro"], *ends, label)
     axis.set(xlabel=xlabel, ylabel="mean per-class accuracy minus DeiT's [points]")

@@ -205,11 +205,8 @@ def fit(
             if epoch < config.epochs:
                 state = {name: part.state_dict() for name, part in changing.items()}
                 write_state(output / RESUME, state | {"records": records})
-            print(
-                f"{output.name}, epoch {epoch}/{config.epochs}: loss {record['train_loss']:.4g}, "
-                f"accuracy {record['val_accuracy']:.4g}",
-                flush=True,
-            )
+            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
+            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
 
     if rank == 0:
         (output / RESUME).unlink(missing_ok=True)

@@ -43,8 +43,8 @@ def small_palette():
     """A TIFF whose palette has 0..255 where 0..65535 is meant."""
     image = new("P", 200)
     image.putpalette([value for value in range(256) for _ in "RGB"])
-    right = struct.pack("<768H", *3 * [*range(0, 65536, 256)])
-    return encode(image, "TIFF").replace(right, struct.pack("<768H", *3 * [*range(256)]))
+    right = struct.pack("<768H", *3 * [*range(0, 65536, 256)])  # of two bytes the second
+    return encode(image, "TIFF").replace(right, right[1:] + b"\0")
 
 
 @pytest.mark.parametrize(
