@@ -41,7 +41,7 @@ from avit_lib.evaluation.speed import Step, infer
 from avit_lib.flops import MergingTrace, flops_of, plain_flops, trace_model
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.packed import Layout
-from avit_lib.peers import PEERS, make_peers
+from avit_lib.peers import make_peers
 from avit_lib.report import figures
 from avit_lib.starts import fit_start
 from avit_lib.study import get_profile
@@ -167,7 +167,7 @@ def prepare(size: Size, seed: int, device: torch.device) -> Rivals:
     fit_start(avit, images, target_distribution(DEPTH * layers, SPREAD * layers, layers))
     models = {"DeiT": plain}
     models |= dict.fromkeys(("A-ViT masked", "A-ViT padded", "A-ViT packed"), avit)
-    models |= {name: choose_peer(name, plain) for name in PEERS}
+    models |= {name: choose_peer(name, plain) for name in get_profile("caltech24").peers}
     models["Adaptive merging"] = adapt(plain, images, SAVED)
     gc.freeze()  # what is there need not be looked through before each timing
     return Rivals(size, models, images)

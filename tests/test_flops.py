@@ -7,7 +7,7 @@ from torch import nn
 
 from avit_lib.adaptive import without_thresholds
 from avit_lib.flops import counted_flops, flops_of, linear_flops, plain_flops, trace_model
-from avit_lib.peers.tome import TokenMerging
+from avit_lib.peers import make_peers, tome
 
 
 def test_of_a_plain_transformer():
@@ -26,7 +26,7 @@ def test_of_images_of_another_size_than_the_model_s():
     plain = timm.create_model("deit_nano", dynamic_img_size=True)
     halting = timm.create_model("avit_nano", dynamic_img_size=True, beta=-1e4)
     images = torch.randn(2, 3, 56, 42)
-    for model in (plain, halting, TokenMerging(plain, 2), without_thresholds(plain)):
+    for model in (plain, halting, tome.merge_tokens(plain, 2), without_thresholds(plain)):
         trace = trace_model(model.eval(), images)[1]
         assert trace.depth.shape == (2, 49)
         assert flops_of(model, trace)[0] == pytest.approx(counted_flops(model, images), rel=1e-6)
@@ -39,8 +39,9 @@ def test_of_linear_layers_of_somebody_else_s():
     assert linear_flops(nn.Sequential(foreign, nn.Linear(2, 3))) == 15 + 6
 
 
-@pytest.mark.parametrize("r", [1, 100])
-def test_of_token_merging(r):
-    model, images = TokenMerging(timm.create_model("deit_nano"), r), torch.randn(2, 3, 28, 28)
+@pytest.mark.parametrize("peer", [{"ToMe": [1]}, {"ToMe": [100]}, {"EViT": [0.6]}])
+def test_of_peers(peer):
+    [model] = make_peers(timm.create_model("deit_nano"), peer).values()
+    images = torch.randn(2, 3, 28, 28)
     predicted = flops_of(model, trace_model(model, images)[1]).tolist()
     assert predicted == 2 * [pytest.approx(counted_flops(model, images), rel=1e-6)]

@@ -9,12 +9,16 @@ from functools import partial
 
 from torch import nn
 
-from avit_lib.peers.tome import TokenMerging
+from avit_lib.peers.pruning import draw_worth, prune
+from avit_lib.peers.tome import merge_tokens
 
 # Of each, how it is made from a model and its number, and what that is called.
 PEERS = {
-    "ToMe": (TokenMerging, "r"),
-    "ToMe in every second layer": (partial(TokenMerging, step=2), "r"),
+    "ToMe": (merge_tokens, "r"),
+    "ToMe in every second layer": (partial(merge_tokens, step=2), "r"),
+    "EViT": (prune, "kept"),
+    "Top-k attention": (partial(prune, fuse=False), "kept"),
+    "Random patches": (partial(prune, rate=draw_worth, fuse=False), "kept"),
 }
 
 

@@ -1,14 +1,12 @@
-"""Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461): a peer without training."""
+"""Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461)."""
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avit_lib.backbone import TokensLeave, check_followed
 from avit_lib.errors import UserError
-from avit_lib.flops import MergingTrace, block_flops, fixed_flops
-from avit_lib.packed import packed_attention, whole_layout
+from avit_lib.peers.reduction import TokenReduction
 
 
 def match(keys: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,67 +38,34 @@ def merge(values: Tensor, stay: Tensor, gone: Tensor, target: Tensor) -> Tensor:
     return kept.scatter_add(1, target[..., None].expand_as(joiners), joiners)
 
 
-class TokenMerging(nn.Module):
-    """A trained VisionTransformer that merges the ``r`` most similar pairs in each layer.
+def merge_pairs(
+    tokens: Tensor, qkv: Tensor, size: Tensor | None, left: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Merge the most similar pairs, of set A into set B (``reduce`` of ``TokenReduction``)."""
+    size = torch.ones_like(tokens[..., :1]) if size is None else size
+    places = match(qkv[:, :, 1].mean(dim=2), tokens.shape[1] - left)
+    sums = merge(tokens * size, *places)
+    size = merge(size, *places)
+    stay, gone, _ = places
+    return sums / size, size, stay, gone
 
-    It shares the weights. With ``step`` 2 it merges in every second layer alone, which the paper
-    doesn't try.
+
+def match_flops(block: nn.Module, count: int) -> float:
+    """FLOPs of ``match``: each key of A with each of B, averaged over heads."""
+    return (count - count // 2) * (count // 2) * block.attn.head_dim
+
+
+def merge_tokens(model: VisionTransformer, r: int, step: int = 1) -> TokenReduction:
+    """A trained ``model`` that merges the ``r`` most similar pairs in each layer.
+
+    With ``step`` 2 it merges in every second layer alone, which the paper doesn't try. Raises
+    UserError for r < 0, and as ``TokenReduction``.
     """
+    if r < 0 or r % 1 or step < 1 or step % 1:
+        raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")
 
-    def __init__(self, model: VisionTransformer, r: int, step: int = 1):
-        """Raises UserError unless ``model`` is plain, with one class token, and for r < 0."""
-        super().__init__()
-        plain = type(model) is VisionTransformer and model.has_class_token
-        if not plain or model.num_prefix_tokens != 1:
-            raise UserError(
-                "tokens are merged in a plain vision transformer with one class token; "
-                "take a DeiT or ViT"
-            )
-        if r < 0 or r % 1 or step < 1 or step % 1:
-            raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")
-        self.model, self.blocks = model, model.blocks
-        self.numbers = [0 if layer % step else r for layer in range(1, len(model.blocks) + 1)]
+    def count_left(layer: int, count: int) -> int:
+        most = (count - 1) // 2  # all of A but the class token
+        return count if layer % step else count - min(r, most)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        return self.forward_with_trace(images)[0]
-
-    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
-        """Logits [B, K] of images [B, C, H, W], and how deep each token went.
-
-        Of two tokens that merge, that of set A becomes part of that of set B. Raises UserError
-        where somebody counts on tokens in their places.
-        """
-        model = self.model
-        check_followed(model)
-        tokens = TokensLeave.embed(model, images)
-        size = torch.ones_like(tokens[..., :1])  # how many of the first tokens each stands for
-        first = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        depth = torch.full_like(first, len(model.blocks))
-        for layer, (block, r) in enumerate(zip(model.blocks, self.numbers, strict=True), start=1):
-            count = tokens.shape[1]
-            layout = whole_layout(len(tokens), count, tokens.device)
-            bias = size.log().flatten()  # softmax(q k^T / sqrt(d) + log s) (equation 1)
-            tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
-            tokens = tokens.unflatten(0, (-1, count))
-            if r:
-                keys = qkv[:, 1].mean(dim=1).unflatten(0, (-1, count))
-                stay, gone, target = match(keys, min(r, (count - 1) // 2))
-                sums = merge(tokens * size, stay, gone, target)
-                size = merge(size, stay, gone, target)
-                tokens = sums / size
-                depth.scatter_(1, first.gather(1, gone), layer)
-                first = first.gather(1, stay)
-            tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-        return model.forward_head(model.norm(tokens)), MergingTrace(depth)
-
-    def flops_of(self, trace: MergingTrace) -> Tensor:
-        """FLOPs [B] of the images traced: the same for all, since all merge as many tokens."""
-        model, count = self.model, trace.depth.shape[1]
-        done = fixed_flops(model, count)
-        for block, r in zip(model.blocks, self.numbers, strict=True):
-            r = min(r, (count - 1) // 2)  # at most all of set A but the class token
-            matching = (count - count // 2) * (count // 2) * block.attn.head_dim  # A with B
-            done += block_flops(block, count, count - r, merges=False) + matching * (r > 0)
-            count -= r
-        return torch.full((len(trace.depth),), done, dtype=torch.float64)
+    return TokenReduction(model, count_left, merge_pairs, match_flops)

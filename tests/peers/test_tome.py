@@ -24,7 +24,7 @@ def test_it_does_what_a_loop_over_single_images_does(r):
     model = scatter(timm.create_model("deit_nano").double())
     images = noise(3, 3, 28, 28)
     plain = model(images)
-    logits, trace = trace_model(tome.TokenMerging(model, r), images)
+    logits, trace = trace_model(tome.merge_tokens(model, r), images)
     for number, image in enumerate(images):
         expected, depth = merge_slowly(model, image, choose)
         torch.testing.assert_close(logits[number], expected)
@@ -45,22 +45,22 @@ def test_what_cannot_merge_is_refused():
     halting, adaptive = timm.create_model("avit_nano"), without_thresholds(plain)
     for model, r in ((halting, 2), (adaptive, 2), (registers, 2), (plain, -1), (plain, 2.5)):
         with refused(""):
-            tome.TokenMerging(model, r)
+            tome.merge_tokens(model, r)
     for step in (0, 1.5):
         with refused("whole numbers"):
-            tome.TokenMerging(plain, 2, step)
+            tome.merge_tokens(plain, 2, step)
 
 
 @pytest.mark.parametrize("part", ["", "1", "1.attn", "1.attn.attn_drop", "1.drop_path1"])
 def test_a_hook_that_would_never_be_called_is_refused(part):
-    model = tome.TokenMerging(timm.create_model("deit_nano"), 2)
+    model = tome.merge_tokens(timm.create_model("deit_nano"), 2)
     model.blocks.get_submodule(part).register_forward_hook(lambda *_: None)
     with refused("a hook on a block"):
         model(noise(3, 3, 28, 28))
 
 
 def test_a_block_of_one_s_own_is_refused():
-    model = tome.TokenMerging(timm.create_model("deit_nano"), 2)
+    model = tome.merge_tokens(timm.create_model("deit_nano"), 2)
     model.blocks[1].forward = lambda tokens: tokens
     with refused("a Block of its blocks is not timm's plain one"):
         model(noise(3, 3, 28, 28))

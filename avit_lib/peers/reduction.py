@@ -1,0 +1,90 @@
+"""A trained VisionTransformer of which tokens leave in some layers: what the peers have in common.
+
+They leave between attention and MLP, equally many in every image. A peer is three functions: how
+many are left, which, and what it costs to choose them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from avit_lib.backbone import TokensLeave, check_followed
+from avit_lib.errors import UserError
+from avit_lib.flops import MergingTrace, block_flops, fixed_flops
+from avit_lib.packed import packed_attention, packed_mlp, whole_layout
+
+
+class TokenReduction(nn.Module):
+    """A trained model, whose weights it shares, in which tokens leave.
+
+    ``count_left`` of a layer, 1..L, and its number of tokens: how many are left.
+    ``reduce`` of tokens [B, N, D] after attention, queries, keys and values [B, N, 3, heads, d],
+    sizes [B, N, 1] (how many tokens each stands for; None: one each), and how many shall be left:
+    the new tokens and sizes, the places of those that stay, in their new order (N for one that is
+    made of others), and of those that leave.
+    ``choice_flops`` of a block and its number of tokens: what choosing them costs.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        count_left: Callable[[int, int], int],
+        reduce: Callable,
+        choice_flops: Callable[[nn.Module, int], float],
+    ):
+        """Raises UserError unless ``model`` is plain, with one class token."""
+        super().__init__()
+        plain = type(model) is VisionTransformer and model.has_class_token
+        if not plain or model.num_prefix_tokens != 1:
+            raise UserError(
+                "a peer takes a plain vision transformer with one class token: a DeiT or ViT"
+            )
+        self.model, self.blocks = model, model.blocks
+        self.count_left, self.reduce, self.choice_flops = count_left, reduce, choice_flops
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.forward_with_trace(images)[0]
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
+        """Logits [B, K] of images [B, C, H, W], and how deep each token went.
+
+        Raises UserError where somebody counts on tokens in their places.
+        """
+        model = self.model
+        check_followed(model)
+        tokens, size = TokensLeave.embed(model, images), None
+        images, whole, _ = tokens.shape
+        first = torch.arange(whole, device=tokens.device).expand(images, -1)
+        # One more column, for all tokens that are made.
+        depth = F.pad(torch.full_like(first, len(model.blocks)), (0, 1))
+        for layer, block in enumerate(model.blocks, start=1):
+            count = tokens.shape[1]
+            layout = whole_layout(images, count, tokens.device)
+            bias = None if size is None else size.log().flatten()
+            tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
+            left = self.count_left(layer, count)
+            if left < count:
+                tokens, qkv = (values.unflatten(0, (-1, count)) for values in (tokens, qkv))
+                tokens, size, stay, gone = self.reduce(tokens, qkv, size, left)
+                tokens = tokens.flatten(0, 1)
+                layout = whole_layout(images, left, tokens.device)
+                depth.scatter_(1, first.gather(1, gone), layer)
+                first = F.pad(first, (0, 1), value=whole).gather(1, stay)
+            tokens = packed_mlp(block, tokens, layout).unflatten(0, (images, -1))
+        return model.forward_head(model.norm(tokens)), MergingTrace(depth[:, :whole])
+
+    def flops_of(self, trace: MergingTrace) -> Tensor:
+        """FLOPs [B] of the images traced: the same for all, since as many tokens leave."""
+        count = trace.depth.shape[1]
+        done = fixed_flops(self.model, count)
+        for layer, block in enumerate(self.blocks, start=1):
+            left = self.count_left(layer, count)
+            done += block_flops(block, count, left, merges=False)
+            if left < count:
+                done += self.choice_flops(block, count)
+            count = left
+        return torch.full((len(trace.depth),), done, dtype=torch.float64)
