@@ -220,6 +220,8 @@ def _read(path: Path, draft: bool = False) -> Image.Image:
     which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
     try:
+        if path.is_fifo():  # would wait for a writer
+            raise ValueError("a pipe, no file")
         # Not by its name: Pillow then maps a TIFF into memory, and a turned one in grey wrongly.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if draft:
@@ -243,7 +245,7 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     """Raise ValueError for an opened file that Pillow reads, but wrongly."""
     tags, layout = getattr(image, "tag_v2", {}), str(image.tile)
     # Of grey with more than 8 bits nobody knows which is white; of colours Pillow drops the lower.
-    deep = image.mode.startswith(("F", "I")) or ";16" in layout
+    deep = image.mode.startswith(("F", "I")) or re.search("(?<!BGR);16", layout)
     highest = re.search(r"'ppm.*, (\d+)\)", layout)  # value of a PPM
     if deep or (highest and int(highest[1]) > 255) or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")

@@ -1,6 +1,7 @@
 """Images of every kind become the same bytes; on disk or in memory, batches are equal."""
 
 import io
+import os
 import struct
 
 import numpy as np
@@ -39,6 +40,13 @@ def clear_bmp():
     return b"BM" + struct.pack("<IHHI", 138, 0, 0, 122) + head + b"\x09\x09\x09\x00" * 4
 
 
+def bmp_of_16_bits():
+    """A BMP of 5, 6 and 5 bits a colour: blue."""
+    head = struct.pack("<IiiHHIIiiII", 40, 20, 20, 1, 16, 3, 800, 0, 0, 0, 0)
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    return b"BM" + struct.pack("<IHHI", 866, 0, 0, 66) + head + masks + b"\x1f\x00" * 400
+
+
 def small_palette():
     """A TIFF whose palette has 0..255 where 0..65535 is meant."""
     image = new("P", 200)
@@ -55,6 +63,7 @@ def small_palette():
         (encode(new("RGBA", (0, 0, 255, 51)), "PNG"), (204, 204, 255)),
         (encode(new("CMYK", (0, 255, 255, 0)), "JPEG"), "red"),
         (encode(new("LAB", (128, 128, 128)), "TIFF"), (119, 119, 119)),
+        (bmp_of_16_bits(), "blue"),
         (encode(new("1", 1), "GIF", save_all=True, append_images=[new("1", 0)]), "white"),
     ],
 )
@@ -84,6 +93,12 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, content, reason)
     path.write_bytes(content)
     with refused(f"{path} .*{reason}.*; mend or remove"):
         read_image(path, 16)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with refused("a pipe, no file"):
+        decode(tmp_path / "image.png", 16)
 
 
 def test_a_fault_of_the_library_is_not_told_as_one_of_the_file(tmp_path, monkeypatch):
