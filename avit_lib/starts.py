@@ -163,8 +163,9 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     layer, the paper's target distribution say. Channel 0 starts, of each position, as the mean of
     ``unimportance`` there; each MLP adds what is missing to that in the attention of the next
     layer, whole where a layer scale follows. Raises UserError when less than a patch of an image is
-    left for the last layer, when ``halting`` is no distribution over its layers, and for a model
-    in which channel 0 is not free to be written: before the first change.
+    left for the last layer, when ``halting`` is no distribution over its layers, for images of
+    another size, and for a model in which channel 0 is not free to be written: before the first
+    change.
     """
     check_images(images)
     missing = any(parameter is None for parameter, _ in channel_parameters(model))
@@ -174,6 +175,12 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             "gamma above 0; leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
+    tokens = model.embed(images[:1]).shape[1]
+    if layers < 2 or tokens != patches + 1:
+        raise UserError(
+            "the fit of channel 0 takes two layers or more, and images of the size that the model "
+            "is made for"
+        )
     shares = len(halting) == layers and halting.min() >= 0 and abs(halting.sum() - 1) < 1e-3
     if not shares or halting[-1] * patches < 1:
         raise UserError(
