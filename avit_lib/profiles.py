@@ -37,7 +37,7 @@ def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
             f"{path} would share the results of the profile {path.stem}: give the file another name"
         )
     tables = read_tables(path)
-    shared = {"training": check(path, "training", tables.pop("training", {}), dict)}
+    shared = {"training": check(path, "training", tables.get("training", {}), dict)}
     given = check(path, "runs", tables.get("runs", {}), dict[str, dict])
     if any("name" in table for table in (tables, *given.values())):
         raise UserError(f"{path}: name: a profile is called like its file, a run like its section")

@@ -120,13 +120,16 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adapted: tuple[Saved, ...] = ()  # such budgets of ``adaptive.adapt``, as shares of FLOPs saved
     sweep: tuple[str, ...] = ()  # runs that notebook 08 trains from each of these seeds
     sweep_seeds: tuple[Seed, ...] = (0, 1, 2)
+    # Further peers of notebook 08, which trains them and those above: the mildest number first.
+    sweep_peers: dict[str, tuple[int | float, ...]] = {}
     licence: str = ""  # of the weights that ``scripts/release.py`` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
 
     def __post_init__(self):
         labels, before = [run.label for run in self.runs], {""}
         for run in self.runs:
-            if re.search(r", |[|\n]", run.label) or labels.count(run.label) > 1:
+            unfit = not run.label.strip() or re.search(r", |[|\n]", run.label)
+            if unfit or labels.count(run.label) > 1:
                 raise ValueError(
                     f"label {run.label!r}: tables need one that no other run has, without comma, "
                     f"bar or line break"
@@ -141,7 +144,9 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(
                     f"image_size {self.data.image_size} is no multiple of the patch of {run.model}"
                 )
-        for name in self.peers.keys() - PEERS:
+        for name in {self.focus, *self.sweep} - before:
+            raise ValueError(f"focus and sweep name runs; there is no run {name!r}")
+        for name in {*self.peers, *self.sweep_peers} - {*PEERS}:
             raise ValueError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
         if len(set(self.sweep_seeds)) < len(self.sweep_seeds):
             raise ValueError("sweep_seeds names a seed twice")
@@ -168,5 +173,8 @@ def get_profile(name: str) -> Profile:
     is missing or something in it is wrong.
     """
     path, tables = read_profile(name)
+    # what every run says anew is checked, too
+    shared = {"epochs": 1, "learning_rate": 1.0} | tables.pop("training", {})
+    check(path, "training", shared, Training)
     tables["runs"] = [check(path, f"runs.{run['name']}", run, Run) for run in tables["runs"]]
     return check(path, "", tables, Profile)
