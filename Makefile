@@ -94,7 +94,7 @@ $(STAMPS)/03_train_avit: $(STAMPS)/02_finetune_deit
 $(STAMPS)/04_evaluation: $(STAMPS)/03_train_avit
 $(STAMPS)/05_halting_analysis: $(STAMPS)/04_evaluation
 $(STAMPS)/06_efficiency: $(STAMPS)/04_evaluation
-$(STAMPS)/07_adapt: $(STAMPS)/04_evaluation
+$(STAMPS)/07_adapt: $(STAMPS)/06_efficiency
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
