@@ -1,4 +1,4 @@
-"""Packed execution: tokens that halt, or merge, leave the computation: what is saved is time.
+"""Packed execution: tokens that halt, or merge, leave the computation.
 
 The active tokens of all images lie one after another in a single buffer [T, D]:
 

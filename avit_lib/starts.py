@@ -1,7 +1,7 @@
 """Where halting starts: what gamma, beta and channel 0 are before any training.
 
-With beta too low, epochs pass before anything halts; too high, and the first steps tear a trained
-backbone apart. So beta is calibrated to a depth of one's choice (``calibrate_beta``). But channel
+With beta too low nothing halts at first; with beta too high most tokens halt before a trained
+backbone has used them. So beta is calibrated to a depth of one's choice (``calibrate_beta``). But channel
 0 of a trained backbone is arbitrary, and so are the tokens that halt first. ``fit_start`` (not in
 the paper) writes into it, in closed form, what the backbone knows of its tokens already: ridge
 regression on training images finds the weights with which channel 0 says, layer by layer, how well
