@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # notebooks measure times
 .SECONDEXPANSION:
-.PHONY: help setup lab reproduce seeds readme site train release animate benchmark test lint lock clean clean-results
+.PHONY: help setup lab reproduce seeds paper readme site train release animate benchmark test lint lock clean clean-results
 
 help:  ## List the targets and variables
 	@echo "usage: make TARGET [VARIABLE=value ...]"; echo; echo "targets:"
@@ -77,16 +77,17 @@ AS_SEEN_FROM_NOTEBOOKS := $(if $(filter %.toml,$(filter-out /%,$(PROFILE))),../)
 dependencies = $(or $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/dependencies.py "$(PROFILE)" $(1)), \
 	$(error cannot tell what the notebooks of PROFILE=$(PROFILE) depend on))
 
-ifneq ($(filter reproduce seeds,$(MAKECMDGOALS)),)
+ifneq ($(filter reproduce seeds paper,$(MAKECMDGOALS)),)
 NAMES := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
 # an executed copy that somebody removed is made again
 $(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMPS)/$(name): missing-copy)))
 .PHONY: missing-copy
 endif
 
-reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, everything but 08
-seeds: $(STAMPS)/08_seeds  ## Run 08, and what it reads: models that PROFILE names as sweep, from several seeds
-reproduce seeds:
+reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds 09_paper,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
+seeds: $(STAMPS)/08_seeds  ## Run 08, and what it reads: models and peers, trained alike from several seeds
+paper: $(STAMPS)/09_paper  ## Run 09, and what it reads: the paper's own settings, for many epochs
+reproduce seeds paper:
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 
 # What a notebook reads of others: trained models, tables.
@@ -96,6 +97,7 @@ $(STAMPS)/05_halting_analysis: $(STAMPS)/04_evaluation
 $(STAMPS)/06_efficiency: $(STAMPS)/04_evaluation
 $(STAMPS)/07_adapt: $(STAMPS)/06_efficiency
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
+$(STAMPS)/09_paper: $(STAMPS)/02_finetune_deit
 
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
 # newer. The executed copy is replaced by a good one only.
@@ -144,7 +146,7 @@ benchmark: setup  ## Time all methods side by side (25 minutes on 2 cores; leave
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 	rm -rf results/smoke
-	$(MAKE) --no-print-directory reproduce seeds PROFILE=smoke SEED=0
+	$(MAKE) --no-print-directory reproduce seeds paper PROFILE=smoke SEED=0
 
 lint: setup  ## Check style, types and the direction of imports
 	$(BIN)/ruff check

@@ -165,7 +165,7 @@ def name_origin(name: str, source: str) -> str:
     """A line that says by which command, commit and machine a result was made."""
     facts: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
     target = "reproduce" if re.match(r"\d\d_", source) else source
-    target = "seeds" if source == "08_seeds" else target
+    target = {"08_seeds": "seeds", "09_paper": "paper"}.get(source, target)
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
         command = "make benchmark" if source == name else f"python scripts/{source}.py"

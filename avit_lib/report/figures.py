@@ -27,6 +27,7 @@ PALETTE = sns.color_palette("colorblind")
 AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "halting trained": "C3",
     "halting held": "C1",
+    "calibrated": "#00573f",
     "halting taught": "#7f0000",
     "ImageNet": "C5",
     "": "C2",
