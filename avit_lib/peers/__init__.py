@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import nn
 
+from avit_lib.peers.ats import TokenSampling
 from avit_lib.peers.pruning import draw_worth, prune
 from avit_lib.peers.tome import merge_tokens
 
@@ -19,6 +20,7 @@ PEERS = {
     "EViT": (prune, "kept"),
     "Top-k attention": (partial(prune, fuse=False), "kept"),
     "Random patches": (partial(prune, rate=draw_worth, fuse=False), "kept"),
+    "ATS": (TokenSampling, "K"),
 }
 
 
