@@ -1,11 +1,11 @@
 """Where halting starts: what gamma, beta and channel 0 are before any training.
 
 With beta too low nothing halts at first; with beta too high most tokens halt before a trained
-backbone has used them. So beta is calibrated to a depth of one's choice (``calibrate_beta``). But channel
-0 of a trained backbone is arbitrary, and so are the tokens that halt first. ``fit_start`` (not in
-the paper) writes into it, in closed form, what the backbone knows of its tokens already: ridge
-regression on training images finds the weights with which channel 0 says, layer by layer, how well
-each patch can be spared: how little the class token attends to it in the next layer
+backbone has used them. So beta is calibrated to a depth of one's choice (``calibrate_beta``). But
+channel 0 of a trained backbone is arbitrary, and so are the tokens that halt first. ``fit_start``
+(not in the paper) writes into it, in closed form, what the backbone knows of its tokens already:
+ridge regression on training images finds the weights with which channel 0 says, layer by layer, how
+well each patch can be spared: how little the class token attends to it in the next layer
 (``unimportance``). No parameter is added: channel 0 is freed of what it meant to the backbone, and
 learns at a rate of its own (``scale_channel_rate``).
 """

@@ -32,7 +32,8 @@ AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "ImageNet": "C5",
     "": "C2",
 }
-PEER_COLOURS = ("C4", "#6a3d9a", "#806000", "C8", "C6")  # in the order of the registry, then again
+# In the order of the registry, then again.
+PEER_COLOURS = ("C4", "#6a3d9a", "#806000", "C8", "C6", "#66a61e")
 OTHER_COLOURS = {
     "merging trained": INK,
     "Adaptive": "C7",

@@ -120,7 +120,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     adapted: tuple[Saved, ...] = ()  # such budgets of ``adaptive.adapt``, as shares of FLOPs saved
     sweep: tuple[str, ...] = ()  # runs that notebook 08 trains from each of these seeds
     sweep_seeds: tuple[Seed, ...] = (0, 1, 2)
-    # Further peers of notebook 08, which trains them and those above: the mildest number first.
+    # Peers of notebook 08, the mildest number first; it trains each with the last but one.
     sweep_peers: dict[str, tuple[int | float, ...]] = {}
     licence: str = ""  # of the weights that ``scripts/release.py`` writes
     notes: tuple[str, ...] = ()  # where the numbers come from, for the page of results
