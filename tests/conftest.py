@@ -129,6 +129,32 @@ def merge_slowly(model, image, choose):
     return model.forward_head(model.norm(whole[None]))[0], depth
 
 
+def leave_slowly(model, image, choose):
+    """Logits [K] and depth [N] of an image [C, H, W], token by token; some leave after attention.
+
+    ``choose(layer, attention, values)`` says, of a layer 0..L-1, of the class token's attention
+    [heads, M] and of the values [M, heads, d], which rows stay, and the weights of a row that is
+    made of others, by row, if one is.
+    """
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    depth = torch.full((len(tokens),), len(model.blocks))
+    places = [*range(len(tokens))]  # of each token in the image; None: it was made
+    for layer, block in enumerate(model.blocks):
+        qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
+        q, k, v = qkv.unbind(1)
+        attention = (torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        tokens = tokens + block.attn.proj(torch.einsum("hqk,khd->qhd", attention, v).flatten(1))
+        stay, weights = choose(layer, attention[:, 0], v)
+        for row in {*range(len(tokens))} - {*stay}:
+            if places[row] is not None:
+                depth[places[row]] = layer + 1
+        made = [sum(weight * tokens[row] for row, weight in weights.items())] if weights else []
+        tokens = torch.stack([*tokens[stay], *made])
+        places = [places[row] for row in stay] + [None] * len(made)
+        tokens = tokens + block.mlp(block.norm2(tokens))
+    return model.forward_head(model.norm(tokens[None]))[0], depth
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 
