@@ -4,6 +4,7 @@ Data in, Figure out, neither shown nor written.
 """
 
 import io
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def difference_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     for name, part in table.groupby(table["model"].str.split(", ").str[0], sort=False):
         part = part.sort_values(x)
         points = ", ".join(one.partition(", ")[2] or "as trained" for one in part["model"])
-        points = points.replace(", r = ", ", ")  # once is enough
+        points = re.sub(r", \w+ = ", ", ", points)  # once is enough
         label = f"{name}: {points}" if len(part) > 1 else name
         ends = 100 * part["low_macro"], 100 * part["high_macro"]
         curve(axis, name, part[x], 100 * part["difference_macro"], *ends, label)
