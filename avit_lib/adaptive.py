@@ -19,6 +19,7 @@ from avit_lib.backbone import (
     check_images,
     evaluating,
     is_exporting,
+    is_hooked,
     why_not_plain,
 )
 from avit_lib.errors import UserError
@@ -252,6 +253,8 @@ def why_not(model: nn.Module) -> str:
         return (
             "its forward was replaced, by torch.compile(model.forward) say; adapt the model first"
         )
+    if is_hooked(model):
+        return "it has hooks, which its calibration would pass by; adapt the model first"
     if reason := why_not_plain(model):
         return reason
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in model.parameters()):

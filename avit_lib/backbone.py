@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models._features import feature_take_indices
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,8 @@ class TokensLeave(VisionTransformer):
 
     def embed(self, images: Tensor) -> Tensor:
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
+        if is_hooked(self.blocks):
+            raise UserError("a hook on all blocks at once would never be called; put it on a block")
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
     def forward(self, x: Tensor, *, with_trace: bool = False) -> Any:
@@ -101,9 +103,7 @@ class TokensLeave(VisionTransformer):
 
     @torch.compiler.disable  # it would guard each of some hundred parts
     def hooked(self) -> bool:
-        """Whether somebody listens to a block or to a part of one; raises UserError if in vain."""
-        if is_hooked(self.blocks):
-            raise UserError("a hook on all blocks at once would never be called; put it on a block")
+        """Whether somebody listens to a block or to a part of one."""
         parts = [*self.blocks]
         for part in parts:  # grows; several times as fast as modules()
             if is_hooked(part):
@@ -210,6 +210,7 @@ def why_not_plain(model: VisionTransformer) -> str:
         plain = {block: (Block,)}
         if type(block) is Block:
             plain |= {block.attn: (Attention,), block.mlp: TOKENWISE}
+            plain |= dict.fromkeys((block.ls1, block.ls2), (LayerScale, nn.Identity))
         for part, kinds in plain.items():
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"

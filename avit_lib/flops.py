@@ -81,7 +81,9 @@ def block_flops(
 def linear_flops(module: nn.Module) -> int:
     """FLOPs of all linear layers in ``module``, for one token; quantised ones count as others."""
     inner = sum(map(linear_flops, module.children()))
-    return inner or getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+    if inner and "weight" not in module._parameters:  # its features are those of a layer inside
+        return inner
+    return inner + getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
 
 
 def fixed_flops(model: VisionTransformer, count: int) -> float:

@@ -176,8 +176,10 @@ def register(size: str) -> None:
         here = weights_file(published)
         # With a pretrained_cfg of its own, the weights are somebody else's.
         ours = pretrained and isinstance(options.get("pretrained_cfg"), str | None)
-        if ours and here.is_file():
-            options["pretrained_cfg_overlay"] = {"file": str(here)}
+        overlay = options.get("pretrained_cfg_overlay") or {}
+        named = {"file", "url", "state_dict", "hf_hub_id"} & overlay.keys()
+        if ours and not named and here.is_file():
+            options["pretrained_cfg_overlay"] = {"file": str(here)} | overlay
         return build_model_with_cfg(AViT, name, pretrained, feature_cfg=features, **options)
 
     create.__name__ = name

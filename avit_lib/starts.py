@@ -123,6 +123,15 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int |
         yield getattr(norm, "weight", None), 0
 
 
+def _check_parameters(model: AViT) -> None:
+    """Raise UserError where channel 0 is written by what is no parameter, but made of others."""
+    if not all(isinstance(one, nn.Parameter | None) for one, _ in channel_parameters(model)):
+        raise UserError(
+            "channel 0 is written by weights that prune or weight_norm makes anew in every step; "
+            "remove them first"
+        )
+
+
 def _layer_scales(block: nn.Module) -> list[nn.Parameter]:
     return [*block.ls1.parameters(), *block.ls2.parameters()]
 
@@ -133,6 +142,7 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
     Steps are scaled, not gradients: Adam would undo that. Raises UserError for an optimizer that
     calls no hooks of its steps, as timm's Lookahead.
     """
+    _check_parameters(model)
     if not hasattr(type(optimizer).step, "hooked"):
         raise UserError(
             f"{type(optimizer).__name__} calls no hooks of its steps; take an optimizer of torch's"
@@ -168,6 +178,7 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     change.
     """
     check_images(images)
+    _check_parameters(model)
     missing = any(parameter is None for parameter, _ in channel_parameters(model))
     if missing or not model.gamma > 0:
         raise UserError(

@@ -133,7 +133,12 @@ def test_hooks_on_blocks_are_called_or_refused(kind, part):
         getattr(one.blocks.get_submodule(part), kind)(lambda *_: seen.append(part))
     with refused("hook"):
         (adaptive if part else model)(images())
-    if part:
+    model.execution = "masked"
+    if not part:
+        with refused("a hook on all blocks at once"):
+            model(images())
+    else:
+        model.execution = "auto"
         found = model(images())
         found.sum().backward()
         assert_close(found, expected)
@@ -256,6 +261,15 @@ def test_a_state_dict_says_when_tokens_halt(tmp_path):
     own = timm.create_model(NAME, depth=6, checkpoint_path=str(tmp_path / "own.safetensors"))
     for again in (hub, own):
         assert_close(again.eval()(images()), model(images()))
+
+
+def test_weights_that_an_overlay_names_are_taken(tmp_path):
+    plain = timm.create_model("deit_tiny_patch16_224")
+    save_file(plain.state_dict(), tmp_path / "own.safetensors")
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    name = "avit_tiny_patch16_224"
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.head.weight, plain.head.weight)
 
 
 def test_half_precision_leaves_the_thresholds_as_they_are():

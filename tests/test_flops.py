@@ -36,7 +36,9 @@ def test_of_linear_layers_of_somebody_else_s():
     """As quantised ones."""
     foreign = nn.Identity()
     foreign.in_features, foreign.out_features = 3, 5
-    assert linear_flops(nn.Sequential(foreign, nn.Linear(2, 3))) == 15 + 6
+    adapted = nn.Linear(4, 4)  # as by LoRA, with further layers inside
+    adapted.down, adapted.up = nn.Linear(4, 1), nn.Linear(1, 4)
+    assert linear_flops(nn.Sequential(foreign, nn.Linear(2, 3), adapted)) == 15 + 6 + 24
 
 
 @pytest.mark.parametrize("peer", [{"ToMe": [100]}, {"EViT": [0.6]}])

@@ -134,7 +134,21 @@ def with_nan():
     return model
 
 
+def hooked():
+    model = make()
+    model.register_forward_pre_hook(lambda *_: None)
+    return model
+
+
+def mixing():
+    model = make()
+    model.blocks[1].ls1 = torch.nn.Softmax(dim=1)  # over tokens
+    return model
+
+
 BAD_MODELS = {
+    "it has hooks": hooked,
+    "a Softmax of its blocks is not timm's plain one": mixing,
     "ResNet cannot be adapted: it is no plain": lambda: timm.create_model("resnet10t"),
     "AViT cannot be adapted: it is no plain": lambda: timm.create_model("avit_nano"),
     "half precision": lambda: make().bfloat16(),

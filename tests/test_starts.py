@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import bright_and_dark, channels, noise, refused, varied_model
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.optim import Lookahead
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from avit_lib import starts
@@ -153,6 +154,15 @@ def test_an_optimizer_that_would_not_hold_channel_0_is_refused():
     optimizer = Lookahead(torch.optim.SGD(model.parameters()))
     with refused("Lookahead calls no hooks of its steps"):
         scale_channel_rate(model, optimizer, 0.0)
+
+
+def test_weights_that_are_made_anew_in_every_step_are_refused():
+    model = untouched_model()
+    prune.identity(model.blocks[1].mlp.fc2, "weight")
+    with refused("prune or weight_norm"):
+        fit_start(model, images(), HALTING)
+    with refused("prune or weight_norm"):
+        scale_channel_rate(model, torch.optim.SGD(model.parameters()), 0.0)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])

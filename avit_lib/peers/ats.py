@@ -22,6 +22,7 @@ from avit_lib.packed import (
     whole_layout,
 )
 from avit_lib.peers.pruning import rate_flops
+from avit_lib.peers.reduction import check_plain
 
 
 def sample(qkv: Tensor, most: int) -> Tensor:
@@ -48,14 +49,11 @@ class TokenSampling(nn.Module):
     """
 
     def __init__(self, model: VisionTransformer, most: int):
-        """Raises UserError for another kind of model, or a number of patches that cannot be."""
+        """Raises UserError unless ``most`` is 1, 2, ..., and as ``check_plain``."""
         super().__init__()
-        plain = type(model) is VisionTransformer and model.global_pool == "token"
-        if not plain or model.num_prefix_tokens != 1 or most < 1 or most % 1:
-            raise UserError(
-                f"ATS cannot sample {most} patches; take a whole number from 1 on, "
-                "and a plain vision transformer that answers by its one class token"
-            )
+        check_plain(model)
+        if most < 1 or most % 1:
+            raise UserError(f"{most} patches cannot be sampled; take a whole number from 1 on")
         self.model, self.blocks, self.most = model, model.blocks, most
         self.layers = range(1 + len(model.blocks) // 4, len(model.blocks))
 

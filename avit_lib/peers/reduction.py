@@ -11,10 +11,21 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from avit_lib.backbone import TokensLeave, check_followed
+from avit_lib.backbone import TokensLeave, check_followed, is_hooked
 from avit_lib.errors import UserError
 from avit_lib.flops import MergingTrace, block_flops, fixed_flops
 from avit_lib.packed import packed_attention, packed_mlp, whole_layout
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise UserError unless ``model`` is a plain transformer that answers by its class token."""
+    plain = type(model) is VisionTransformer and model.global_pool == "token"
+    changed = {"forward", "forward_features"} & vars(model).keys() or is_hooked(model)
+    if not plain or model.num_prefix_tokens != 1 or changed:
+        raise UserError(
+            "a peer takes a plain vision transformer that answers by its one class token, with "
+            "timm's own forward and without hooks: a DeiT or ViT"
+        )
 
 
 class TokenReduction(nn.Module):
@@ -35,13 +46,9 @@ class TokenReduction(nn.Module):
         reduce: Callable,
         choice_flops: Callable[[nn.Module, int], float],
     ):
-        """Raises UserError unless ``model`` is plain, with one class token."""
+        """Raises UserError as ``check_plain``."""
         super().__init__()
-        plain = type(model) is VisionTransformer and model.has_class_token
-        if not plain or model.num_prefix_tokens != 1:
-            raise UserError(
-                "a peer takes a plain vision transformer with one class token: a DeiT or ViT"
-            )
+        check_plain(model)
         self.model, self.blocks = model, model.blocks
         self.count_left, self.reduce, self.choice_flops = count_left, reduce, choice_flops
 
