@@ -67,6 +67,9 @@ lab: setup  ## Open the notebooks in JupyterLab
 
 # --- the notebooks --------------------------------------------------------------------------------
 
+# Notebooks run in their own folder.
+$(foreach name,AVIT_DATA AVIT_WEIGHTS AVIT_RESULTS,$(if $($(name)),$(eval export $(name) := $(abspath $($(name))))))
+
 RESULTS := $(or $(AVIT_RESULTS),results)/$(basename $(notdir $(PROFILE)))
 COPIES  := $(RESULTS)/notebooks
 STAMPS  := $(RESULTS)/.stamps
@@ -114,10 +117,10 @@ $(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAM
 	@rm -f $(COPIES)/$*.failed.ipynb $(STAMPS)/$*.log
 	@mv -f $@.started $@
 
-# Another seed than that of the last run: everything runs again.
+# Another seed, or another file of the same name, than in the last run: everything runs again.
 $(STAMPS)/seed:
-	@mkdir -p $(STAMPS) && echo "$(SEED)" > $@
-ifneq ($(SEED),$(shell cat $(STAMPS)/seed 2>/dev/null))
+	@mkdir -p $(STAMPS) && echo "$(SEED) $(PROFILE)" > $@
+ifneq ($(SEED) $(PROFILE),$(shell cat $(STAMPS)/seed 2>/dev/null))
 .PHONY: $(STAMPS)/seed
 endif
 

@@ -52,12 +52,22 @@ class Common:
     """What every command takes.
 
     Args:
-        profile: The study: caltech24, caltech101, ... or a TOML file of your own.
         seed: Of everything random.
     """
 
-    profile: str = "caltech24"
     seed: Seed = 0
+
+
+@Parameter(name="*")
+@dataclass
+class Studied(Common):
+    """What every command takes that works on a study.
+
+    Args:
+        profile: The study: caltech24, caltech101, ... or a TOML file of your own.
+    """
+
+    profile: str = "caltech24"
 
 
 @Parameter(name="*")
@@ -74,7 +84,7 @@ class Computing(Common):
 
 @Parameter(name="*")
 @dataclass
-class Chosen(Computing):
+class Chosen(Computing, Studied):
     """What every command takes that works on a run of a profile.
 
     Args:
@@ -233,6 +243,6 @@ def benchmark(
 
 
 @app.command
-def data(*, common: Common = Common()) -> tuple:
+def data(*, common: Studied = Studied()) -> tuple:
     """Find, read and describe the data of a profile; compare their split with the one on record."""
     return "describe_data", common

@@ -173,7 +173,8 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
         training.load_weights(model, weights)
     else:
         tag = timm.get_pretrained_cfg(name).tag
-        training.load_pretrained(model, name if "." in name or not tag else f"{name}.{tag}")
+        timm_name = name if "." in name or not tag else f"{name}.{tag}"
+        training.load_pretrained(model, timm_name, new_head=False)
     return model.eval(), {"model": name, "arguments": arguments}
 
 
@@ -230,6 +231,10 @@ def adapt(
             raise UserError(f"{path} is there already; delete it, or name another --output")
     model, described, pixels = prepare(common, name, weights, images)
     adapted = make_adaptive(model, pixels, saved)
+    with torch.inference_mode():
+        answers = [torch.cat([one(part) for part in pixels.split(64)]) for one in (model, adapted)]
+    same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
+    print(f"answers as before on {same:.1%} of these {len(pixels)} images")
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", common.seed)}
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]

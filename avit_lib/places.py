@@ -48,7 +48,13 @@ def check_embedded(place: Path) -> None:
     sums = data / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
-    within = [pair for pair in listed if (data / pair[1]).is_relative_to(place.absolute())]
+    names = place.absolute(), place.resolve()  # the second, where links or .. lead here
+    within = [
+        pair
+        for pair in listed
+        for folder in {data, data.resolve()}
+        if any((folder / pair[1]).is_relative_to(name) for name in names)
+    ]
     wrong = []
     for checksum, name in within:
         if not (data / name).is_file() or digest_file(data / name) != checksum:

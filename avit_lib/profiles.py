@@ -32,7 +32,8 @@ def read_profile(name: str) -> tuple[Path, dict[str, Any]]:
     UserError when something is missing, or named where nothing is.
     """
     path = find_profile(name)
-    if path.parent != PROFILES and (PROFILES / path.name).is_file():
+    taken = (PROFILES / path.name).is_file() or path.stem == "benchmark"
+    if path.parent != PROFILES and taken:
         raise UserError(
             f"{path} would share the results of the profile {path.stem}: give the file another name"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "avit_lib"
 PROFILES = LIBRARY / "study" / "profiles"
-EXTENDS = re.compile(r"""^\s*extends\s*=\s*["'](.+?)["']""", re.MULTILINE)
+EXTENDS = re.compile(r"""^\s*["']?extends["']?\s*=\s*["'](.+?)["']""", re.MULTILINE)
 
 
 def list_profile_files(profile: str) -> list[Path]:

@@ -146,7 +146,7 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
     shutil.copy("deit/last.safetensors", "plain.safetensors")
     source = "--model deit_nano --images images --saved 0.1"
     told = run(f"adapt {source} --weights plain.safetensors --output adaptive.safetensors").out
-    assert "of the FLOPs" in told
+    assert "of the FLOPs" in told and "before on 100.0% of these 32 images" in told
     model, described = load_checkpoint(Path("adaptive.safetensors"))
     assert isinstance(model, adaptive.Adaptive) and model.thresholds.min() < NEVER
     assert described["adapted"]["images"] == 32 and model.num_classes == 2

@@ -2,13 +2,15 @@
 
 Every image file becomes a square of bytes of the same size (``decode``), a little larger than what
 a model sees: evaluation cuts out its centre, augmentation a random part. So an image is decoded
-once; and whether a set lies in memory or on disk makes no difference to a batch. Images are RGB.
+once; whether a set lies in memory or on disk makes no difference to an image, but random draws,
+and the order in training, are others. Images are RGB.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from struct import error as StructError
@@ -145,7 +147,15 @@ def loader(
     batches.share = slice(share[0], None, share[1])
     workers = worker_count() if isinstance(data.images, ImageFiles) else 0
     # Whole batches are asked for (batch_size=None): thousands of small images are slow one by one.
-    return DataLoader(data, None, sampler=batches, generator=generator, num_workers=workers)
+    reseed = partial(_seed_worker, share[0])
+    return DataLoader(
+        data, None, False, batches, generator=generator, num_workers=workers, worker_init_fn=reseed
+    )
+
+
+def _seed_worker(rank: int, worker: int) -> None:
+    """Other augmentation in each of several processes, whose workers have the same seeds."""
+    torch.manual_seed(torch.initial_seed() + 1_000_003 * rank)
 
 
 class ShareSampler(BatchSampler):

@@ -142,8 +142,11 @@ def _git_state() -> tuple[str, bool | None]:
     ("unknown", None) outside git.
     """
     command = shlex.split("git status --porcelain=v2 --branch -- :/ :!/results :!/README.md")
+    code = Path(__file__).resolve().parents[2]  # the checkout that runs, wherever we stand
     try:
-        told = subprocess.check_output(command, cwd=project_root(), stderr=subprocess.DEVNULL)
+        if not (code / "pyproject.toml").is_file():
+            return "unknown", None
+        told = subprocess.check_output(command, cwd=code, stderr=subprocess.DEVNULL)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", None
     head, *lines = told.decode().splitlines()  # "# branch.oid <commit>", then others

@@ -1,5 +1,6 @@
 """The study as the notebooks see it: one profile and seed, its data, its models, its results."""
 
+import os
 import shutil
 import time
 from functools import cached_property, partial
@@ -15,6 +16,7 @@ from avit_lib.adaptive import adapt
 from avit_lib.data import Images, TrainingData, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
+from avit_lib.places import digest_file, weights_file
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Profile, Run, get_profile
@@ -96,7 +98,10 @@ class Study:
 
         ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
         """
-        data = self.data
+        data, foreign = self.data, ""  # the embedded weights are always the same
+        if not start and os.environ.get("AVIT_WEIGHTS"):
+            given = weights_file(run.pretrained)
+            foreign = digest_file(given) if given.is_file() else ""
         arguments = {"num_classes": len(data.train.classes), "img_size": data.image_size}
         return {
             "model": run.model,
@@ -104,7 +109,7 @@ class Study:
             "classes": list(data.train.classes),
             "settings": msgspec.to_builtins(run),
             "images": [data.split["sha256"], data.split["content"], data.augmentation],
-            "start": read_json(start.with_suffix(".json"))["sha256"] if start else "",
+            "start": read_json(start.with_suffix(".json"))["sha256"] if start else foreign,
             "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else "",
             "seed": self.seed,
         }

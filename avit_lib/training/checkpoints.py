@@ -94,11 +94,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _load_strictly(model, weights, path)
 
 
-def load_pretrained(model: nn.Module, timm_name: str) -> None:
+def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = True) -> None:
     """Load ImageNet weights from the file that ``places`` has for them, else from timm's hub.
 
-    A classification head of another size is left at its initialisation; positions are resampled to
-    the model's grid. Raises UserError without weights.
+    With ``new_head``, a classification head of another size is left at its initialisation;
+    positions are resampled to the model's grid. Raises UserError without weights.
     """
     path = weights_file(timm_name)
     if not path.is_file():
@@ -106,7 +106,7 @@ def load_pretrained(model: nn.Module, timm_name: str) -> None:
     weights = checkpoint_filter_fn(read_weights(path), model)
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
-        if key in weights and weights[key].shape != own[key].shape:
+        if new_head and key in weights and weights[key].shape != own[key].shape:
             weights[key] = own[key]
     _load_strictly(model, weights, path)
 

@@ -138,7 +138,7 @@ def fit(
     result = average.module if average else model  # what is evaluated and kept
     changing = {"model": model, "optimizer": optimizer, "result": result}
     records = []
-    if (output / RESUME).is_file():
+    if (output / RESUME).is_file() and (output / "last.json").is_file():  # which says whose it is
         state = read_state(output / RESUME, device)
         records = state["records"]
         for name, part in changing.items():

@@ -182,6 +182,10 @@ def test_augmentation_follows_the_seed_and_is_of_each_image_by_itself(folder, mo
 
     first = epoch(1)
     assert torch.equal(first, epoch(1)) and not torch.equal(first, epoch(2))
+    same = data.train.select(torch.zeros(4, dtype=torch.long))  # an image four times
+    torch.manual_seed(1)
+    [halves] = zip(*(loader(same, 4, 1, (rank, 2)) for rank in (0, 1)), strict=True)
+    assert not torch.equal(halves[0][0], halves[1][0])  # of two processes
     alike = torch.arange(31, dtype=torch.uint8).expand(32, 3, 31, 31)
     assert len(data.train.transform(alike).unique(dim=0)) > 20
     assert len(data.validation.transform(alike).unique(dim=0)) == 1

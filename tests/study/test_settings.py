@@ -111,6 +111,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("runs.avit.name = 'other'", "name: .* a run like its section"),
         ("recalibrated.nobody = [2.0]", r"recalibrated\.nobody: there is no run 'nobody'"),
         ("budgets.nobody = [0.2]", r"budgets\.nobody: there is no run 'nobody'"),
+        ("recalibrated.deit = [2.0]", "run deit: recalibrated is of runs that halt"),
     ],
 )
 def test_a_fault_is_told_with_its_file_and_key(text, words, read, tmp_path):

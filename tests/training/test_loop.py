@@ -120,6 +120,16 @@ def unfinished(tmp_path):
     return tmp_path / "run"
 
 
+def test_a_state_of_which_nobody_says_whose_it_is_is_left(unfinished, tmp_path):
+    for path in unfinished.iterdir():
+        if path.name != RESUME:
+            path.unlink()
+    other = replace(CONFIG, learning_rate=1e-2)
+    train(unfinished, config=other)
+    train(tmp_path / "new", config=other)
+    assert content(unfinished) == content(tmp_path / "new")
+
+
 def test_a_damaged_state_is_named_and_nothing_overwritten(unfinished):
     path = unfinished / RESUME
     path.write_bytes(path.read_bytes()[:-40] + 40 * b"\0")
