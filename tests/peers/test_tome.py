@@ -65,10 +65,3 @@ def test_a_hook_that_would_never_be_called_is_refused(part):
     model.blocks.get_submodule(part).register_forward_hook(lambda *_: None)
     with refused("a hook on a block"):
         model(noise(3, 3, 28, 28))
-
-
-def test_a_block_of_one_s_own_is_refused():
-    model = tome.merge_tokens(timm.create_model("deit_nano"), 2)
-    model.blocks[1].forward = lambda tokens: tokens
-    with refused("a Block of its blocks is not timm's plain one"):
-        model(noise(3, 3, 28, 28))
