@@ -150,8 +150,9 @@ def difference_against(table: pd.DataFrame, x: str, xlabel: str) -> Figure:
     What is merged by several r or thresholds is joined to a curve, and so is each model at several
     depths; the legend names them in the order of the curve.
     """
-    figure, [[axis]] = subplots(height=5.6)
-    for name, part in table.groupby(table["model"].str.split(", ").str[0], sort=False):
+    curves = table.groupby(table["model"].str.split(", ").str[0], sort=False)
+    figure, [[axis]] = subplots(height=4.2 + 0.2 * len(curves))  # the legend has a line for each
+    for name, part in curves:
         part = part.sort_values(x)
         points = ", ".join(one.partition(", ")[2] or "as trained" for one in part["model"])
         points = re.sub(r", \w+ = ", ", ", points)  # once is enough
