@@ -43,6 +43,7 @@ OTHER_COLOURS = {
 }
 CURVES = {  # marker and line, by a word of the label
     "A-ViT": ("o", "--"),
+    " trained at": ("X", "--"),
     " trained": ("P", "-"),
     "Adaptive": ("D", "-."),
     "": ("s", ":"),
@@ -92,7 +93,7 @@ def legible(words: str) -> str:
 
 def model_colour(label: str) -> ColorType:
     """The colour of a model in every figure: by kind, so that DeiT and DeiT-T share it."""
-    kind = label.split(", ")[0].removesuffix(" trained")
+    kind = label.split(", ")[0].split(" trained")[0]
     if kind in PEERS:
         return PEER_COLOURS[[*PEERS].index(kind) % len(PEER_COLOURS)]
     kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
