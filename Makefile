@@ -170,5 +170,6 @@ clean:  ## Remove caches, failed notebooks and smoke results
 
 clean-results:  ## Remove all results of PROFILE, trained models too (asks for CONFIRM=yes)
 	@case "$(notdir $(RESULTS))" in ""|*[!a-z0-9_]*) echo "error: no such profile" >&2; exit 1;; esac
+	@test -d "$(RESULTS)" || { echo "error: there is no folder $(RESULTS)" >&2; exit 1; }
 	@test "$(CONFIRM)" = yes || { echo "this removes $(RESULTS), checkpoints too: add CONFIRM=yes" >&2; exit 1; }
 	rm -rf "$(RESULTS)"

@@ -22,6 +22,7 @@ from torchvision.transforms.v2 import Compose, Normalize
 from avit_lib.commands import CALIBRATION, CLASSES, find_model
 from avit_lib.data import Images, to_pixels
 from avit_lib.data.datasets import imagenet_images
+from avit_lib.data.images import CROP_FRACTION
 from avit_lib.errors import UserError
 from avit_lib.evaluation import predict
 from avit_lib.report.tables import merge_both_ways
@@ -31,9 +32,17 @@ from avit_lib.training import pick_device
 
 
 def open_folder(model: nn.Module, folder: Path) -> Images:
-    """The images of a folder, one folder a class, normalised as a model of timm's wants them."""
+    """The images of a folder, one folder a class, normalised as a model of timm's wants them.
+
+    Raises UserError for a model that was trained to see another part of them.
+    """
     images = imagenet_images(folder, model.patch_embed.img_size[0])
     config = resolve_model_data_config(model)
+    if config["crop_pct"] != CROP_FRACTION:
+        raise UserError(
+            f"this model sees the middle {config['crop_pct']:.0%} of an image, and here it would "
+            f"see {CROP_FRACTION:.0%}; name another model"
+        )
     steps = [images.transform, to_pixels, Normalize(config["mean"], config["std"])]
     return replace(images, transform=Compose(steps))
 
