@@ -6,7 +6,7 @@ left out. A model says itself how deep its tokens go (``forward_with_trace``) an
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -46,36 +46,48 @@ def flops_of(model: nn.Module, trace: Any) -> Tensor:
     return flops_of_depth(model, trace.depth)
 
 
-def flops_of_depth(
-    model: VisionTransformer, depth: Tensor, merging: Sequence[bool] | None = None
-) -> Tensor:
-    """FLOPs [B] of images whose tokens are computed up to layer ``depth`` [B, N].
-
-    ``merging`` says in which layers tokens merge: they leave there between attention and MLP.
-    """
-    depth = depth.cpu()
-    total = torch.full(depth.shape[:1], fixed_flops(model, depth.shape[1]), dtype=torch.float64)
-    merging = merging or [False] * len(model.blocks)
-    for layer, (block, merges) in enumerate(zip(model.blocks, merging, strict=True), start=1):
-        attended = (depth >= layer).sum(dim=1).double()
-        passed = (depth > layer).sum(dim=1).double() if merges else attended
-        total += block_flops(block, attended, passed, merges)
-    return total
-
-
 def block_flops(
-    block: nn.Module, attended: float | Tensor, passed: float | Tensor, merges: bool = True
+    block: nn.Module, attended: float | Tensor, passed: float | Tensor
 ) -> float | Tensor:
     """FLOPs of a layer that attends on ``attended`` tokens, of which ``passed`` reach the MLP.
 
-    These are numbers, or [n] each. With ``merges`` also those of finding who merges: half of the
-    tokens compared with the other half by keys averaged over heads, and importance, once the width
-    of each.
+    These are numbers, or [n] each.
     """
     width = block.attn.num_heads * block.attn.head_dim
     linear = attended * linear_flops(block.attn) + passed * linear_flops(block.mlp)
-    matching = attended**2 / 4 * block.attn.head_dim + attended * width
-    return linear + 2 * attended**2 * width + merges * matching
+    return linear + 2 * attended**2 * width
+
+
+def matching_flops(block: nn.Module, attended: float | Tensor) -> float | Tensor:
+    """FLOPs of finding who of ``attended`` tokens merges.
+
+    Half of the tokens are compared with the other half by keys averaged over heads, and importance
+    is once the width of each.
+    """
+    width = block.attn.num_heads * block.attn.head_dim
+    return attended**2 / 4 * block.attn.head_dim + attended * width
+
+
+def flops_of_depth(
+    model: VisionTransformer,
+    depth: Tensor,
+    leaving: Sequence[bool] | None = None,
+    choice_flops: Callable = matching_flops,
+) -> Tensor:
+    """FLOPs [B] of images whose tokens are computed up to layer ``depth`` [B, N].
+
+    ``leaving`` says in which layers tokens leave between attention and MLP, and ``choice_flops`` of
+    a block and its tokens what it costs to choose them.
+    """
+    depth = depth.cpu()
+    total = torch.full(depth.shape[:1], fixed_flops(model, depth.shape[1]), dtype=torch.float64)
+    leaving = leaving or [False] * len(model.blocks)
+    for layer, (block, leaves) in enumerate(zip(model.blocks, leaving, strict=True), start=1):
+        attended = (depth >= layer).sum(dim=1).double()
+        passed = (depth > layer).sum(dim=1).double() if leaves else attended
+        chosen = choice_flops(block, attended) if leaves else 0
+        total += block_flops(block, attended, passed) + chosen
+    return total
 
 
 def linear_flops(module: nn.Module) -> int:

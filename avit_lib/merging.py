@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.backbone import attend_as_class
-from avit_lib.flops import block_flops, fixed_flops, plain_flops
+from avit_lib.flops import block_flops, fixed_flops, matching_flops, plain_flops
 from avit_lib.packed import Layout, packed_mlp, split_off, to_packed, whole_layout
 
 # Weight of the logarithm of importance, against similarity (notebook 07 compares)
@@ -174,7 +174,8 @@ def plan(
             merges = layer < layers and layer % step == 0
             share = min(scale * (layer + 1) ** spread, 0.5) if merges else 0.0
             numbers.append(share * (left - model.num_prefix_tokens))
-            done += block_flops(block, left, left - numbers[-1], merges)
+            chosen = matching_flops(block, left) if merges else 0
+            done += block_flops(block, left, left - numbers[-1]) + chosen
             left -= numbers[-1]
         return 1 - done / whole, numbers
 

@@ -8,11 +8,11 @@ attention and MLP, as with the other peers.
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
-from avit_lib.backbone import TokensLeave, attend_as_class, check_followed
+from avit_lib.backbone import attend_as_class
 from avit_lib.errors import UserError
-from avit_lib.flops import MergingTrace, flops_of_depth, linear_flops
+from avit_lib.flops import MergingTrace, flops_of_depth
 from avit_lib.packed import (
     packed_attention,
     packed_mlp,
@@ -22,7 +22,7 @@ from avit_lib.packed import (
     whole_layout,
 )
 from avit_lib.peers.pruning import rate_flops
-from avit_lib.peers.reduction import check_plain
+from avit_lib.peers.reduction import Peer
 
 
 def sample(qkv: Tensor, most: int) -> Tensor:
@@ -41,50 +41,36 @@ def sample(qkv: Tensor, most: int) -> Tensor:
     return F.pad(passed, (1, 0), value=-1).diff(dim=1) > 0  # from -1 to 0: the class token
 
 
-class TokenSampling(nn.Module):
-    """A trained model, whose weights it shares, that goes on with the patches it samples.
+class TokenSampling(Peer):
+    """A peer that goes on with the patches it samples.
 
     It samples at most ``most`` in each of layers 4 to 11 of 12: all after the first quarter but the
     last, after which no patch is read. The choice has no gradient; what stays has.
     """
 
     def __init__(self, model: VisionTransformer, most: int):
-        """Raises UserError unless ``most`` is 1, 2, ..., and as ``check_plain``."""
-        super().__init__()
-        check_plain(model)
+        """Raises UserError unless ``most`` is 1, 2, ..., and as ``Peer``."""
+        super().__init__(model)
         if most < 1 or most % 1:
             raise UserError(f"{most} patches cannot be sampled; take a whole number from 1 on")
-        self.model, self.blocks, self.most = model, model.blocks, most
-        self.layers = range(1 + len(model.blocks) // 4, len(model.blocks))
+        self.most, layers = most, len(model.blocks)
+        self.samples = [layers // 4 < layer < layers for layer in range(1, layers + 1)]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        return self.forward_with_trace(images)[0]
-
-    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
-        """Logits [B, K] of images [B, C, H, W], and how deep each token went.
-
-        Raises UserError where somebody counts on tokens in their places.
-        """
-        model = self.model
-        check_followed(model)
-        tokens = TokensLeave.embed(model, images)
-        layout = whole_layout(len(images), tokens.shape[1], tokens.device)
+    def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers on embedded tokens [B, N, D]; of what is left, the class tokens [B, 1, D]."""
+        images, count, _ = tokens.shape
+        layout = whole_layout(images, count, tokens.device)
         depth, tokens = torch.empty_like(layout.index), tokens.flatten(0, 1)
-        for layer, block in enumerate(model.blocks, start=1):
-            depth[layout.index] = layer
+        for layer, (block, samples) in enumerate(zip(self.blocks, self.samples, strict=True)):
+            depth[layout.index] = layer + 1
             tokens, qkv = packed_attention(block, tokens, layout)
-            if layer in self.layers:
+            if samples:
                 hit = [sample(table, self.most) for table in to_dense(qkv, layout)]
                 layout, stay = split_off(layout, to_packed(hit))
                 tokens = tokens if stay is None else tokens.index_select(0, stay)
             tokens = packed_mlp(block, tokens, layout)
-        answers = tokens[layout.starts[layout.images.argsort()], None]  # the class tokens
-        return model.forward_head(model.norm(answers)), MergingTrace(depth.view(len(images), -1))
+        return tokens[layout.starts[layout.images.argsort()], None], depth.view(images, count)
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of the images traced."""
-        depth, block = trace.depth.cpu(), self.blocks[0]  # all blocks have one shape
-        rated = sum((depth >= layer).sum(dim=1) for layer in self.layers)
-        spared = (depth < len(self.blocks)).sum(dim=1) * linear_flops(block.mlp)  # one MLP each
-        return flops_of_depth(self.model, depth) + rate_flops(block, rated) - spared
+        return flops_of_depth(self.model, trace.depth, self.samples, rate_flops)

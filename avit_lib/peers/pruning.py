@@ -54,7 +54,7 @@ def keep_best(
     return kept, None, F.pad(stay, (0, 1), value=tokens.shape[1]), gone
 
 
-def rate_flops(block: nn.Module, count: int) -> float:
+def rate_flops(block: nn.Module, count: float | Tensor) -> float | Tensor:
     """FLOPs of ``attend_to_patches``: the class token's query with all keys."""
     return count * block.attn.num_heads * block.attn.head_dim
 

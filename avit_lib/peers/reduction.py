@@ -1,7 +1,7 @@
 """A trained VisionTransformer of which tokens leave in some layers: what the peers have in common.
 
-They leave between attention and MLP, equally many in every image. A peer is three functions: how
-many are left, which, and what it costs to choose them.
+They leave between attention and MLP. Where equally many leave in every image, a peer is three
+functions: how many are left, which, and what it costs to choose them.
 """
 
 from collections.abc import Callable
@@ -17,19 +17,46 @@ from avit_lib.flops import MergingTrace, block_flops, fixed_flops
 from avit_lib.packed import packed_attention, packed_mlp, whole_layout
 
 
-def check_plain(model: nn.Module) -> None:
-    """Raise UserError unless ``model`` is a plain transformer that answers by its class token."""
-    plain = type(model) is VisionTransformer and model.global_pool == "token"
-    changed = {"forward", "forward_features"} & vars(model).keys() or is_hooked(model)
-    if not plain or model.num_prefix_tokens != 1 or changed:
-        raise UserError(
-            "a peer takes a plain vision transformer that answers by its one class token, with "
-            "timm's own forward and without hooks: a DeiT or ViT"
-        )
-
-
-class TokenReduction(nn.Module):
+class Peer(nn.Module):
     """A trained model, whose weights it shares, in which tokens leave.
+
+    Its subclasses say how, by ``compute`` of the embedded tokens [B, N, D]: the tokens [B, M, D]
+    that are left, the class token first, and the depth [B, N] of all.
+    """
+
+    def __init__(self, model: VisionTransformer):
+        """Raises UserError unless ``model`` is plain, and answers by its one class token."""
+        super().__init__()
+        plain = type(model) is VisionTransformer and model.global_pool == "token"
+        changed = {"forward", "forward_features"} & vars(model).keys() or is_hooked(model)
+        if not plain or model.num_prefix_tokens != 1 or changed:
+            raise UserError(
+                "a peer takes a plain vision transformer that answers by its one class token, with "
+                "timm's own forward and without hooks: a DeiT or ViT"
+            )
+        self.model, self.blocks = model, model.blocks
+
+    def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers on embedded tokens [B, N, D]."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        return self.forward_with_trace(images)[0]
+
+    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
+        """Logits [B, K] of images [B, C, H, W], and how deep each token went.
+
+        Raises UserError where somebody counts on tokens in their places.
+        """
+        model = self.model
+        check_followed(model)
+        tokens, depth = self.compute(TokensLeave.embed(model, images))
+        return model.forward_head(model.norm(tokens)), MergingTrace(depth)
+
+
+class TokenReduction(Peer):
+    """A peer in which equally many tokens leave in every image.
 
     ``count_left`` of a layer, 1..L, and its number of tokens: how many are left.
     ``reduce`` of tokens [B, N, D] after attention, queries, keys and values [B, N, 3, heads, d],
@@ -46,29 +73,18 @@ class TokenReduction(nn.Module):
         reduce: Callable,
         choice_flops: Callable[[nn.Module, int], float],
     ):
-        """Raises UserError as ``check_plain``."""
-        super().__init__()
-        check_plain(model)
-        self.model, self.blocks = model, model.blocks
+        """Raises UserError as ``Peer``."""
+        super().__init__(model)
         self.count_left, self.reduce, self.choice_flops = count_left, reduce, choice_flops
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K] of images [B, C, H, W]."""
-        return self.forward_with_trace(images)[0]
-
-    def forward_with_trace(self, images: Tensor) -> tuple[Tensor, MergingTrace]:
-        """Logits [B, K] of images [B, C, H, W], and how deep each token went.
-
-        Raises UserError where somebody counts on tokens in their places.
-        """
-        model = self.model
-        check_followed(model)
-        tokens, size = TokensLeave.embed(model, images), None
+    def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """All layers on embedded tokens [B, N, D]."""
         images, whole, _ = tokens.shape
+        size = None
         first = torch.arange(whole, device=tokens.device).expand(images, -1)
         # One more column, for all tokens that are made.
-        depth = F.pad(torch.full_like(first, len(model.blocks)), (0, 1))
-        for layer, block in enumerate(model.blocks, start=1):
+        depth = F.pad(torch.full_like(first, len(self.blocks)), (0, 1))
+        for layer, block in enumerate(self.blocks, start=1):
             count = tokens.shape[1]
             layout = whole_layout(images, count, tokens.device)
             bias = None if size is None else size.log().flatten()
@@ -82,7 +98,7 @@ class TokenReduction(nn.Module):
                 depth.scatter_(1, first.gather(1, gone), layer)
                 first = F.pad(first, (0, 1), value=whole).gather(1, stay)
             tokens = packed_mlp(block, tokens, layout).unflatten(0, (images, -1))
-        return model.forward_head(model.norm(tokens)), MergingTrace(depth[:, :whole])
+        return tokens, depth[:, :whole]
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of the images traced: the same for all, since as many tokens leave."""
@@ -90,7 +106,7 @@ class TokenReduction(nn.Module):
         done = fixed_flops(self.model, count)
         for layer, block in enumerate(self.blocks, start=1):
             left = self.count_left(layer, count)
-            done += block_flops(block, count, left, merges=False)
+            done += block_flops(block, count, left)
             if left < count:
                 done += self.choice_flops(block, count)
             count = left

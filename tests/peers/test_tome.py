@@ -43,10 +43,8 @@ def test_the_class_token_is_alone_and_first_even_among_equals():
 def test_what_cannot_merge_is_refused():
     plain, registers = timm.create_model("deit_nano"), timm.create_model("deit_nano", reg_tokens=1)
     halting, adaptive = timm.create_model("avit_nano"), without_thresholds(plain)
-    pooled, hooked = (
-        timm.create_model("deit_nano", global_pool="avg"),
-        timm.create_model("deit_nano"),
-    )
+    pooled = timm.create_model("deit_nano", global_pool="avg")
+    hooked = timm.create_model("deit_nano")
     hooked.register_forward_pre_hook(lambda *_: None)
     for model in (halting, adaptive, registers, pooled, hooked):
         with refused("a peer takes a plain"):
