@@ -48,12 +48,11 @@ def check_embedded(place: Path) -> None:
     sums = data / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
-    names = place.absolute(), place.resolve()  # the second, where links or .. lead here
+    real, target = data.resolve(), place.resolve()  # links and .. may lead here
     within = [
-        pair
-        for pair in listed
-        for folder in {data, data.resolve()}
-        if any((folder / pair[1]).is_relative_to(name) for name in names)
+        (checksum, name)
+        for checksum, name in listed
+        if (data / name).is_relative_to(place.absolute()) or (real / name).is_relative_to(target)
     ]
     wrong = []
     for checksum, name in within:

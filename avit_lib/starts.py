@@ -186,8 +186,8 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             "gamma above 0; leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
-    tokens = model.embed(images[:1]).shape[1]
-    if layers < 2 or tokens != patches + 1:
+    grid = model.patch_embed.dynamic_feat_size(images.shape[2:])
+    if layers < 2 or grid != model.patch_embed.grid_size:
         raise UserError(
             "the fit of channel 0 takes two layers or more, and images of the size that the model "
             "is made for"

@@ -147,9 +147,13 @@ def loader(
     batches.share = slice(share[0], None, share[1])
     workers = worker_count() if isinstance(data.images, ImageFiles) else 0
     # Whole batches are asked for (batch_size=None): thousands of small images are slow one by one.
-    reseed = partial(_seed_worker, share[0])
     return DataLoader(
-        data, None, False, batches, generator=generator, num_workers=workers, worker_init_fn=reseed
+        data,
+        None,
+        sampler=batches,
+        generator=generator,
+        num_workers=workers,
+        worker_init_fn=partial(_seed_worker, share[0]),
     )
 
 

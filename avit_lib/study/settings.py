@@ -144,14 +144,13 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
                 raise ValueError(
                     f"image_size {self.data.image_size} is no multiple of the patch of {run.model}"
                 )
-        for name in {self.focus, *self.sweep} - before:
-            raise ValueError(f"focus and sweep name runs; there is no run {name!r}")
-        for run in self.runs:
             unset = not run.halting and run.name in self.recalibrated
             if unset or (not run.saved and run.name in self.budgets):
                 raise ValueError(
                     f"run {run.name}: recalibrated is of runs that halt, budgets of runs that merge"
                 )
+        for name in {self.focus, *self.sweep} - before:
+            raise ValueError(f"focus and sweep name runs; there is no run {name!r}")
         for name in {*self.peers, *self.sweep_peers} - {*PEERS}:
             raise ValueError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
         if len(set(self.sweep_seeds)) < len(self.sweep_seeds):

@@ -98,10 +98,7 @@ class Study:
 
         ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
         """
-        data, foreign = self.data, ""  # the embedded weights are always the same
-        if not start and os.environ.get("AVIT_WEIGHTS"):
-            given = weights_file(run.pretrained)
-            foreign = digest_file(given) if given.is_file() else ""
+        data = self.data
         arguments = {"num_classes": len(data.train.classes), "img_size": data.image_size}
         return {
             "model": run.model,
@@ -109,7 +106,7 @@ class Study:
             "classes": list(data.train.classes),
             "settings": msgspec.to_builtins(run),
             "images": [data.split["sha256"], data.split["content"], data.augmentation],
-            "start": read_json(start.with_suffix(".json"))["sha256"] if start else foreign,
+            "start": read_json(start.with_suffix(".json"))["sha256"] if start else pretrained(run),
             "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else "",
             "seed": self.seed,
         }
@@ -204,6 +201,15 @@ class Study:
             f"`python -m avit_lib fit --model {name}`, with this profile; or name a checkpoint by "
             f"--ckpt or --teacher"
         )
+
+
+def pretrained(run: Run) -> str:
+    """The checksum of the weights that a run starts from, if somebody brings other ones.
+
+    Those of the repository, or of timm's hub, are always the same.
+    """
+    given = os.environ.get("AVIT_WEIGHTS") and not run.start and weights_file(run.pretrained)
+    return digest_file(given) if given and given.is_file() else ""
 
 
 def clear_other(folder: Path, wanted: dict[str, Any]) -> None:
