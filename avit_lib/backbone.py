@@ -25,6 +25,7 @@ def call(function: Callable, *arguments: Any) -> Any:
 
 
 TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
+OWN_FORWARD = {kind: kind.forward for kind in (Block, Attention)}  # somebody may replace it
 
 
 class TokensLeave(VisionTransformer):
@@ -42,6 +43,8 @@ class TokensLeave(VisionTransformer):
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
         if is_hooked(self.blocks):
             raise UserError("a hook on all blocks at once would never be called; put it on a block")
+        if type(self.blocks) is not nn.Sequential:
+            raise UserError("blocks of a class of its own would never be called; use nn.Sequential")
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
     def forward(self, x: Tensor, *, with_trace: bool = False) -> Any:
@@ -112,6 +115,8 @@ class TokensLeave(VisionTransformer):
         return False
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward_features":
+            raise UserError("a replaced forward_features would never be called; replace forward")
         if name in self.added:
             if isinstance(value, nn.Parameter):
                 raise UserError(f"{name} is a fixed number, not a parameter that is trained")
@@ -206,6 +211,11 @@ def why_not_plain(model: VisionTransformer) -> str:
     patches = type(model.patch_embed)
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
+    if type(model.blocks) is not nn.Sequential:
+        return f"its blocks are a {type(model.blocks).__name__}, not an nn.Sequential"
+    for kind, forward in OWN_FORWARD.items():
+        if kind.forward is not forward:
+            return f"the forward of timm's {kind.__name__} was replaced"
     for block in model.blocks:
         plain = {block: (Block,)}
         if type(block) is Block:
@@ -216,4 +226,6 @@ def why_not_plain(model: VisionTransformer) -> str:
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
+        if type(block) is Block and block.attn.scale != block.attn.head_dim**-0.5:
+            return "its attention has a scale of its own"
     return ""

@@ -121,6 +121,8 @@ def main(arguments: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if "" in arguments:  # a path of no letters would be the current folder
+            raise UserError("an argument is empty; is a variable of your shell not set?")
         chosen = app(arguments, print_error=False, exit_on_error=False)
         if chosen:  # not --help
             from avit_lib import commands
@@ -213,8 +215,8 @@ def adapt(
             trained the model.
         model: Its timm name. Default: what fit or adapt wrote with the weights, else
             deit_tiny_patch16_224.
-        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Default: timm's
-            pretrained ones.
+        weights: Its .safetensors or .pth, or what fit wrote, with its .json. Of a .pth that holds
+            averaged weights (EMA), too, those. Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     return "adapt", common, images, output, model, weights, saved

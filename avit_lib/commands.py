@@ -71,6 +71,8 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
         path = study.checkpoint(run)
     model, description = training.load_checkpoint(path, study.device)
     found = {"classes": [], "seed": common.seed} | description.get("run", {})
+    if common.seed not in (0, found["seed"]):
+        raise UserError(f"{path} was trained with seed {found['seed']}; leave out --seed")
     trained_as = found.get("settings", {}).get("name", run)
     if common.model not in (None, trained_as):
         raise UserError(

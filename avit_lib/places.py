@@ -18,9 +18,14 @@ def project_root() -> Path:
     return Path.cwd()
 
 
+def find_folder(variable: str, default: str) -> Path:
+    """The folder that an environment ``variable`` names, or ``default`` in the checkout."""
+    return Path(os.environ.get(variable) or project_root() / default).expanduser()
+
+
 def data_dir() -> Path:
     """Where data sets lie: $AVIT_DATA, or data/ in the checkout."""
-    return Path(os.environ.get("AVIT_DATA") or project_root() / "data")
+    return find_folder("AVIT_DATA", "data")
 
 
 def weights_file(timm_name: str) -> Path:
@@ -28,8 +33,7 @@ def weights_file(timm_name: str) -> Path:
 
     In the folder $AVIT_WEIGHTS, or data/weights/ in the checkout.
     """
-    folder = Path(os.environ.get("AVIT_WEIGHTS") or project_root() / "data" / "weights")
-    path = folder / f"{timm_name}.safetensors"
+    path = find_folder("AVIT_WEIGHTS", "data/weights") / f"{timm_name}.safetensors"
     check_embedded(path)
     return path
 

@@ -18,7 +18,7 @@ import msgspec
 import pandas as pd
 from PIL import Image
 
-from avit_lib.data import project_root
+from avit_lib.places import project_root
 from avit_lib.study import get_profile
 from avit_lib.study.results import results_dir, to_markdown
 from avit_lib.training import read_json, write_atomically

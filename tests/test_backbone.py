@@ -10,7 +10,12 @@ from conftest import bright_and_dark, noise, refused, scatter, varied_model
 from safetensors.torch import save_file
 from timm.layers import Mlp
 from timm.models import save_for_hf
-from timm.models.vision_transformer import Block, ParallelThingsBlock
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    ParallelThingsBlock,
+    VisionTransformer,
+)
 from torch import nn
 from torch.testing import assert_close
 
@@ -172,6 +177,33 @@ def test_a_part_of_one_s_own_is_computed_or_refused(part, kind):
         adapt(plain, images(), 0.2)
 
 
+def test_another_scale_or_forward_of_attention_is_computed_or_refused(monkeypatch):
+    everyone = halting(), halting(execution="masked"), merging(), plain_model()
+    model, masked, adaptive, plain = everyone
+    expected = model(images())
+    for one in everyone:
+        one.blocks[1].attn.fused_attn, one.blocks[1].attn.scale = False, 100.0
+    own = Attention.forward
+    for reason in ("a scale of its own", "Attention was replaced"):
+        assert (model(images()) - expected).abs().max() > 1e-3
+        assert_close(model(images()), masked(images()))
+        with refused(reason):
+            adaptive(images())
+        with refused(reason):
+            adapt(plain, images(), 0.2)
+        for one in everyone:
+            one.blocks[1].attn.scale = one.blocks[1].attn.head_dim ** -0.5
+        monkeypatch.setattr(Attention, "forward", lambda *args, **masks: 2 * own(*args, **masks))
+
+
+def test_blocks_in_a_container_of_one_s_own_are_refused():
+    for model in (halting(), merging(), plain_model()):
+        model.blocks = type("Louder", (nn.Sequential,), {})(*model.blocks)
+        plain = type(model) is VisionTransformer
+        with refused("nn.Sequential"):
+            adapt(model, images(), 0.2) if plain else model(images())
+
+
 def test_blocks_of_different_widths_count_what_they_compute():
     model = plain_model()
     for block in model.blocks[1:]:
@@ -214,6 +246,7 @@ REFUSED = [
     (lambda: timm.create_model(NAME, reg_tokens=1), "reg_tokens"),
     (lambda: setattr(halting(), "beta", nn.Parameter(torch.ones(()))), "fixed number"),
     (with_forward_replaced, "forward was replaced"),
+    (lambda: setattr(halting(), "forward_features", print), "replaced forward_features"),
     (lambda: without_thresholds(timm.create_model("vit_tiny_r_s16_p8_224")), "HybridEmbed"),
     (lambda: timm.create_model(NAME, block_fn=ParallelThingsBlock), "ParallelThingsBlock"),
 ]

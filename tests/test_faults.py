@@ -55,6 +55,8 @@ TYPED = {
     f"{IMAGE} is read, too; name another --output": f"{DRAW} {IMAGE} --images {IMAGE}",
     "a model whose tokens all go": f"visualize --images {IMAGE} --ckpt deit/last.safetensors",
     "was trained as avit, not deit": f"{TEST} --model deit",
+    "trained with seed 3; leave out --seed": f"{TEST} --seed 7",
+    "is a variable of your shell not set?": f"{START} --ckpt  ",
     "A-ViT halting trained has not been trained to the end": "test --profile mine.toml",
 }
 
@@ -65,7 +67,7 @@ def test_what_is_typed_wrong_is_told_in_one_line(message, workplace, capsys):
     Path("annotations.json").write_text("[]")
     shutil.copy("deit/last.safetensors", "plain.safetensors")  # without what is known of it
     before = read_files(".")
-    assert main(TYPED[message].split()) == 2
+    assert main(TYPED[message].split(" ")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert read_files(".") == before

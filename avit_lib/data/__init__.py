@@ -16,4 +16,4 @@ from avit_lib.data.splits import (
     test_data,
     training_data,
 )
-from avit_lib.places import check_embedded, data_dir, project_root
+from avit_lib.places import check_embedded, data_dir

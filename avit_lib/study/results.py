@@ -5,7 +5,6 @@ Where they come from stands once a notebook, in provenance/<notebook>.json.
 
 import io
 import json
-import os
 import platform
 import re
 import shlex
@@ -21,8 +20,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from avit_lib.data import project_root
 from avit_lib.errors import UserError
+from avit_lib.places import find_folder
 from avit_lib.training import write_atomically, write_json
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
@@ -30,7 +29,7 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "
 
 def results_dir(profile: str) -> Path:
     """Where the results of a profile lie: under $AVIT_RESULTS, or results/ in the checkout."""
-    return Path(os.environ.get("AVIT_RESULTS") or project_root() / "results") / profile
+    return find_folder("AVIT_RESULTS", "results") / profile
 
 
 class Sentence(str):

@@ -73,7 +73,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     saved: Saved = 0.0  # share of FLOPs that a plain one saves by ``adaptive.adapt``
     pretrained: str = ""  # timm name of the weights that init "pretrained" means
     teacher: str = ""  # name of the run whose trained model teaches this one; "": nobody
-    distillation: NotNegative = 1.0  # weight of the teacher, beside the cross-entropy's 1
+    distillation: Positive = 1.0  # weight of the teacher, beside the cross-entropy's 1
 
     def __post_init__(self):
         training = self.training

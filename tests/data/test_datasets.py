@@ -8,9 +8,9 @@ from msgspec.structs import replace
 from small_sets import COLOUR, carried, write_images
 
 from avit_lib import data
-from avit_lib.data import Data, check_embedded, datasets, project_root
+from avit_lib.data import Data, check_embedded, datasets
 from avit_lib.errors import UserError
-from avit_lib.places import digest_file
+from avit_lib.places import digest_file, project_root
 
 
 @pytest.fixture(autouse=True)

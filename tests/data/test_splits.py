@@ -14,6 +14,7 @@ from avit_lib import data
 from avit_lib.data import folder_test_data, folder_training_data, pick_per_class
 from avit_lib.data.datasets import official_images
 from avit_lib.data.splits import draw, plan_pool
+from avit_lib.places import project_root
 from avit_lib.study import get_profile
 
 ROLES = ("train", "validation", "test")
@@ -104,7 +105,7 @@ def test_a_pool_gives_training_validation_and_test_images(caltech):
 
 def test_the_split_on_record_is_drawn_again():
     """The default study's results are of these images."""
-    place = data.project_root() / "results" / "caltech24" / "metrics" / "split.json"
+    place = project_root() / "results" / "caltech24" / "metrics" / "split.json"
     recorded = json.loads(place.read_text())["files"]
     settings = get_profile("caltech24").data
     parts = draw(official_images(settings, train=True), 0, partial(plan_pool, settings))
