@@ -9,11 +9,11 @@ from conftest import ROOT
 
 import avit_lib
 
-COMMITTED = sorted(ROOT.glob("results/*/models/*.safetensors"))
+COMMITTED = sorted(ROOT.glob("results/*/models/*/model.safetensors"))
 HEAVY = {"matplotlib", "pandas", "jupyterlab", "nbformat", "papermill", "seaborn", "msgspec"}
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
 def test_a_committed_model_is_loaded_in_one_line_and_computes(path):
     model, description = avit_lib.load(path)
     assert not model.training and description["model"]

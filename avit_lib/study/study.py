@@ -223,4 +223,4 @@ def clear_other(folder: Path, wanted: dict[str, Any]) -> None:
 
 def released(profile: str, run: str) -> Path:
     """Where the committed model of a run lies, if there is one (see ``scripts/release.py``)."""
-    return results_dir(profile) / "models" / f"{run}.safetensors"
+    return results_dir(profile) / "models" / run / "model.safetensors"

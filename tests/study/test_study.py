@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import timm
 import torch
 from conftest import ROOT, channels, random_images, refused
 from matplotlib.figure import Figure
@@ -92,12 +93,20 @@ def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
     table = script["release"](study)
     assert list(table["model"]) == ["DeiT fine-tuned", "A-ViT halting trained"]
     assert (table["accuracy, as committed"] - table["accuracy, as trained"]).abs().max() <= 0.05
-    model, described = load(released("mine", "avit_finetuned"))
+    path = released("mine", "avit_finetuned")
+    card = (path.parent / "README.md").read_text()
+    assert "license: mit" in card and f"accuracy is {table.iloc[1, 2]:.1%}" in card
+    assert f'"local-dir:{path.parent}"' in card
+    model, described = load(path)
     assert described["licence"] == "MIT"
     exact = ("gamma", "beta", "eps")
     for name, value in study.load("avit_finetuned").state_dict().items():
         wanted = value if name in exact else value.half().float()
         assert torch.equal(model.state_dict()[name], wanted), name
+    of_timm = timm.create_model(f"local-dir:{path.parent}", pretrained=True).eval()
+    images = study.test[torch.arange(4)][0]
+    assert torch.equal(of_timm(images), model(images))
+    assert of_timm.pretrained_cfg["label_names"] == described["run"]["classes"]
 
 
 PAGE = """What it is.
