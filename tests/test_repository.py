@@ -15,7 +15,8 @@ import avit_lib
 SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 EXECUTED = sorted((ROOT / "results").glob("*/notebooks/*.ipynb"))
 EXECUTED = [path for path in EXECUTED if path.suffixes == [".ipynb"]]  # neither running nor failed
-HEAVY = {Path("data/weights"), Path("results/caltech101/models")}
+HEADLINE = Path("results/caltech101/models")
+HEAVY = {Path("data/weights"), HEADLINE / "deit", HEADLINE / "avit_finetuned"}
 
 each_notebook = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 
