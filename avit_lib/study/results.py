@@ -130,7 +130,7 @@ def to_markdown(frame: pd.DataFrame) -> str:
         index=False,
         floatfmt=".4g",
         missingval="",
-        disable_numparse=np.flatnonzero(words).tolist(),
+        disable_numparse=np.flatnonzero(words).tolist() if len(frame) else True,
     )
 
 

@@ -17,7 +17,7 @@ from avit_lib import load
 from avit_lib.adaptive import NEVER
 from avit_lib.data import TrainingData
 from avit_lib.study import Sentence, Study
-from avit_lib.study.results import Results
+from avit_lib.study.results import Results, to_markdown
 from avit_lib.study.study import released
 
 DATA = TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
@@ -127,6 +127,15 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert results.table(frame, "04_short", "What\n  it is.") is frame
     assert (folder / "tables" / "04_short.md").read_text() == PAGE
     assert results.read("04_short")["accuracy"][0] == 0.123457
+    assert to_markdown(frame[:0]).splitlines()[0].split() == [
+        "|",
+        "model",
+        "|",
+        "accuracy",
+        "|",
+        "n",
+        "|",
+    ]
     with refused(r"other\.csv is missing; run the notebooks before"):
         results.read("other")
 
