@@ -116,10 +116,11 @@ def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
     results = Path("results/mine")
     assert set(os.listdir(results / "checkpoints")) == {"deit", "avit_finetuned"}
     run(test)
-    (results / "models").mkdir()
+    committed = results / "models" / "avit_finetuned"
+    committed.mkdir(parents=True)
     for suffix in (".safetensors", ".json"):
         trained = results / "checkpoints" / "avit_finetuned" / f"last{suffix}"
-        shutil.copy(trained, results / "models" / f"avit_finetuned{suffix}")
+        shutil.copy(trained, committed / f"model{suffix}")
     shutil.rmtree(results / "checkpoints")
     tested = json.loads(run(test).out)
     assert tested["images"] == 288 and tested["tested"]["profile"] == "mine"

@@ -24,7 +24,10 @@ DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PEER = {"method": "peer", "mean_depth": math.nan, "mean_executed_depth": math.nan}
-PUBLISHED = msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes())
+PUBLISHED, IMAGENET = (
+    msgspec.toml.decode(Path(__file__).with_name(name).read_bytes())
+    for name in ("published.toml", "imagenet.toml")
+)
 
 
 # --- models that need no training -----------------------------------------------------------------
