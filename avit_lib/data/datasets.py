@@ -57,23 +57,32 @@ def official_images(data: Data, train: bool) -> Images:
     """
     if data.dataset in POOLS:
         return _pool_images(data)
-    folder = data_dir() / "imagenet" / ("train" if train else "val")
+    trained = data_dir() / "imagenet" / "train"
+    folder = trained if train else trained.with_name("val")
     if not folder.is_dir():
         raise UserError(
             f"ImageNet is missing: put its images into {folder}/<class>/, with the ILSVRC2012 "
             f"identifiers such as n01440764 as classes, or set AVIT_DATA; it can't be downloaded "
             f"without an account on image-net.org"
         )
-    return imagenet_images(folder, data.image_size)
+    # Labels are those of training, also where val/ lacks a class.
+    known = trained.iterdir() if trained.is_dir() and not train else ()
+    classes = sorted(path.name for path in known if is_identifier(path.name))
+    return imagenet_images(folder, data.image_size, classes)
 
 
-def imagenet_images(folder: Path, image_size: int) -> Images:
+def is_identifier(name: str) -> bool:
+    """Whether a folder is called like a class of ILSVRC2012, such as n01440764."""
+    return bool(re.fullmatch(r"n\d{8}", name))
+
+
+def imagenet_images(folder: Path, image_size: int, classes: Sequence[str] = ()) -> Images:
     """``folder_images`` of ImageNet; UserError unless its folders are named by ILSVRC2012.
 
     The labels of its models follow the order of these identifiers, such as n01440764.
     """
-    images = folder_images(folder, image_size)
-    others = [name for name in images.classes if not re.fullmatch(r"n\d{8}", name)]
+    images = folder_images(folder, image_size, classes)
+    others = [name for name in images.classes if not is_identifier(name)]
     if others:
         raise UserError(
             f"{folder} has other folders than ImageNet's identifiers such as n01440764: "
@@ -93,6 +102,8 @@ def _pool_images(data: Data) -> Images:
     lacking = sorted(set(data.classes) - there)
     if not data.classes and len(there) < count:
         lacking = [f"{count - len(there)} of its classes"]
+    if not data.classes and len(there) > count:
+        raise UserError(f"{folder} has more folders than its {count} classes; remove the others")
     if lacking:
         raise UserError(
             f"{data.dataset} under {folder} is not whole: it lacks {name_some(lacking)}; bring "

@@ -32,7 +32,9 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-SUBFILE_TYPE, BITS_PER_SAMPLE, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 320, 339  # tags of a TIFF
+# Tags of a TIFF, and a value of the third.
+SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339
+YCBCR = 6
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
 BAD_IMAGE = (
@@ -263,6 +265,8 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     highest = re.search(r"'ppm.*, (\d+)\)", layout)  # value of a PPM
     if deep or (highest and int(highest[1]) > 255) or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")
+    if tags.get(PHOTOMETRIC) == YCBCR and image.info.get("compression") == "raw":
+        raise ValueError("its colours are YCbCr without compression; save it as RGB")
     if np.max(tags.get(SAMPLE_FORMAT, 1)) > 1:
         raise ValueError("its colours have a sign; save it with 8 bits")
     if "transparency" in image.info and re.search("'L;[24]'", layout):

@@ -1,5 +1,6 @@
 """Where images come from: what lies on disk is what a data set holds; what is missing is named."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,13 @@ def test_imagenet(tmp_path):
     assert found.split["files"] == {"validation": found.split["files"]["validation"]}
     with pytest.raises(ValueError, match="of ImageNet all classes and images take part"):
         replace(imagenet, train_per_class=3)
-    (tmp_path / "imagenet" / "val" / "n01443537").rename(tmp_path / "imagenet" / "val" / "1")
-    with refused("identifiers such as n01440764: 1; rename"):
+    val = tmp_path / "imagenet" / "val"
+    (val / "n01443537").rename(val / "1")
+    with refused("other classes than the model or the training images: 1"):
         data.test_data(imagenet)
+    shutil.rmtree(val / "1")
+    found = data.test_data(imagenet)
+    assert found.classes == classes and found.labels.tolist() == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["ImageNet", "Caltech256"])

@@ -84,6 +84,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (b"P3 2 2 300 " + b"9 " * 12, "more than 8 bits"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
         (small_palette(), "its palette is of 8 bits"),
+        (encode(new("YCbCr", 9), "TIFF"), "YCbCr without compression"),
         (clear_bmp(), "all of it is transparent"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),
     ],
