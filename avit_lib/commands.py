@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import timm
 import torch
 from msgspec import structs, to_builtins
@@ -21,6 +22,8 @@ from avit_lib import adaptive, data, training
 from avit_lib.errors import UserError, fitting_memory
 from avit_lib.evaluation import bootstrap_intervals, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
+from avit_lib.halting import executed_depth
+from avit_lib.model import AViT
 from avit_lib.profiles import check, lay_over
 from avit_lib.report import pictures
 from avit_lib.study import Run, Study, get_profile
@@ -106,6 +109,11 @@ def find_test_images(
         found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
     if trained_on:
         about |= {name: trained_on.split[name] for name in ("seed", "sha256", "content")}
+        if "others" in run:
+            raise UserError(
+                f"{path} started from a model, or was taught by one, that was trained on other "
+                f"images, and may know these; name a folder with test/ alone"
+            )
         if run.get("images", [])[:2] != [about["sha256"], about["content"]]:
             raise UserError(
                 f"{path} was trained on other images than those of {folder or profile.name}: name "
@@ -126,7 +134,8 @@ def test(common, batch_size: int) -> None:
         "tested": about,
         "provenance": provenance(get_profile(common.profile).name, run["seed"]),
     }
-    print(json.dumps(facts, indent=1))
+    # msgspec writes null for NaN, which is no JSON: the interval of one image.
+    print(msgspec.json.format(msgspec.json.encode(facts), indent=1).decode())
 
 
 def describe_data(common) -> None:
@@ -280,12 +289,14 @@ def visualize(common, images: list[Path], output: Path) -> None:
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
     classes = run["classes"] or name_classes(model.num_classes)
     predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
-    depths = trace.depth.float().mean(dim=1)
+    # An image ends with its class token, where that halts.
+    depth = executed_depth(trace.depth) if isinstance(model, AViT) else trace.depth
+    depths = depth.float().mean(dim=1)
     titles = [
-        f"{name}\npredicted: {said}\nmean depth {depth:.1f}"
-        for name, said, depth in zip(names, predicted, depths, strict=True)
+        f"{name}\npredicted: {said}\nmean depth {mean:.1f}"
+        for name, said, mean in zip(names, predicted, depths, strict=True)
     ]
-    patches = trace.depth[:, model.num_prefix_tokens :].cpu()
+    patches = depth[:, model.num_prefix_tokens :].cpu()
     figure = pictures.depth_maps(
         data.to_pixels(pixels, statistics),
         nn.functional.pad(patches, (1, 0)),  # as if of a class token

@@ -101,6 +101,19 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     ]
 
 
+def test_an_image_ends_with_its_class_token(run, monkeypatch):
+    spy = Mock(wraps=commands.pictures.depth_maps)
+    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+    model, described = load_checkpoint(AVIT)
+    with torch.no_grad():
+        model.cls_token[..., 0] = model.pos_embed[:, 0, 0] = 9.0  # it halts in layer 1
+    about = described["model"], described["arguments"]
+    save_checkpoint(Path("early.safetensors"), model, *about, run=described["run"])
+    run("visualize --ckpt early.safetensors --images images/test/dark/0.jpg --output a.png")
+    assert spy.call_args.args[1][:, 1:].unique().tolist() == [1]
+    assert "mean depth 1.0" in spy.call_args.args[3][0]
+
+
 def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
     model = adaptive.without_thresholds(timm.create_model("deit_nano", num_classes=0))
     save_checkpoint(Path("a.safetensors"), model, "deit_nano", {"num_classes": 0})
