@@ -99,6 +99,23 @@ def a_start_that_knows_other_classes(patch):
     return f"{FIT} --ckpt {WEIGHTS}"
 
 
+@fault("last.safetensors does not match the checksum beside it")
+def a_start_beside_the_json_of_another_model(patch):
+    shutil.copy("deit/last.json", WEIGHTS.with_suffix(".json"))
+    return f"{START} --model deit --ckpt {WEIGHTS}"
+
+
+@fault("started from a model, or was taught by one, that was trained on other")
+def a_start_that_may_know_the_test_images(patch):
+    shutil.move(IMAGE, TRAIN / "dark" / "moved.jpg")
+    assert (
+        main(f"{START} --model deit --epochs 1 --batch-size 6 --ckpt deit/last.safetensors".split())
+        == 0
+    )
+    shutil.move("output", "started")
+    return f"test {OWN} --ckpt started/last.safetensors"
+
+
 @fault("last.safetensors is not a whole safetensors file")
 def a_pickle_that_would_run_code(patch):
     class Bomb:

@@ -129,6 +129,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         labels, before = [run.label for run in self.runs], {""}
         for run in self.runs:
             unfit = not run.label.strip() or re.search(r", |[|\n]", run.label)
+            if run.label in {*PEERS, "Adaptive merging"}:
+                raise ValueError(f"label {run.label!r} is that of another method")
             if unfit or labels.count(run.label) > 1:
                 raise ValueError(
                     f"label {run.label!r}: tables need one that no other run has, without comma, "

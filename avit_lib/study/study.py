@@ -99,17 +99,23 @@ class Study:
         ``start`` and ``teacher`` are the checkpoints it starts and learns from, if any.
         """
         data = self.data
+        images = [data.split["sha256"], data.split["content"], data.augmentation]
+        before = [read_json(path.with_suffix(".json")) for path in (start, teacher) if path]
+        known = [one.get("run", {}) for one in before]
+        # They may know the test images beside these.
+        others = [one["images"] for one in known if one.get("images", images)[:2] != images[:2]]
+        others += [one["others"] for one in known if "others" in one]
         arguments = {"num_classes": len(data.train.classes), "img_size": data.image_size}
         return {
             "model": run.model,
             "arguments": arguments | (run.halting.model_arguments if run.halting else {}),
             "classes": list(data.train.classes),
             "settings": msgspec.to_builtins(run),
-            "images": [data.split["sha256"], data.split["content"], data.augmentation],
+            "images": images,
             "start": read_json(start.with_suffix(".json"))["sha256"] if start else pretrained(run),
             "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else "",
             "seed": self.seed,
-        }
+        } | ({"others": others} if others else {})
 
     def initial_model(self, run: Run, start: Path | None = None) -> nn.Module:
         """The model of a run as its training starts, by default from the study's own checkpoint."""
@@ -146,11 +152,13 @@ class Study:
             print(f"{folder} holds this run, trained before: kept", flush=True)
             return history
         for path in filter(None, (start, teacher)):
-            classes = read_json(path.with_suffix(".json")).get("run", {}).get("classes")
+            classes = training.read_description(path).get("run", {}).get("classes")
             if classes not in (None, description["classes"]):
                 raise UserError(f"{path} knows other classes than the training images")
         model = self.initial_model(run, start)
         taught_by = training.load_checkpoint(teacher, self.device)[0] if teacher else None
+        if taught_by and taught_by.patch_embed.img_size != model.patch_embed.img_size:
+            raise UserError(f"{teacher} sees images of another size; name another --teacher")
         task = TaskLoss(run.training.label_smoothing, taught_by, run.distillation)
         loss: TaskLoss | AdaptiveLoss = task
         adjust = None

@@ -9,6 +9,7 @@ from avit_lib.training.checkpoints import (
     load_checkpoint,
     load_pretrained,
     load_weights,
+    read_description,
     read_weights,
     save_checkpoint,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from msgspec import Struct, ValidationError, convert
 from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.models.vision_transformer import checkpoint_filter_fn
@@ -64,23 +65,37 @@ def load_checkpoint(
     Raises UserError when a file is damaged, or holds another model than its JSON says.
     """
     path = Path(path)
-    beside = path.with_suffix(".json")
-    description = read_json(beside)
     weights = read_weights(path)
-    try:
-        model = create_model(description["model"], description["arguments"])
-        checksum = description["sha256"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
-    if digest_file(path) != checksum:
-        raise UserError(
-            f"{path} does not match the checksum beside it: it is damaged or foreign; "
-            f"train it again"
-        )
+    description = read_description(path)
+    model = create_model(description["model"], description["arguments"])
     if "thresholds" in weights:  # its tokens merge
         model = without_thresholds(model)
     _load_strictly(model, weights, path)
     return model.to(device).eval(), description
+
+
+class Described(Struct):
+    """What the JSON beside weights has to say; facts stand beside it."""
+
+    model: str
+    arguments: dict[str, Any]
+    sha256: str
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What the JSON beside the weights in ``path`` says; UserError unless it is of these."""
+    beside = path.with_suffix(".json")
+    description = read_json(beside)
+    try:
+        known = convert(description, Described)
+    except ValidationError as error:
+        raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
+    if digest_file(path) != known.sha256:
+        raise UserError(
+            f"{path} does not match the checksum beside it: it is damaged or foreign; "
+            f"train it again"
+        )
+    return description
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -103,7 +118,10 @@ def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = True) -> 
     path = weights_file(timm_name)
     if not path.is_file():
         path = _download(timm_name)
-    weights = checkpoint_filter_fn(read_weights(path), model)
+    try:
+        weights = checkpoint_filter_fn(read_weights(path), model)
+    except RuntimeError as error:  # positions that can't be resampled
+        raise UserError(f"{path} is of another model: {error}") from None
     own = model.state_dict()
     for key in ("head.weight", "head.bias"):
         if new_head and key in weights and weights[key].shape != own[key].shape:

@@ -140,6 +140,8 @@ def fit(
     records = []
     if (output / RESUME).is_file() and (output / "last.json").is_file():  # which says whose it is
         state = read_state(output / RESUME, device)
+        if state.get("run", run) != run:
+            raise UserError(f"{output / RESUME} is of another run; delete it to start again")
         records = state["records"]
         for name, part in changing.items():
             part.load_state_dict(state[name])
@@ -204,7 +206,7 @@ def fit(
             _write_results(output, run, result, records)
             if epoch < config.epochs:
                 state = {name: part.state_dict() for name, part in changing.items()}
-                write_state(output / RESUME, state | {"records": records})
+                write_state(output / RESUME, state | {"records": records, "run": run})
             told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
             print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
 

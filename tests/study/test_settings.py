@@ -96,6 +96,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("training.warmup_epochs = 2", r"runs\.deit: warmup_epochs must be fewer .*, not 2 of 2"),
         ("runs.deit.label = 'A-ViT halting held'", "'A-ViT halting held': .* no other run has"),
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables .* without comma"),
+        ("runs.deit.label = 'ATS'", "label 'ATS' is that of another method"),
         ("runs.deit.label = 'DeiT|mine'", "label .* bar or line break"),
         ("runs.deit.init = 'deit'", "run deit: init and teacher name runs above it"),
         ("runs.deit.teacher = 'avit'", "run deit: init and teacher name runs above it"),

@@ -4,6 +4,7 @@ import hashlib
 import os
 import pickle
 import re
+import shutil
 
 import pandas as pd
 import pytest
@@ -128,6 +129,14 @@ def test_a_state_of_which_nobody_says_whose_it_is_is_left(unfinished, tmp_path):
     train(unfinished, config=other)
     train(tmp_path / "new", config=other)
     assert content(unfinished) == content(tmp_path / "new")
+
+
+def test_a_state_of_another_run_is_named(unfinished, tmp_path):
+    with pytest.raises(PowerCut):
+        train(tmp_path / "b", watch([], stop_at=5), seed=1)
+    shutil.copy(tmp_path / "b" / RESUME, unfinished)
+    with refused(f"{RESUME} is of another run; delete it"):
+        train(unfinished)
 
 
 def test_a_damaged_state_is_named_and_nothing_overwritten(unfinished):
