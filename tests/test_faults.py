@@ -108,10 +108,8 @@ def a_start_beside_the_json_of_another_model(patch):
 @fault("started from a model, or was taught by one, that was trained on other")
 def a_start_that_may_know_the_test_images(patch):
     shutil.move(IMAGE, TRAIN / "dark" / "moved.jpg")
-    assert (
-        main(f"{START} --model deit --epochs 1 --batch-size 6 --ckpt deit/last.safetensors".split())
-        == 0
-    )
+    start = f"{START} --model deit --epochs 1 --batch-size 6 --ckpt deit/last.safetensors"
+    assert main(start.split()) == 0
     shutil.move("output", "started")
     return f"test {OWN} --ckpt started/last.safetensors"
 

@@ -100,7 +100,7 @@ class Study:
         """
         data = self.data
         images = [data.split["sha256"], data.split["content"], data.augmentation]
-        before = [read_json(path.with_suffix(".json")) for path in (start, teacher) if path]
+        before = [read_json(p.with_suffix(".json")) if p else {} for p in (start, teacher)]
         known = [one.get("run", {}) for one in before]
         # They may know the test images beside these.
         others = [one["images"] for one in known if one.get("images", images)[:2] != images[:2]]
@@ -112,8 +112,8 @@ class Study:
             "classes": list(data.train.classes),
             "settings": msgspec.to_builtins(run),
             "images": images,
-            "start": read_json(start.with_suffix(".json"))["sha256"] if start else pretrained(run),
-            "teacher": read_json(teacher.with_suffix(".json"))["sha256"] if teacher else "",
+            "start": before[0]["sha256"] if start else pretrained(run),
+            "teacher": before[1]["sha256"] if teacher else "",
             "seed": self.seed,
         } | ({"others": others} if others else {})
 
