@@ -73,7 +73,7 @@ def compare(
         found = predict(one, tested, batch_size, device)
         accuracy, gflops = found.correct.float().mean().item(), found.flops.mean().item() / 1e9
         rows.append({"model": name, "accuracy": accuracy, "gflops": gflops, "images": len(tested)})
-    for known in tables.IMAGENET["imagenet"]:
+    for known in tables.IMAGENET:
         if known["backbone"] == "DeiT-T":
             words = f"published: {known['method']}, {known['training']} ({known['source']})"
             figures = {name: known[name] for name in ("accuracy", "gflops")}

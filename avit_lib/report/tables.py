@@ -24,10 +24,11 @@ DIFFERENCE = ["difference", "low", "high"]
 MACRO_DIFFERENCE = [f"{name}_macro" for name in DIFFERENCE]
 ADAPTED = "Adaptive merging"  # what tables and figures call a model of ``adaptive.adapt``
 PEER = {"method": "peer", "mean_depth": math.nan, "mean_executed_depth": math.nan}
-PUBLISHED, IMAGENET = (
+PUBLISHED, ON_IMAGENET = (
     msgspec.toml.decode(Path(__file__).with_name(name).read_bytes())
     for name in ("published.toml", "imagenet.toml")
 )
+IMAGENET = ON_IMAGENET["model"]  # what others published, a dictionary a model
 
 
 # --- models that need no training -----------------------------------------------------------------
