@@ -177,7 +177,7 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
         return model, described
     name = name or "deit_tiny_patch16_224"
     head = training.read_weights(weights).get("head.weight") if weights else None
-    arguments = {} if head is None else {"num_classes": len(head)}
+    arguments = {} if head is None or not head.ndim else {"num_classes": len(head)}
     model = training.create_model(name, arguments)
     adaptive.without_thresholds(model)  # or an error, before anything is downloaded
     if weights:

@@ -74,12 +74,22 @@ def load_checkpoint(
     return model.to(device).eval(), description
 
 
+class DescribedRun(Struct, frozen=True):
+    """What the JSON beside weights says of a run, if it does."""
+
+    classes: list[str] = []
+    seed: int = 0
+    images: list[Any] = []
+    settings: dict[str, Any] = {}
+
+
 class Described(Struct):
     """What the JSON beside weights has to say; facts stand beside it."""
 
     model: str
     arguments: dict[str, Any]
     sha256: str
+    run: DescribedRun = DescribedRun()
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from conftest import refused
 from safetensors.torch import save_file
 
 from avit_lib.training import (
+    load_checkpoint,
     load_pretrained,
     load_weights,
     save_checkpoint,
@@ -53,6 +54,14 @@ def test_weights_that_are_no_real_numbers_are_refused(model, tmp_path):
     torch.save({"epoch": 3}, path)
     with refused("nor a state dict"):
         load_weights(model, path)
+
+
+def test_a_description_of_a_run_that_makes_no_sense_is_refused(model, tmp_path):
+    path = tmp_path / "last.safetensors"
+    for run in ({"seed": "three"}, {"classes": "cats"}, None):
+        save_checkpoint(path, model, NAME, ARGUMENTS, run=run)
+        with refused("last.json does not describe a model"):
+            load_checkpoint(path)
 
 
 # ---- pretrained weights, from a folder or timm's hub ----
