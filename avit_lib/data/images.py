@@ -172,7 +172,7 @@ class ShareSampler(BatchSampler):
             yield batch[self.share]
 
 
-def read_image(path: Path, image_size: int, transform: Callable | None = None) -> Tensor:
+def read_image(path: Path | str, image_size: int, transform: Callable | None = None) -> Tensor:
     """One image file as a normalised tensor [3, H, W], as in evaluation.
 
     ``transform``: what makes the tensor of a PIL image, in place of the study's own way. Raises
@@ -183,7 +183,7 @@ def read_image(path: Path, image_size: int, transform: Callable | None = None) -
     return batch_transform(image_size)(decode(path, image_size))
 
 
-def decode(path: Path, image_size: int) -> Tensor:
+def decode(path: Path | str, image_size: int) -> Tensor:
     """The bytes [3, S, S] of an image file: shorter side scaled to S, the centre cut out.
 
     S is ``decoded_size``; raises UserError when the file cannot be read.
@@ -229,14 +229,14 @@ def to_pixels(images: Tensor, statistics: tuple = STATISTICS) -> Tensor:
     return (images * std + mean).clamp(0, 1)
 
 
-def _read(path: Path, draft: bool = False) -> Image.Image:
+def _read(path: Path | str, draft: bool = False) -> Image.Image:
     """An image file, upright, as "RGB", what is transparent laid on white.
 
     Of one beyond the aspect ratio ``WIDEST`` it is the middle; a JPEG at an eighth of its size,
     which is faster, if a ``draft`` is enough. Raises Unreadable.
     """
     try:
-        if path.is_fifo():  # would wait for a writer
+        if Path(path).is_fifo():  # would wait for a writer
             raise ValueError("a pipe, no file")
         # Not by its name: Pillow then maps a TIFF into memory, and a turned one in grey wrongly.
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:

@@ -121,7 +121,7 @@ def test_evaluation_sees_what_timm_shows(tmp_path):
     standard = create_transform(
         (3, 224, 224), is_training=False, interpolation="bicubic", crop_pct=0.9
     )
-    torch.testing.assert_close(read_image(path, 224), standard(Image.open(path)))
+    torch.testing.assert_close(read_image(str(path), 224), standard(Image.open(path)))
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
