@@ -79,10 +79,14 @@ class Adaptive(TokensLeave):
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
         """FLOPs [B] of inference on the images traced."""
-        return flops_of_depth(self, trace.depth, [*map(can_merge, self.thresholds.tolist())])
+        return flops_of_depth(self, trace.depth, self.merging_layers())
+
+    def merging_layers(self) -> list[bool]:
+        """Whether tokens merge in each layer; in the last they don't, whatever its threshold."""
+        return [*map(can_merge, self.thresholds.tolist()[:-1]), False]
 
     def prune_intermediate_layers(self, *args, **kwargs) -> list[int]:
-        """As timm's."""
+        """As timm's; tokens that merged in the layer that is now the last don't any more."""
         taken = super().prune_intermediate_layers(*args, **kwargs)
         self.thresholds = self.thresholds[: len(self.blocks)]
         return taken
@@ -120,16 +124,15 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
-        return len(images) > 0 and any(map(can_merge, self.thresholds.tolist()))
+        return len(images) > 0 and any(self.merging_layers())
 
     # The compiler has nothing to gain on lengths that differ in every batch.
     @torch.compiler.disable
     def _compute(self, tokens: Tensor, observe: Callable | None) -> Packed:
         """What is left of tokens [B, N, D] after all layers; ``observe`` is told after each."""
         packed = pack(tokens, len(self.blocks))
-        layers = zip(self.blocks, self.thresholds.tolist(), strict=True)
-        for layer, (block, threshold) in enumerate(layers, start=1):
-            merges = can_merge(threshold)
+        layers = zip(self.blocks, self.thresholds.tolist(), self.merging_layers(), strict=True)
+        for layer, (block, threshold, merges) in enumerate(layers, start=1):
             packed, found = self.run(self._attend, block, packed, merges)
             if merges:
                 packed = merge(packed, found, threshold, layer)

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from avit_lib import backbone
 from avit_lib.adaptive import adapt, without_thresholds
-from avit_lib.flops import counted_flops, flops_of, trace_model
+from avit_lib.flops import counted_flops, flops_of, plain_flops, trace_model
 from avit_lib.merging import find_partners
 from avit_lib.model import AViT, masked_block
 
@@ -85,13 +85,22 @@ def test_features_only_is_of_the_model_that_halts():
 @each_kind
 def test_layers_are_pruned_and_other_sizes_taken(make):
     model = make()
-    expected = model.forward_intermediates(images(), [1], intermediates_only=True)
-    model.prune_intermediate_layers([1])
+    expected = model.forward_intermediates(images(), [2], intermediates_only=True)
+    model.prune_intermediate_layers([2])
     found = model.forward_intermediates(images(), 1, intermediates_only=True)
     assert_close(found, expected)
-    assert len(model.blocks) == 2 and model(images()).shape[-1] == model.embed_dim
+    assert len(model.blocks) == 3 and model(images()).shape[-1] == model.embed_dim
     model.set_input_size(img_size=(14, 42))
     assert model.forward_with_trace(torch.randn(3, 3, 14, 42))[1].depth.shape == (3, 13)
+
+
+def test_no_token_merges_in_a_layer_that_pruning_makes_the_last():
+    model = merging()
+    merges = model.merging_layers().index(True)
+    model.prune_intermediate_layers([merges])
+    assert len(model.blocks) == merges + 1 and not any(model.merging_layers())
+    whole = plain_flops(model, 17)
+    assert flops_of(model, trace_model(model, images())[1]).tolist() == [whole] * 8
 
 
 # --- how it is computed ---------------------------------------------------------------------------
@@ -162,13 +171,22 @@ class Mixing(Mlp):
         return x + x.mean(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize(("part", "kind"), [("1", Louder), ("1.mlp", Mixing)])
+class Gate(nn.Identity):
+    def forward(self, x):
+        return 2 * x
+
+
+PARTS = [("1", Louder), ("1.mlp", Mixing), ("1.drop_path2", Gate), ("1.attn.attn_drop", Gate)]
+
+
+@pytest.mark.parametrize(("part", "kind"), PARTS)
 def test_a_part_of_one_s_own_is_computed_or_refused(part, kind):
     model, masked = halting(), halting(execution="masked")
     adaptive, plain = merging(), plain_model()
     expected = model(images())
     for one in (model, masked, adaptive, plain):
         one.blocks.get_submodule(part).__class__ = kind
+        one.blocks[1].attn.fused_attn = False  # which calls no dropout
     assert (model(images()) - expected).abs().max() > 1e-3
     assert_close(model(images()), masked(images()))
     with refused(kind.__name__):
@@ -196,9 +214,19 @@ def test_another_scale_or_forward_of_attention_is_computed_or_refused(monkeypatc
         monkeypatch.setattr(Attention, "forward", lambda *args, **masks: 2 * own(*args, **masks))
 
 
-def test_blocks_in_a_container_of_one_s_own_are_refused():
+def with_louder_class(blocks):
+    return type("Louder", (nn.Sequential,), {})(*blocks)
+
+
+def with_louder_forward(blocks):
+    blocks.forward = lambda x: 2 * nn.Sequential.forward(blocks, x)
+    return blocks
+
+
+@pytest.mark.parametrize("change", [with_louder_class, with_louder_forward])
+def test_blocks_in_a_container_of_one_s_own_are_refused(change):
     for model in (halting(), merging(), plain_model()):
-        model.blocks = type("Louder", (nn.Sequential,), {})(*model.blocks)
+        model.blocks = change(model.blocks)
         plain = type(model) is VisionTransformer
         with refused("nn.Sequential"):
             adapt(model, images(), 0.2) if plain else model(images())
