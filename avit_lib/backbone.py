@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
+from timm.layers import DropPath, GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def call(function: Callable, *arguments: Any) -> Any:
 
 
 TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
-OWN_FORWARD = {kind: kind.forward for kind in (Block, Attention)}  # somebody may replace it
+DROPPED = (nn.Identity, nn.Dropout, DropPath)  # parts that do nothing in evaluation
 
 
 class TokensLeave(VisionTransformer):
@@ -43,7 +43,7 @@ class TokensLeave(VisionTransformer):
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
         if is_hooked(self.blocks):
             raise UserError("a hook on all blocks at once would never be called; put it on a block")
-        if type(self.blocks) is not nn.Sequential:
+        if type(self.blocks) is not nn.Sequential or "forward" in vars(self.blocks):
             raise UserError("blocks of a class of its own would never be called; use nn.Sequential")
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
@@ -211,16 +211,18 @@ def why_not_plain(model: VisionTransformer) -> str:
     patches = type(model.patch_embed)
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
-    if type(model.blocks) is not nn.Sequential:
-        return f"its blocks are a {type(model.blocks).__name__}, not an nn.Sequential"
-    for kind, forward in OWN_FORWARD.items():
-        if kind.forward is not forward:
+    if type(model.blocks) is not nn.Sequential or "forward" in vars(model.blocks):
+        return f"its blocks are a {type(model.blocks).__name__}, not an nn.Sequential as torch has it"
+    for kind in (Block, Attention):
+        if kind.forward.__module__ != kind.__module__:
             return f"the forward of timm's {kind.__name__} was replaced"
     for block in model.blocks:
         plain = {block: (Block,)}
         if type(block) is Block:
             plain |= {block.attn: (Attention,), block.mlp: TOKENWISE}
             plain |= dict.fromkeys((block.ls1, block.ls2), (LayerScale, nn.Identity))
+            drops = block.drop_path1, block.drop_path2, getattr(block.attn, "attn_drop", None)
+            plain |= {part: DROPPED for part in drops if part is not None}
         for part, kinds in plain.items():
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"
