@@ -147,7 +147,13 @@ def fit(
             part.load_state_dict(state[name])
         print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
     processes.barrier()  # until here all processes only read
-    rank = processes.rank()
+    rank, left = processes.rank(), len(train) % config.batch_size
+    if rank == 0 and updates * config.batch_size < len(train):
+        print(
+            f"each epoch leaves out {left} of {len(train)} training images, drawn anew: they fill no "
+            f"batch of {config.batch_size}",
+            flush=True,
+        )
     # The loss smooths; what alpha is 0 is left out.
     mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes))
     half = uses_bfloat16(config, device)
