@@ -44,6 +44,12 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     channel_rate: Fraction = 1.0  # of a fitted channel 0: its learning rate, of that of all else
     task_gradient: NotNegative = 0.0  # with which the task trains scores (``halting.fade``); 0: not
 
+    def __post_init__(self):
+        if self.channel_rate != 1 and not self.fitted:
+            raise ValueError(
+                'channel_rate is of a channel 0 that is fitted: with start = "beta" it must be 1'
+            )
+
     @property
     def fitted(self) -> bool:
         """Whether channel 0 is fitted before training."""
@@ -83,6 +89,11 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             )
         if self.init == "pretrained" and not self.pretrained:
             raise ValueError("init is pretrained; name the weights of timm's, as pretrained")
+        if self.pretrained and self.start:
+            raise ValueError(
+                f"pretrained is for init = 'pretrained'; init is {self.init!r}, so take it out, or "
+                f"set it to ''"
+            )
         if training.warmup_epochs >= training.epochs:
             raise ValueError(
                 f"warmup_epochs must be fewer than epochs, not {training.warmup_epochs:g} of "

@@ -98,7 +98,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables .* without comma"),
         ("runs.deit.label = 'ATS'", "label 'ATS' is that of another method"),
         ("runs.deit.label = 'DeiT|mine'", "label .* bar or line break"),
-        ("runs.deit.init = 'deit'", "run deit: init and teacher name runs above it"),
+        ("runs.avit_held.init = 'avit'", "run avit_held: init and teacher name runs above it"),
         ("runs.deit.teacher = 'avit'", "run deit: init and teacher name runs above it"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: Expected `float` <= 0.8"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
@@ -113,6 +113,8 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("recalibrated.nobody = [2.0]", r"recalibrated\.nobody: there is no run 'nobody'"),
         ("budgets.nobody = [0.2]", r"budgets\.nobody: there is no run 'nobody'"),
         ("recalibrated.deit = [2.0]", "run deit: recalibrated is of runs that halt"),
+        ("runs.avit_published.halting.channel_rate = 0.5", r"channel_rate is of a channel 0 that"),
+        ("runs.avit.init = 'deit'", r"runs\.avit: pretrained is for init = .*; init is 'deit'"),
     ],
 )
 def test_a_fault_is_told_with_its_file_and_key(text, words, read, tmp_path):
