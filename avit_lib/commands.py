@@ -65,7 +65,8 @@ def fit(common, output: Path | None, teacher: Path | None, changes: dict[str, An
 def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
     """The model in a checkpoint, else the run that was trained here or committed.
 
-    Returns it with the description of its run, and where it lies.
+    Returns it with the description of its run, and where it lies; "pretrained" there is the timm
+    name of the weights that adapt took, if any.
     """
     study = Study(common.profile, common.seed, device=common.device)
     run = study.profile.run(common.model or study.profile.focus).name
@@ -74,9 +75,13 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
         path = study.checkpoint(run)
     model, description = training.load_checkpoint(path, study.device)
     found = {"classes": [], "seed": common.seed} | description.get("run", {})
+    found["pretrained"] = description.get("adapted", {}).get("pretrained", "")
     if common.seed not in (0, found["seed"]):
         raise UserError(f"{path} was trained with seed {found['seed']}; leave out --seed")
-    trained_as = found.get("settings", {}).get("name", run)
+    settings = found.get("settings", {})
+    if not common.ckpt and settings != to_builtins(study.profile.run(run)):
+        data.tell(f"{path} was trained by other settings than profile {study.profile.name} has now")
+    trained_as = settings.get("name", run)
     if common.model not in (None, trained_as):
         raise UserError(
             f"{path} was trained as {trained_as}, not {run}; correct --model or leave it out"
@@ -148,7 +153,9 @@ def describe_data(common) -> None:
     print(json.dumps(facts | {"test_images": len(tested)}, indent=1))
     path = results_dir(profile.name) / "metrics" / "split.json"
     recorded = training.read_json(path) if path.is_file() else {}
-    if recorded.get("seed") == common.seed:
+    if recorded.get("seed") != common.seed:
+        data.tell(f"compared with nothing: {path} has no record of seed {common.seed}")
+    else:
         other = [key for key in ("sha256", "content") if recorded[key] != found.split[key]]
         if other:  # names, or what the files hold
             raise UserError(
@@ -186,7 +193,8 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
         tag = timm.get_pretrained_cfg(name).tag
         timm_name = name if "." in name or not tag else f"{name}.{tag}"
         training.load_pretrained(model, timm_name, new_head=False)
-    return model.eval(), {"model": name, "arguments": arguments}
+    known = {"model": name, "arguments": arguments}
+    return model.eval(), known if weights else known | {"pretrained": timm_name}
 
 
 def make_reader(model: nn.Module, classes: list[str]) -> tuple[Callable[[Path], Tensor], tuple]:
@@ -199,6 +207,8 @@ def make_reader(model: nn.Module, classes: list[str]) -> tuple[Callable[[Path], 
         return partial(data.read_image, image_size=size), data.STATISTICS
     config = resolve_model_data_config(model)
     config["input_size"] = (3, *model.patch_embed.img_size)  # the model may be made for another
+    seen = (f"{name} {config[name]}" for name in ("mean", "std", "crop_pct", "interpolation"))
+    print(f"images as timm says of this model: {', '.join(seen)}; pooling {model.global_pool!r}")
     read = partial(data.read_image, image_size=size, transform=create_transform(**config))
     return read, (config["mean"], config["std"])
 
@@ -244,9 +254,14 @@ def adapt(
     adapted = make_adaptive(model, pixels, saved)
     with torch.inference_mode():
         answers = [torch.cat([one(part) for part in pixels.split(64)]) for one in (model, adapted)]
-    same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
-    print(f"answers as before on {same:.1%} of these {len(pixels)} images")
+    if model.num_classes:
+        same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
+        print(f"answers as before on {same:.1%} of these {len(pixels)} images")
+    else:  # it has features alone
+        alike = nn.functional.cosine_similarity(*answers).mean()
+        print(f"features as before on these {len(pixels)} images: cosine similarity {alike:.3f}")
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", common.seed)}
+    facts["pretrained"] = described.get("pretrained", "")
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]
     training.save_checkpoint(output, adapted, *about, run=run, adapted=facts)
@@ -287,7 +302,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
-    classes = run["classes"] or name_classes(model.num_classes)
+    classes = run["classes"] or name_classes(model.num_classes, run["pretrained"])
     predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
     # An image ends with its class token, where that halts.
     depth = executed_depth(trace.depth) if isinstance(model, AViT) else trace.depth
@@ -312,9 +327,9 @@ def visualize(common, images: list[Path], output: Path) -> None:
     print(f"written to {output}")
 
 
-def name_classes(count: int) -> list[str]:
-    """The names of ImageNet's classes, or numbers for so many others."""
-    if count != CLASSES:
+def name_classes(count: int, pretrained: str) -> list[str]:
+    """The names of ImageNet's classes for timm's ``pretrained`` weights, or else numbers."""
+    if count != CLASSES or not pretrained:
         return [f"class {index}" for index in range(count)]
     known = ImageNetInfo()
     return [known.index_to_description(index).split(",")[0] for index in range(count)]

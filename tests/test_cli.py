@@ -17,6 +17,7 @@ import timm
 import torch
 from conftest import ROOT, SMALL, refused, write_photographs
 from msgspec.structs import replace
+from torch import nn
 
 from avit_lib import adaptive, commands, data
 from avit_lib.adaptive import NEVER
@@ -114,13 +115,26 @@ def test_an_image_ends_with_its_class_token(run, monkeypatch):
     assert "mean depth 1.0" in spy.call_args.args[3][0]
 
 
-def test_a_model_without_classes_predicts_nothing(run, monkeypatch):
-    model = adaptive.without_thresholds(timm.create_model("deit_nano", num_classes=0))
-    save_checkpoint(Path("a.safetensors"), model, "deit_nano", {"num_classes": 0})
+@pytest.mark.parametrize(
+    ("classes", "pretrained", "predicted", "kept"),
+    [
+        (0, "", "nothing", "features as before on these 32 images: cosine similarity "),
+        (1000, "", "class 3", "answers as before on "),
+        (1000, "deit_tiny_patch16_224.fb_in1k", "tiger shark", "answers as before on "),
+    ],
+)
+def test_what_a_model_of_timm_s_predicts(classes, pretrained, predicted, kept, run, monkeypatch):
+    model, arguments = timm.create_model("deit_nano", num_classes=classes), {"num_classes": classes}
+    if classes:
+        nn.init.zeros_(model.head.weight)
+        model.head.bias.data = 1.0 * (torch.arange(classes) == 3)
+    found = model, {"model": "deit_nano", "arguments": arguments, "pretrained": pretrained}
+    monkeypatch.setattr(commands, "find_model", lambda *_: found)
+    assert kept in run("adapt --images images --saved 0.1 --output a.safetensors").out
     spy = Mock(wraps=commands.pictures.depth_maps)
     monkeypatch.setattr(commands.pictures, "depth_maps", spy)
-    run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg")
-    assert spy.call_args.args[3] == ["dark/0.jpg\npredicted: nothing\nmean depth 4.0"]
+    run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg --output a.png")
+    assert f"predicted: {predicted}\n" in spy.call_args.args[3][0]
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
@@ -135,8 +149,12 @@ def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
         trained = results / "checkpoints" / "avit_finetuned" / f"last{suffix}"
         shutil.copy(trained, committed / f"model{suffix}")
     shutil.rmtree(results / "checkpoints")
-    tested = json.loads(run(test).out)
-    assert tested["images"] == 288 and tested["tested"]["profile"] == "mine"
+    found = run(test)
+    tested = json.loads(found.out)
+    assert tested["images"] == 288 and tested["tested"]["profile"] == "mine" and not found.err
+    with Path("mine.toml").open("a") as profile:
+        profile.write("runs.avit_finetuned.halting.eps = 0.02\n")
+    assert "trained by other settings than profile mine has now" in run(test).err
 
 
 def test_a_split_is_compared_with_the_one_on_record(run):
@@ -150,7 +168,8 @@ def test_a_split_is_compared_with_the_one_on_record(run):
     for key in ("sha256", "content"):
         Results("mine", 0, "02_finetune_deit").metrics(split | {key: "other"}, "split")
         assert f"not those on record: {key} of" in run("data --profile mine.toml", 2).err
-    json.loads(run("data --profile mine.toml --seed 1").out)  # of which there is no record
+    other = run("data --profile mine.toml --seed 1")
+    assert json.loads(other.out) and "has no record of seed 1" in other.err
 
 
 # --- adapt, benchmark, ImageNet -------------------------------------------------------------------
@@ -160,6 +179,7 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
     shutil.copy("deit/last.safetensors", "plain.safetensors")
     source = "--model deit_nano --images images --saved 0.1"
     told = run(f"adapt {source} --weights plain.safetensors --output adaptive.safetensors").out
+    assert "mean (0.485, 0.456, 0.406)" in told and "pooling 'token'" in told
     assert "of the FLOPs" in told and "before on 100.0% of these 32 images" in told
     model, described = load_checkpoint(Path("adaptive.safetensors"))
     assert isinstance(model, adaptive.Adaptive) and model.thresholds.min() < NEVER
@@ -254,4 +274,4 @@ def test_it_ends_quietly_when_nobody_reads_on(run, monkeypatch):
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
         monkeypatch.setattr(sys, "stdout", pipe)
-        assert not run("data --profile mine.toml", 141).err
+        assert "Traceback" not in run("data --profile mine.toml", 141).err

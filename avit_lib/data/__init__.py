@@ -6,7 +6,7 @@ modules.
 """
 
 from avit_lib.data.datasets import Data
-from avit_lib.data.files import find_images, read_all
+from avit_lib.data.files import find_images, read_all, tell
 from avit_lib.data.images import STATISTICS, Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (
     TrainingData,
