@@ -212,7 +212,7 @@ def why_not_plain(model: VisionTransformer) -> str:
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
     if type(model.blocks) is not nn.Sequential or "forward" in vars(model.blocks):
-        return f"its blocks are a {type(model.blocks).__name__}, not an nn.Sequential as torch has it"
+        return f"its blocks are a {type(model.blocks).__name__}, not torch's plain nn.Sequential"
     for kind in (Block, Attention):
         if kind.forward.__module__ != kind.__module__:
             return f"the forward of timm's {kind.__name__} was replaced"

@@ -43,27 +43,27 @@ def digest_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def check_embedded(place: Path) -> None:
-    """Compare what is embedded in the checkout's data/, at or below ``place``, with SHA256SUMS.
-
-    Raises UserError for those missing or not as published.
-    """
+def list_embedded(place: Path) -> list[tuple[str, Path]]:
+    """Checksum and path of what SHA256SUMS of the checkout's data/ lists at or below ``place``."""
     data = project_root() / "data"
     sums = data / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
     real, target = data.resolve(), place.resolve()  # links and .. may lead here
-    within = [
-        (checksum, name)
+    return [
+        (checksum, data / name)
         for checksum, name in listed
         if (data / name).is_relative_to(place.absolute()) or (real / name).is_relative_to(target)
     ]
+
+
+def check_embedded(place: Path) -> None:
+    """Raise UserError for embedded files at or below ``place`` that are missing or damaged."""
     wrong = []
-    for checksum, name in within:
-        if not (data / name).is_file() or digest_file(data / name) != checksum:
-            wrong.append(name)
+    for checksum, path in list_embedded(place):
+        if not path.is_file() or digest_file(path) != checksum:
+            wrong.append(str(path))
     if wrong:
         raise UserError(
-            f"missing or damaged in {data}: {name_some(wrong)}; bring it back with "
-            f"`git checkout -- data`"
+            f"missing or damaged: {name_some(wrong)}; bring it back with `git checkout -- data`"
         )

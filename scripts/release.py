@@ -17,6 +17,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from avit_lib.data.images import CROP_FRACTION, STATISTICS
 from avit_lib.errors import UserError
 from avit_lib.evaluation import metrics
 from avit_lib.places import project_root
@@ -47,7 +48,8 @@ model = timm.create_model("local-dir:{place}", pretrained=True)
 def write_folder(folder: Path, model: nn.Module, described: dict[str, Any], licence: str) -> None:
     """Write weights, settings and classes of a model as timm's hub has them, and what ours has."""
     arguments, run = described["arguments"], described["run"]
-    names = {"label_names": run["classes"]}
+    seen = {"mean": STATISTICS[0], "std": STATISTICS[1], "crop_pct": CROP_FRACTION}
+    names = {"label_names": run["classes"], "pretrained_cfg": seen | {"interpolation": "bicubic"}}
     facts = {"run": run, "licence": licence, "provenance": described["provenance"]}
     save_for_hf(model, str(folder), names, model_args=arguments, safe_serialization=True)
     save_checkpoint(folder / "model.safetensors", model, described["model"], arguments, **facts)

@@ -9,14 +9,15 @@ from typing import Any
 
 import msgspec
 import pandas as pd
+import timm
 from torch import nn
 
 from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
-from avit_lib.data import Images, TrainingData, loader, test_data, training_data
+from avit_lib.data import STATISTICS, Images, TrainingData, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
-from avit_lib.places import digest_file, weights_file
+from avit_lib.places import digest_file, list_embedded, weights_file
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Profile, Run, get_profile
@@ -124,6 +125,7 @@ class Study:
         if run.start or start:
             training.load_weights(model, start or self.checkpoint(run.start))
         else:
+            check_statistics(run.pretrained)
             training.load_pretrained(model, run.pretrained)
         model.to(self.device)
         halting = run.halting
@@ -216,8 +218,21 @@ def pretrained(run: Run) -> str:
 
     Those of the repository, or of timm's hub, are always the same.
     """
-    given = os.environ.get("AVIT_WEIGHTS") and not run.start and weights_file(run.pretrained)
-    return digest_file(given) if given and given.is_file() else ""
+    if run.start:
+        return ""
+    given = weights_file(run.pretrained)
+    own = os.environ.get("AVIT_WEIGHTS") or not list_embedded(given)
+    return digest_file(given) if own and given.is_file() else ""
+
+
+def check_statistics(pretrained: str) -> None:
+    """Raise UserError for weights of timm's that expect images normalised in another way."""
+    known = timm.get_pretrained_cfg(pretrained)
+    if known and (known.mean, known.std) != STATISTICS:
+        raise UserError(
+            f"{pretrained} expects images of mean {known.mean} and deviation {known.std}, and a "
+            f"study gives those of ImageNet; choose other weights"
+        )
 
 
 def clear_other(folder: Path, wanted: dict[str, Any]) -> None:

@@ -150,8 +150,8 @@ def fit(
     rank, left = processes.rank(), len(train) % config.batch_size
     if rank == 0 and updates * config.batch_size < len(train):
         print(
-            f"each epoch leaves out {left} of {len(train)} training images, drawn anew: they fill no "
-            f"batch of {config.batch_size}",
+            f"each epoch leaves out {left} of {len(train)} training images, drawn anew: they fill "
+            f"no batch of {config.batch_size}",
             flush=True,
         )
     # The loss smooths; what alpha is 0 is left out.

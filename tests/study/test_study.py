@@ -15,10 +15,12 @@ from PIL import Image
 
 from avit_lib import load
 from avit_lib.adaptive import NEVER
-from avit_lib.data import TrainingData
-from avit_lib.study import Sentence, Study
+from avit_lib.data import STATISTICS, TrainingData
+from avit_lib.data.images import CROP_FRACTION
+from avit_lib.places import digest_file, weights_file
+from avit_lib.study import Sentence, Study, get_profile
 from avit_lib.study.results import Results, to_markdown
-from avit_lib.study.study import released
+from avit_lib.study.study import pretrained, released
 
 DATA = TrainingData(random_images(64), random_images(32, seed=1), {"sha256": "", "content": {}}, 28)
 
@@ -73,8 +75,31 @@ def test_a_fitted_channel_is_held_or_trained(open_study):
         run = study.profile.run(name)
         fitted = channels(study.initial_model(run))
         assert all(map(torch.equal, channels(study.load(name)), fitted)) == held
-    unfitted = structs.replace(run, halting=structs.replace(run.halting, start="beta"))
+    halting = structs.replace(run.halting, start="beta", channel_rate=1.0)
+    unfitted = structs.replace(run, halting=halting)
     assert not all(map(torch.equal, channels(study.initial_model(unfitted)), fitted))
+
+
+def test_weights_that_expect_other_images_are_refused(open_study):
+    study = open_study()
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    with refused(r"expects images of mean \(0.5, 0.5, 0.5\)"):
+        study.initial_model(structs.replace(study.profile.run("deit"), pretrained=name))
+
+
+def test_other_weights_in_data_are_another_run_but_for_embedded_ones(tmp_path, monkeypatch):
+    (tmp_path / "avit_lib").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AVIT_WEIGHTS", raising=False)
+    run = structs.replace(get_profile("smoke").run("deit"), pretrained="some")
+    weights = weights_file("some")
+    assert pretrained(run) == ""  # timm's
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"one")
+    assert pretrained(run) == digest_file(weights)
+    (tmp_path / "data" / "SHA256SUMS").write_text(f"{digest_file(weights)}  weights/{weights.name}")
+    assert pretrained(run) == ""
 
 
 def test_a_run_that_merges_is_adapted_before_it_is_trained(open_study):
@@ -106,7 +131,10 @@ def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
     of_timm = timm.create_model(f"local-dir:{path.parent}", pretrained=True).eval()
     images = study.test[torch.arange(4)][0]
     assert torch.equal(of_timm(images), model(images))
-    assert of_timm.pretrained_cfg["label_names"] == described["run"]["classes"]
+    told = of_timm.pretrained_cfg
+    assert told["label_names"] == described["run"]["classes"]
+    assert (tuple(told["mean"]), tuple(told["std"])) == STATISTICS
+    assert told["crop_pct"] == CROP_FRACTION
 
 
 PAGE = """What it is.
