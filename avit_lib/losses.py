@@ -54,9 +54,11 @@ def distribution_loss(distribution: Tensor, target: Tensor, direction: str = "pa
 
     The published code computes the second, but not this number: its ``KLDivLoss("batchmean")``
     takes [L] for a batch and divides by L (12 layers: 12 times smaller); its H is clamped to
-    0.01..0.99 after it was normalised, counts the scores of tokens that have halted, and by a slip
-    in an index (``h[1:]``, of [B, N]) leaves out the first image in place of the class token.
-    Raises KeyError for another direction.
+    0.01..0.99 after it was normalised, counts the scores of tokens that have halted, has in the
+    last layer their sigmoid in place of the 1 of Algorithm 1, and by a slip in an index (``h[1:]``,
+    of [B, N]) leaves out the first image in place of the class token. Its target is centred on the
+    ninth layer (mu = 8 counts from 0), with a sum of more than 3. Raises KeyError for another
+    direction.
     """
     p, q = {"paper": (distribution, target), "code": (target, distribution)}[direction]
     tiny = torch.finfo(p.dtype).tiny  # a layer that no patch reaches has H = 0
@@ -112,7 +114,7 @@ class AdaptiveLoss:
     # Fraction of training over which alpha_p grows linearly from 0; 0: full from the start
     ponder_ramp: float = 0.0
     alpha_distr: float = 0.1  # alpha_d
-    target_depth: float = 8.0  # mu, in layers
+    target_depth: float = 8.0  # mu, in layers from 1; the published code counts from 0
     target_std: float = 1.0
     kl_direction: str = "paper"  # KL(H || target); "code": KL(target || H); see distribution_loss
     task: TaskLoss = TaskLoss()  # L_task

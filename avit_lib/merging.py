@@ -6,8 +6,9 @@ its similarity to the token that can stand for it, minus a weight times the loga
 importance to the class token. It merges where the score exceeds the threshold of the layer.
 
 Merging by thresholds is not new: they were learned (LTMP; Bonnaerens and Dambre 2023), calibrated
-without labels (DyMU, 2025) and set by a formula (ATM, arXiv 2505.15160). Here importance is in the
-score, and images with different numbers of tokens run as one packed batch.
+without labels (DyMU, 2025) and set by a formula (ATM, arXiv 2505.15160). Nor is importance in the
+choice of what merges (ToMeCIS, Seol et al. 2023; MCTF, arXiv 2403.10030). Here both meet, and
+images with different numbers of tokens run as one packed batch.
 """
 
 from dataclasses import dataclass, replace

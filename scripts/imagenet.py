@@ -76,7 +76,7 @@ def compare(
     for known in tables.IMAGENET:
         if known["backbone"] == "DeiT-T":
             words = f"published: {known['method']}, {known['training']} ({known['source']})"
-            figures = {name: known[name] for name in ("accuracy", "gflops")}
+            figures = {name: known.get(name) for name in ("accuracy", "gflops")}
             rows.append({"model": words} | figures)
     return pd.DataFrame(rows)
 

@@ -2,7 +2,9 @@
 
 Each image keeps its own number of patches. Unlike in the paper, where the sampled tokens alone are
 queries in a layer that samples, all tokens attend there; those that were not sampled leave between
-attention and MLP, as with the other peers.
+attention and MLP, as with the other peers. Shares follow the paper's equation; the authors' code
+sums attention over heads before it multiplies by the norm of the value, sorts the shares before it
+adds them up, and takes the tokens nearest to its marks. It never has more marks than tokens.
 """
 
 import torch

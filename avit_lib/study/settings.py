@@ -35,7 +35,7 @@ class Halting(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     alpha_ponder: NotNegative = 5e-4  # alpha_p
     ponder_ramp: Fraction = 0.0  # part of training in which alpha_p grows from 0; 0: always full
     alpha_distr: NotNegative = 0.1  # alpha_d
-    target_depth: Layers = 8.0  # mu, in layers
+    target_depth: Layers = 8.0  # mu, in layers from 1; the published code counts from 0
     target_std: Positive = 1.0
     kl_direction: Literal["paper", "code"] = "paper"  # KL(H || target); "code": KL(target || H)
     # "beta": channel 0 as the backbone has it; "class_attention" (not in the paper): fitted to
