@@ -14,10 +14,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from struct import error as StructError
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -32,9 +33,11 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-# Tags of a TIFF, and a value of the third.
+# Tags of a TIFF, and values of three of them.
 SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339
-YCBCR = 6
+OLD_SUBFILE_TYPE, FILL_ORDER, PLANAR_CONFIGURATION = 255, 266, 284
+YCBCR, LOW_BITS_FIRST, IN_PLANES = 6, 2, 2
+ORIENTATION, TURNED = "{http://ns.adobe.com/tiff/1.0/}Orientation", [*"12345678"]  # of XMP
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
 BAD_IMAGE = (
@@ -243,6 +246,7 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             _refuse_misread(image)
+            _read_orientation(image)
             upright = ImageOps.exif_transpose(image)
             most = WIDEST * min(upright.size)
             upright = v2.CenterCrop([min(side, most) for side in reversed(upright.size)])(upright)
@@ -255,6 +259,25 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image in {', '.join(FORMATS)}"
         raise Unreadable(f"{path} ({reason})") from None
+
+
+def _read_orientation(image: ImageFile.ImageFile) -> None:
+    """Let ``image`` know from its metadata how it is turned, where Pillow finds nothing."""
+    exif = image.getexif()
+    # Old programs write EXIF into a PNG under this name: three lines, then it in hexadecimal.
+    raw = "".join(image.info.get("Raw profile type APP1", "").split("\n")[3:])
+    if raw.startswith(b"Exif".hex()):
+        exif.load(bytes.fromhex(raw))
+    if ExifTags.Base.Orientation in exif:
+        return
+    try:
+        elements = [*ElementTree.fromstring(image.info.get("xmp", b"").rstrip(b"\0")).iter()]
+    except ElementTree.ParseError:  # there is none, or none that is whole
+        return
+    for element in elements:
+        turned = element.text if element.tag == ORIENTATION else element.get(ORIENTATION)
+        if turned and turned.strip() in TURNED:
+            exif[ExifTags.Base.Orientation] = int(turned)
 
 
 def _refuse_misread(image: ImageFile.ImageFile) -> None:
@@ -273,7 +296,10 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
         raise ValueError("its transparent grey is read wrongly; save it with 8 bits")
     if np.max(tags.get(COLOUR_MAP, 256)) < 256:
         raise ValueError("its palette is of 8 bits in place of 16; save it again")
-    if tags.get(SUBFILE_TYPE, 0) & 1:
+    planes, reversed_bits = tags.get(PLANAR_CONFIGURATION) == IN_PLANES, tags.get(FILL_ORDER, 1)
+    if planes and (reversed_bits == LOW_BITS_FIRST or image.mode in ("LA", "La", "PA")):
+        raise ValueError("its colours lie in planes and are read wrongly; save them together")
+    if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
     if image.format == "BMP" and image.mode == "RGBA" and not np.any(image.getchannel("A")):
         raise ValueError("all of it is transparent; save it without transparency")

@@ -10,6 +10,7 @@ import torch
 from conftest import refused
 from msgspec.structs import replace
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 from small_sets import COLOUR
 from timm.data import create_transform
 from torchvision.transforms import v2
@@ -83,6 +84,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (b"P6 20 20 256\n" + bytes(2400), "more than 8 bits"),
         (b"P3 2 2 300 " + b"9 " * 12, "more than 8 bits"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={254: 1}), "first page is a thumbnail"),
+        (encode(new("RGB", 9), "TIFF", tiffinfo={255: 2}), "first page is a thumbnail"),
+        (encode(new("RGB", 9), "TIFF", tiffinfo={266: 2, 284: 2}), "colours lie in planes"),
+        (encode(new("LA", 9), "TIFF", tiffinfo={284: 2}), "colours lie in planes"),
         (small_palette(), "its palette is of 8 bits"),
         (encode(new("YCbCr", 9), "TIFF"), "YCbCr without compression"),
         (clear_bmp(), "all of it is transparent"),
@@ -124,17 +128,65 @@ def test_evaluation_sees_what_timm_shows(tmp_path):
     torch.testing.assert_close(read_image(str(path), 224), standard(Image.open(path)))
 
 
-@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
-def test_an_image_that_is_stored_turned_is_upright(tmp_path, ending):
+def half_white():
+    """An image whose left half is light."""
     upright = Image.new("L", (60, 40))
     upright.paste(200, (0, 0, 30, 40))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    stored = upright.transpose(Image.Transpose.ROTATE_90)
-    path = tmp_path / f"image.{ending}"
-    stored.save(path, exif=exif)
+    return upright
+
+
+def assert_upright(path):
+    """Of a ``half_white`` image stored in ``path``."""
     found = decode(path, 36)
     assert found[:, :, :18].min() > 197 and found[:, :, 22:].max() < 3
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_an_image_that_is_stored_turned_is_upright(tmp_path, ending):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    stored = half_white().transpose(Image.Transpose.ROTATE_90)
+    path = tmp_path / f"image.{ending}"
+    stored.save(path, exif=exif)
+    assert_upright(path)
+
+
+XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">
+<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:tiff="{}" {}
+</rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
+TIFF = "http://ns.adobe.com/tiff/1.0/"
+
+
+@pytest.mark.parametrize(
+    ("namespace", "turned", "upright"),
+    [
+        (TIFF, "><rdf:Description tiff:Orientation='6'/>", True),
+        (TIFF, '><rdf:Description tiff:Orientation = "6"/>', True),
+        (TIFF, f'xmlns:t="{TIFF}"><rdf:Description t:Orientation="6"/>', True),
+        (TIFF, '><tiff:Orientation xml:lang="en">\n6 </tiff:Orientation>', True),
+        ("other", "><rdf:Description tiff:Orientation='6'/>", False),
+        (TIFF, "><rdf:Description tiff:Orientation='6'>", False),  # no whole XML
+    ],
+)
+def test_xmp_says_how_an_image_is_turned_where_exif_does_not(tmp_path, namespace, turned, upright):
+    path = tmp_path / "image.jpg"
+    stored = half_white().transpose(Image.Transpose.ROTATE_90)
+    stored.save(path, xmp=XMP.format(namespace, turned).encode() + b"\0")
+    if upright:
+        assert_upright(path)
+    else:
+        assert decode(path, 36)[:, :2].max() < 3  # dark above
+
+
+def test_exif_that_old_programs_wrote_into_a_png_counts(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    content = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    text = PngInfo()
+    text.add_text("Raw profile type APP1", f"\ngeneric profile\n{len(content)}\n{content.hex()}\n")
+    path = tmp_path / "image.png"
+    half_white().transpose(Image.Transpose.ROTATE_90).save(path, pnginfo=text)
+    assert_upright(path)
 
 
 @pytest.fixture
