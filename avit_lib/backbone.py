@@ -60,8 +60,9 @@ class TokensLeave(VisionTransformer):
         """Logits [B, K] of images [B, C, H, W] and the trace of every token."""
         return self(images, with_trace=True)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """What ``forward_head`` takes, normalised, of images [B, C, H, W]."""
+    def forward_features(self, x: Tensor, attn_mask: None = None) -> Tensor:
+        """What ``forward_head`` takes, normalised, of images [B, C, H, W]; no mask is taken."""
+        _refuse_mask(attn_mask)
         return self.compute_features(x, traced=False)[0]
 
     def forward_intermediates(
@@ -82,8 +83,7 @@ class TokensLeave(VisionTransformer):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
-        if attn_mask is not None:
-            raise UserError("tokens that leave have no place in a mask; leave out attn_mask")
+        _refuse_mask(attn_mask)
         layers = []
         features, _ = self.compute_features(x, traced=False, observe=layers.append)
         taken, _ = feature_take_indices(len(layers), indices)
@@ -136,6 +136,11 @@ class TokensLeave(VisionTransformer):
         if not own.keys() & weights.keys():  # a plain model's
             weights.update(own)
         super()._load_from_state_dict(weights, prefix, *args)
+
+
+def _refuse_mask(mask: Tensor | None) -> None:
+    if mask is not None:
+        raise UserError("tokens that leave have no place in a mask; leave out attn_mask")
 
 
 def attend_as_class(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ It has no parameter more than a DeiT or ViT.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from timm.models import (
@@ -29,6 +30,8 @@ from avit_lib.halting import (
 )
 from avit_lib.packed import run_packed
 from avit_lib.places import weights_file
+
+EXECUTIONS = ("auto", "masked", "packed")
 
 
 class AViT(TokensLeave):
@@ -57,8 +60,6 @@ class AViT(TokensLeave):
 
         Raises UserError for what won't go.
         """
-        if not 0 < eps < 1:
-            raise UserError(f"eps must lie between 0 and 1, not {eps}")
         super().__init__(*args, **kwargs)
         _check_pooling(self.global_pool)
         one_class_token = self.has_class_token and self.num_prefix_tokens == 1
@@ -70,8 +71,18 @@ class AViT(TokensLeave):
         if reason := why_not_plain(self):
             raise UserError(f"tokens can't halt in this model: {reason}")
         for name, value in (("gamma", gamma), ("beta", beta), ("eps", eps)):
-            self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device="cpu"))
+            self.register_buffer(name, torch.zeros((), device="cpu"))
+            setattr(self, name, value)
         self.execution = execution
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.added and not torch.as_tensor(value).isfinite():
+            raise UserError(f"{name} must be a finite number, not {value}")
+        if name == "eps" and not 0 < value < 1:
+            raise UserError(f"eps must lie between 0 and 1, not {value}")
+        if name == "execution" and value not in EXECUTIONS:
+            raise UserError(f"execution {value!r} is unknown; choose from {', '.join(EXECUTIONS)}")
+        super().__setattr__(name, value)
 
     @property
     def rule(self) -> HaltingRule:

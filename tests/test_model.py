@@ -82,10 +82,20 @@ def test_halted_tokens_might_as_well_be_deleted(class_channel, execution):
     assert (model(images) - logits).abs().max() > 1e-4  # halting does change the result
 
 
-@pytest.mark.parametrize("eps", [0.0, 1.5, math.nan])
-def test_a_halting_sum_that_nobody_can_reach_is_refused(eps):
-    with refused("eps must lie between 0 and 1"):
-        timm.create_model("avit_nano", eps=eps)
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("eps", 0.0, "eps must lie between 0 and 1"),
+        ("eps", 1.5, "eps must lie between 0 and 1"),
+        ("beta", math.nan, "beta must be a finite number"),
+        ("execution", "pcked", "execution 'pcked' is unknown; choose from auto, masked, packed"),
+    ],
+)
+def test_a_setting_by_which_nothing_can_halt_is_refused(name, value, reason):
+    with refused(reason):
+        timm.create_model("avit_nano", **{name: value})
+    with refused(reason):
+        setattr(timm.create_model("avit_nano"), name, value)
 
 
 def test_timm_finds_and_configures_it():
