@@ -1,5 +1,6 @@
 """One training loop for every model; it knows of halting only what its loss function returns."""
 
+import io
 import math
 import random
 import tempfile
@@ -250,7 +251,10 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
     for weights in (output / "best.safetensors", output / "last.safetensors"):
         if digest_file(weights) != read_json(weights.with_suffix(".json"))["sha256"]:
             return None
-    return pd.read_csv(output / "history.csv")
+    written = (output / "history.csv").read_text()
+    history = pd.read_csv(io.StringIO(written)) if written.strip() else pd.DataFrame()
+    whole = list(history.get("epoch", [])) == list(range(1, config.epochs + 1))
+    return history if whole else None
 
 
 def _write_results(output: Path, run: dict, model: nn.Module, records: list[dict]) -> None:

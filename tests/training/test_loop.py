@@ -165,6 +165,15 @@ def test_a_finished_run_with_damaged_weights_is_trained_again(tmp_path, name):
     assert content(tmp_path) == whole
 
 
+@pytest.mark.parametrize("lines", [0, 1, 2])
+def test_a_finished_run_with_half_a_history_is_trained_again(tmp_path, lines):
+    train(tmp_path)
+    whole, path = content(tmp_path), tmp_path / "history.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+    train(tmp_path)
+    assert content(tmp_path) == whole
+
+
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "history.csv"])
 def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"foreign")
