@@ -159,8 +159,8 @@ def fit(
     Args:
         output: Folder for checkpoints and history.csv. Default: where the notebooks look for those
             of the profile; the runs that this one starts or learns from are then trained first.
-        teacher: The .safetensors of the model that teaches, for runs that have one. Default: the
-            profile's.
+        teacher: The .safetensors of a model that teaches this one. Default: the profile's, for runs
+            that have one.
         epochs: Passes over the images. Default: the profile's.
         batch_size: Images in a step. Default: the profile's.
         lr: Peak learning rate. Default: the profile's.
@@ -216,7 +216,8 @@ def adapt(
         model: Its timm name. Default: what fit or adapt wrote with the weights, else
             deit_tiny_patch16_224.
         weights: Its .safetensors or .pth, or what fit wrote, with its .json. Of a .pth that holds
-            averaged weights (EMA), too, those. Default: timm's pretrained ones.
+            averaged weights, too, as timm writes them (model_ema or state_dict_ema), those.
+            Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
     return "adapt", common, images, output, model, weights, saved

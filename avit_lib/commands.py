@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from avit_lib import adaptive, data, training
 from avit_lib.errors import UserError, fitting_memory
-from avit_lib.evaluation import bootstrap_intervals, metrics, predict
+from avit_lib.evaluation import bootstrap_intervals, check_answers, metrics, predict
 from avit_lib.evaluation.speed import benchmark_model
 from avit_lib.halting import executed_depth
 from avit_lib.model import AViT
@@ -108,7 +108,7 @@ def find_test_images(
     if not folder:
         found, trained_on = data.test_data(wanted, seed), data.training_data(wanted, seed)
     else:
-        about = {"folder": str(folder.resolve())}
+        about = {"folder": os.fsencode(folder.resolve()).decode(errors="backslashreplace")}
         if os.path.lexists(folder / "train"):
             trained_on = data.folder_training_data(folder, wanted, seed)
         found = data.folder_test_data(folder, wanted.image_size, run["classes"], trained_on)
@@ -254,6 +254,7 @@ def adapt(
     adapted = make_adaptive(model, pixels, saved)
     with torch.inference_mode():
         answers = [torch.cat([one(part) for part in pixels.split(64)]) for one in (model, adapted)]
+    check_answers(torch.cat(answers))
     if model.num_classes:
         same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
         print(f"answers as before on {same:.1%} of these {len(pixels)} images")
@@ -264,7 +265,11 @@ def adapt(
     facts["pretrained"] = described.get("pretrained", "")
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]
-    training.save_checkpoint(output, adapted, *about, run=run, adapted=facts)
+    try:
+        training.save_checkpoint(output, adapted, *about, run=run, adapted=facts)
+    except UserError:
+        output.with_suffix(".json").unlink(missing_ok=True)  # or the same command would refuse
+        raise
     print(f"written to {output}")
 
 
@@ -289,6 +294,8 @@ def benchmark(
 
 def visualize(common, images: list[Path], output: Path) -> None:
     """Write a picture of where a model stopped looking in image files."""
+    if not images:
+        raise UserError("no image is named; a file whose name begins with [ is written ./[...")
     if output.exists() and any(output.samefile(path) for path in images):
         raise UserError(f"{output} is read, too; name another --output")
     model, run, _ = load_trained(common)
@@ -302,6 +309,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
+    check_answers(logits)
     classes = run["classes"] or name_classes(model.num_classes, run["pretrained"])
     predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
     # An image ends with its class token, where that halts.

@@ -1,5 +1,6 @@
 """The command line as a new user tries it: images of one's own, a model trained, tested, drawn."""
 
+import errno
 import io
 import json
 import os
@@ -24,10 +25,11 @@ from avit_lib.adaptive import NEVER
 from avit_lib.cli import main
 from avit_lib.study import get_profile
 from avit_lib.study.results import Results
-from avit_lib.training import load_checkpoint, read_json, save_checkpoint
+from avit_lib.training import files, load_checkpoint, read_json, save_checkpoint
 
 AVIT = Path("avit/last.safetensors")
 OWN = "--profile mine.toml --data-dir images"
+TO_A = "--images images --output a.safetensors"
 
 
 @pytest.fixture
@@ -198,6 +200,23 @@ def test_a_model_of_timm_s_is_adapted_drawn_and_measured(run, monkeypatch):
         assert isinstance(made, adaptive.Adaptive) and made.thresholds.min() < NEVER
         assert not hasattr(plain, "forward_with_trace") and pixels.shape == (32, 3, 28, 28)
         assert plain(pixels[:1]).shape == (1, 2)
+
+
+def test_a_disk_that_is_full_leaves_nothing_of_an_adapted_model(run, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", Mock(side_effect=[None, full]))
+        run(f"adapt --weights deit/last.safetensors --saved 0.1 {TO_A}", 2)
+    assert not list(Path().glob("a.*"))
+
+
+def test_answers_that_are_no_numbers_are_no_answers(run):
+    model, described = load_checkpoint(Path("deit/last.safetensors"))
+    model.norm.weight.data *= 1e30
+    model.head.weight.data *= 1e30
+    save_checkpoint(Path("big.safetensors"), model, "deit_nano", described["arguments"])
+    told = run(f"adapt --weights big.safetensors --saved 0 {TO_A}", 2).err
+    assert "answers with values that are no numbers" in told and not list(Path().glob("a.*"))
 
 
 def test_a_model_of_the_study_is_adapted_and_tested(run):

@@ -44,6 +44,7 @@ TYPED = {
     "plain.safetensors is of another model": f"{OTHERS} --model deit_tiny_distilled_patch16_224",
     "cannot be made: Invalid pretrained tag": f"{ADAPT} --model vit_tiny_patch16_224.none",
     "Unknown option: --profile": f"{OTHERS} --profile none",
+    "no image is named; a file whose name begins with [": f"{DRAW} new.png --images []",
     "between 0 and 0.8": f"{OTHERS} --model deit_nano --saved 0.9",
     "of model avit_nano, not deit_nano": f"{ADAPT} --model deit_nano --weights {WEIGHTS}",
     "empty holds 0 images": f"adapt --images empty --output new.safetensors --weights {WEIGHTS}",

@@ -6,6 +6,7 @@ May import the method and ``data``; neither ``training`` nor ``study``.
 from avit_lib.evaluation.metrics import (
     Predictions,
     bootstrap_intervals,
+    check_answers,
     divergence,
     draw_again,
     metrics,

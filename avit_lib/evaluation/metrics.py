@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from avit_lib.backbone import evaluating
 from avit_lib.data import Images, loader
-from avit_lib.errors import fitting_memory
+from avit_lib.errors import UserError, fitting_memory
 from avit_lib.flops import flops_of, trace_model
 from avit_lib.halting import executed_depth
 
@@ -49,13 +49,23 @@ class Predictions:
         return rate_draws(self, draw_again(len(self.labels)))
 
 
+def check_answers(logits: Tensor) -> None:
+    """Raise UserError where a model answers with what is no number."""
+    if not logits.isfinite().all():
+        raise UserError(
+            "the model answers with values that are no numbers (NaN or infinite); train it again, "
+            "at a lower learning rate"
+        )
+
+
 @torch.inference_mode()
 def predict(
     model: nn.Module, data: Images, batch_size: int = 250, device: str | torch.device = "cpu"
 ) -> Predictions:
     """Run ``model`` in evaluation mode over ``data``.
 
-    Raises UserError when memory is too small for ``batch_size``.
+    Raises UserError when memory is too small for ``batch_size``, and for answers that are no
+    numbers.
     """
     model.to(device)
     batches = loader(data, batch_size)
@@ -65,6 +75,7 @@ def predict(
     with evaluating(model), fitting_memory(batch_size, remedy):
         for images, labels in bar:
             logits, trace = trace_model(model, images.to(device))
+            check_answers(logits)
             followed = trace.depth, trace.halting_scores, flops_of(model, trace)
             parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
     logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
