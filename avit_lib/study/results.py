@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 
 from avit_lib.errors import UserError
 from avit_lib.places import find_folder
-from avit_lib.training import write_atomically, write_json
+from avit_lib.training import read_json, write_atomically, write_json
 
+MADE_BY = re.compile(r"^Made by (\S+)\.$", re.MULTILINE)  # at the end of a table's page
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
 
 
@@ -64,11 +65,25 @@ class Results:
         return frame
 
     def read(self, name: str) -> pd.DataFrame:
-        """The table that an earlier notebook wrote; raises UserError when there is none."""
+        """The table that an earlier notebook wrote.
+
+        Raises UserError when there is none, or one of another seed or, if it has speeds, machine.
+        """
         path = self.folder / "tables" / f"{name}.csv"
-        if path.is_file():
-            return pd.read_csv(path)
-        raise UserError(f"{path} is missing; run the notebooks before this one: `make reproduce`")
+        remedy = "run the notebooks before this one: `make reproduce`"
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {remedy}")
+        table = pd.read_csv(path)
+        source = MADE_BY.search(path.with_suffix(".md").read_text())[1]
+        made = read_json(self.folder / "provenance" / f"{source}.json")
+        now = {"seed": self.seed, "hardware": hardware()}
+        for what in ("seed", "hardware") if "images_per_second" in table else ("seed",):
+            if made[what] != now[what]:
+                raise UserError(
+                    f"{path} is of {what} {made[what]}, not {now[what]}; run notebook {source} "
+                    f"again, or all: `make reproduce`"
+                )
+        return table
 
     def figure(self, figure: Figure, name: str, caption: str) -> Figure:
         """Write ``figure`` to figures/<name>.png, caption and source in its metadata."""

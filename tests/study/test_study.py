@@ -137,6 +137,17 @@ def test_a_released_model_is_the_trained_one_in_half_precision(open_study):
     assert told["crop_pct"] == CROP_FRACTION
 
 
+def test_speeds_of_another_machine_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("AVIT_RESULTS", str(tmp_path))
+    results = Results("mine", 3, "04_evaluation")
+    results.table(pd.DataFrame({"images_per_second": [1.0]}), "speed", "Speeds.")
+    results.table(pd.DataFrame({"accuracy": [1.0]}), "answers", "Answers.")
+    monkeypatch.setattr("avit_lib.study.results.hardware", lambda: "a GPU")
+    assert len(results.read("answers")) == 1
+    with refused("speed.csv is of hardware .*, not a GPU; run notebook 04_evaluation again"):
+        results.read("speed")
+
+
 PAGE = """What it is.
 
 | model   |   accuracy |    n |
@@ -159,6 +170,8 @@ def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     assert heading.split() == ["|", "model", "|", "accuracy", "|", "n", "|"]
     with refused(r"other\.csv is missing; run the notebooks before"):
         results.read("other")
+    with refused("04_short.csv is of seed 3, not 4; run notebook 04_evaluation again"):
+        Results("mine", 4, "05_halting_analysis").read("04_short")
 
     results.figure(Figure(figsize=(1, 1)), "04_points", "Points.")
     with Image.open(folder / "figures" / "04_points.png") as picture:
