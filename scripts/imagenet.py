@@ -74,10 +74,10 @@ def compare(
         accuracy, gflops = found.correct.float().mean().item(), found.flops.mean().item() / 1e9
         rows.append({"model": name, "accuracy": accuracy, "gflops": gflops, "images": len(tested)})
     for known in tables.IMAGENET:
-        if known["backbone"] == "DeiT-T":
-            words = f"published: {known['method']}, {known['training']} ({known['source']})"
-            figures = {name: known.get(name) for name in ("accuracy", "gflops")}
-            rows.append({"model": words} | figures)
+        what = f"published, {known['backbone']}: {known['method']}"
+        words = f"{what}, {known['training']} ({known['source']})"
+        figures = {name: known.get(name) for name in ("accuracy", "gflops")}
+        rows.append({"model": words} | figures)
     return pd.DataFrame(rows)
 
 

@@ -19,7 +19,12 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def shorten_paths(text: str) -> str:
     """Name files of the repository from its root, those of the user from ~."""
-    return text.replace(f"{ROOT}/", "").replace(str(ROOT), ".").replace(str(Path.home()), "~")
+    home = Path.home()
+    for place, short in ((f"{ROOT}/", ""), (f"{ROOT}", "."), (f"{home}", "~")):
+        if place != "/":  # the home of a user who has none
+            end = "" if place.endswith("/") else r"(?![\w.-])"
+            text = re.sub(rf"(?<![\w.-]){re.escape(place)}{end}", short, text)
+    return text
 
 
 def tidy_output(output: nbformat.NotebookNode) -> None:

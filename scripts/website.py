@@ -20,12 +20,14 @@ from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments.formatters import HtmlFormatter
 
+from avit_lib.places import find_folder
+
 ROOT = Path(__file__).parents[1]
 STYLE = Path(__file__).with_name("website.css")
 MENU = {  # globs of the pages that every page leads to
-    "Notebooks, executed": ["results/{profile}/notebooks/[0-9]*[a-z].ipynb"],
+    "Notebooks, executed": ["results/{profile}/notebooks/[0-9]*.ipynb"],
     "The study": ["README.md", "notebooks/README.md", "data/README.md", "docs/*.md"],
-    "Results": ["results/README.md", "results/[bc]*/README.md"],
+    "Results": ["results/README.md", "results/[bc]*/README.md", "results/{profile}/README.md"],
     "The repository": ["CONTRIBUTING.md", "CHANGELOG.md", "avit_lib", "LICENSE"],
 }
 TEXT = (".md", ".ipynb")
@@ -146,10 +148,11 @@ def follow(source: Path, body: str, profile: str) -> tuple[str, list[Path]]:
 
 def build(profile: str, output: Path) -> int:
     """Write the site into a folder; returns of how many files."""
-    menu = {
-        name: [path for glob in globs for path in sorted(ROOT.glob(glob.format(profile=profile)))]
-        for name, globs in MENU.items()
-    }
+    menu = {}
+    for name, globs in MENU.items():
+        found = [path for glob in globs for path in sorted(ROOT.glob(glob.format(profile=profile)))]
+        # once each; no x.failed.ipynb
+        menu[name] = [path for path in dict.fromkeys(found) if "." not in path.stem]
     bodies: dict[Path, str] = {}
     waiting = [source for sources in menu.values() for source in sources]
     while waiting:
@@ -200,6 +203,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists() and not (options.output / STYLE.name).is_file():
         parser.error(f"{options.output} is there, and no site; name another --output")
+    if find_folder("AVIT_RESULTS", "results").resolve() != ROOT / "results":
+        parser.error("the site shows the results of the repository; unset AVIT_RESULTS")
     shutil.rmtree(options.output, ignore_errors=True)
     count = build(options.profile, options.output)
     print(f"{options.output / 'index.html'}: {count} files")

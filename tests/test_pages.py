@@ -93,6 +93,15 @@ def test_what_a_notebook_makes_no_longer_is_removed(results):
     assert new.exists() and (results / "findings" / "04_words.md").exists()
 
 
+def test_a_home_at_the_top_shortens_nothing_else(monkeypatch):
+    script = runpy.run_path(str(ROOT / "scripts" / "tidy.py"))
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setitem(script["shorten_paths"].__globals__, "ROOT", Path("/avit"))
+    said = "wrote /avit/results/x.csv in '/avit'; runs/avit/last and /avit2 are others, a / b"
+    expected = "wrote results/x.csv in '.'; runs/avit/last and /avit2 are others, a / b"
+    assert script["shorten_paths"](said) == expected
+
+
 def test_an_executed_notebook_is_kept_without_moment_and_machine(tmp_path):
     widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "0%"}
     outputs = [
