@@ -185,6 +185,10 @@ class Study:
             adjust=adjust,
         )
 
+    def count_steps(self, config: training.Training) -> int:
+        """How many steps a training of these settings takes."""
+        return config.epochs * len(loader(self.data.train, config.batch_size, shuffle_seed=0))
+
     def load(self, name: str) -> nn.Module:
         """The trained model of a run, after its last epoch; UserError when it is missing."""
         return training.load_checkpoint(self.checkpoint(name), self.device)[0]
