@@ -8,6 +8,7 @@ import re
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pandas as pd
 import seaborn as sns
@@ -31,7 +32,8 @@ AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "calibrated": "#00573f",
     "halting taught": "#7f0000",
     "ImageNet": "C5",
-    "": "C2",
+    "published start": "C2",
+    "paper's settings": "C2",
 }
 # In the order of the registry, then again.
 PEER_COLOURS = ("C4", "#6a3d9a", "#806000", "C8", "C6", "#66a61e")
@@ -39,8 +41,9 @@ OTHER_COLOURS = {
     "merging trained": INK,
     "Adaptive": "C7",
     "longer": "C9",
-    "": "C0",
+    "DeiT": "C0",
 }
+SPARE_COLOURS = ("#aa4499", "#332288", "#999933", "#882255", "#44aa99")  # of models of one's own
 CURVES = {  # marker and line, by a word of the label
     "A-ViT": ("o", "--"),
     " trained at": ("X", "--"),
@@ -97,7 +100,8 @@ def model_colour(label: str) -> ColorType:
     if kind in PEERS:
         return PEER_COLOURS[[*PEERS].index(kind) % len(PEER_COLOURS)]
     kinds = AVIT_COLOURS if label.startswith("A-ViT") else OTHER_COLOURS
-    return next(colour for word, colour in kinds.items() if word in label)
+    spare = SPARE_COLOURS[crc32(kind.encode()) % len(SPARE_COLOURS)]
+    return next((colour for word, colour in kinds.items() if word in label), spare)
 
 
 def percent(axis: Axes, which: str = "y") -> None:

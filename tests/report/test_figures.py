@@ -27,3 +27,10 @@ def test_differences_stand_with_their_intervals_and_models_of_a_kind_on_a_curve(
 def test_a_notebook_shows_a_figure_as_png_without_pyplot():
     shown, _ = DisplayFormatter().format(figures.subplots()[0], include={"image/png"})
     assert shown["image/png"].startswith(b"\x89PNG")
+
+
+def test_a_model_of_one_s_own_has_no_colour_of_another():
+    known = {figures.model_colour(label) for label in ("DeiT", "A-ViT from the published start")}
+    for label in ("A-ViT halting early", "Mine"):
+        colour = figures.model_colour(label)
+        assert colour == figures.model_colour(f"{label}, depth 6") and colour not in known
