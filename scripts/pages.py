@@ -217,6 +217,9 @@ def main() -> None:
     page = describe_page(parser.parse_args().profile)
     remove_stale(results_dir(page.name))
     print(f"results: {write_page(page)}")
+    if results_dir("").resolve() != (project_root() / "results").resolve():
+        print("the pages of the repository stay as they are: AVIT_RESULTS names another folder")
+        return
     for path in map(project_root().joinpath, PAGES):
         if path.is_file():
             stamp_page(path)

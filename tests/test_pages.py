@@ -122,3 +122,15 @@ def test_an_executed_notebook_is_kept_without_moment_and_machine(tmp_path):
     printed, shown = tidied.cells[0].outputs
     assert printed.text == "wrote results/x.csv and ~/y\n"
     assert shown.data == {"text/plain": "'.'", "image/png": "abc"}
+
+
+def test_pages_of_the_repository_show_no_results_of_another_folder(results, monkeypatch, capsys):
+    root = results.parent / "repository"
+    root.mkdir()
+    marked = "<!-- begin smoke/speed -->\nas it was\n<!-- end smoke/speed -->\n"
+    (root / "README.md").write_text(marked)
+    monkeypatch.setitem(PAGES["main"].__globals__, "project_root", lambda: root)
+    monkeypatch.setattr(sys, "argv", ["pages.py", "--profile", "smoke"])
+    PAGES["main"]()
+    assert (results / "README.md").is_file() and (root / "README.md").read_text() == marked
+    assert "AVIT_RESULTS names another folder" in capsys.readouterr().out
