@@ -74,9 +74,6 @@ def test_packed_in_evaluation_masked_in_training(monkeypatch):
     model.train()(images)
     with pytest.raises(TypeError):
         model.eval()(images)
-    model.execution = "zipped"
-    with pytest.raises(KeyError, match="zipped"):
-        model(images)
 
 
 class Operators(TorchDispatchMode):
