@@ -1,4 +1,4 @@
-"""How glibc keeps freed memory while something is timed."""
+"""How glibc keeps freed memory while something is timed, and gives it back."""
 
 import ctypes
 import os
@@ -24,6 +24,15 @@ def buffers_kept() -> Iterator[None]:
         yield
     finally:
         _set_thresholds(*GROWN)
+
+
+def give_back() -> None:
+    """Let glibc give freed buffers back to the system.
+
+    What it keeps falls to pieces from model to model: 65 models in turn came to 20 GB.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set_thresholds(mmap: int, trim: int) -> None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from avit_lib.backbone import evaluating
 from avit_lib.data import Images, loader
 from avit_lib.errors import UserError, fitting_memory
+from avit_lib.evaluation.allocator import give_back
 from avit_lib.flops import flops_of, trace_model
 from avit_lib.halting import executed_depth
 
@@ -79,6 +80,7 @@ def predict(
             followed = trace.depth, trace.halting_scores, flops_of(model, trace)
             parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
     logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
+    give_back()
     return Predictions(logits, labels, depth, scores, flops, len(model.blocks))
 
 
