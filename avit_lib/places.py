@@ -28,12 +28,17 @@ def data_dir() -> Path:
     return find_folder("AVIT_DATA", "data")
 
 
-def weights_file(timm_name: str) -> Path:
-    """Where the pretrained weights of a timm name belong; embedded ones are checked.
+def weights_path(timm_name: str) -> Path:
+    """Where the pretrained weights of a timm name belong.
 
     In the folder $AVIT_WEIGHTS, or data/weights/ in the checkout.
     """
-    path = find_folder("AVIT_WEIGHTS", "data/weights") / f"{timm_name}.safetensors"
+    return find_folder("AVIT_WEIGHTS", "data/weights") / f"{timm_name}.safetensors"
+
+
+def weights_file(timm_name: str) -> Path:
+    """``weights_path``; embedded weights are checked, as ``check_embedded`` does."""
+    path = weights_path(timm_name)
     check_embedded(path)
     return path
 
@@ -43,15 +48,15 @@ def digest_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def list_embedded(place: Path) -> list[tuple[str, Path]]:
-    """Checksum and path of what SHA256SUMS of the checkout's data/ lists at or below ``place``."""
+def list_embedded(place: Path) -> list[tuple[str, str]]:
+    """Checksum and name of what SHA256SUMS of the checkout's data/ lists at or below ``place``."""
     data = project_root() / "data"
     sums = data / "SHA256SUMS"
     lines = sums.read_text().splitlines() if sums.is_file() else []
     listed = [line.split(maxsplit=1) for line in lines]
     real, target = data.resolve(), place.resolve()  # links and .. may lead here
     return [
-        (checksum, data / name)
+        (checksum, name)
         for checksum, name in listed
         if (data / name).is_relative_to(place.absolute()) or (real / name).is_relative_to(target)
     ]
@@ -59,11 +64,12 @@ def list_embedded(place: Path) -> list[tuple[str, Path]]:
 
 def check_embedded(place: Path) -> None:
     """Raise UserError for embedded files at or below ``place`` that are missing or damaged."""
-    wrong = []
-    for checksum, path in list_embedded(place):
-        if not path.is_file() or digest_file(path) != checksum:
-            wrong.append(str(path))
+    data, wrong = project_root() / "data", []
+    for checksum, name in list_embedded(place):
+        if not (data / name).is_file() or digest_file(data / name) != checksum:
+            wrong.append(name)
     if wrong:
         raise UserError(
-            f"missing or damaged: {name_some(wrong)}; bring it back with `git checkout -- data`"
+            f"missing or damaged in {data}: {name_some(wrong)}; bring it back with "
+            f"`git checkout -- data`"
         )

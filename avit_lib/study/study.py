@@ -17,7 +17,7 @@ from avit_lib.adaptive import adapt
 from avit_lib.data import STATISTICS, Images, TrainingData, loader, test_data, training_data
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
-from avit_lib.places import digest_file, list_embedded, weights_file
+from avit_lib.places import digest_file, list_embedded, weights_path
 from avit_lib.starts import fit_start, scale_channel_rate
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Profile, Run, get_profile
@@ -187,7 +187,7 @@ class Study:
 
     def count_steps(self, config: training.Training) -> int:
         """How many steps a training of these settings takes."""
-        return config.epochs * len(loader(self.data.train, config.batch_size, shuffle_seed=0))
+        return config.epochs * training.count_updates(self.data.train, config)
 
     def load(self, name: str) -> nn.Module:
         """The trained model of a run, after its last epoch; UserError when it is missing."""
@@ -224,7 +224,7 @@ def pretrained(run: Run) -> str:
     """
     if run.start:
         return ""
-    given = weights_file(run.pretrained)
+    given = weights_path(run.pretrained)
     own = os.environ.get("AVIT_WEIGHTS") or not list_embedded(given)
     return digest_file(given) if own and given.is_file() else ""
 

@@ -16,6 +16,7 @@ from avit_lib.training.checkpoints import (
 from avit_lib.training.files import read_json, write_atomically, write_json
 from avit_lib.training.loop import (
     Training,
+    count_updates,
     finished_history,
     fit,
     pick_device,

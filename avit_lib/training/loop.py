@@ -1,6 +1,5 @@
 """One training loop for every model; it knows of halting only what its loss function returns."""
 
-import io
 import math
 import random
 import tempfile
@@ -127,7 +126,7 @@ def fit(
     )
     if adjust:
         adjust(optimizer)
-    updates = len(loader(train, config.batch_size, shuffle_seed=0))  # an epoch
+    updates = count_updates(train, config)
     schedule = CosineLRScheduler(
         optimizer,
         config.epochs * updates,
@@ -148,8 +147,8 @@ def fit(
             part.load_state_dict(state[name])
         print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
     processes.barrier()  # until here all processes only read
-    rank, left = processes.rank(), len(train) % config.batch_size
-    if rank == 0 and updates * config.batch_size < len(train):
+    rank, left = processes.rank(), len(train) - updates * config.batch_size
+    if rank == 0 and left > 0:
         print(
             f"each epoch leaves out {left} of {len(train)} training images, drawn anew: they fill "
             f"no batch of {config.batch_size}",
@@ -223,6 +222,11 @@ def fit(
     return pd.DataFrame(records)
 
 
+def count_updates(train: Images, config: Training) -> int:
+    """How many steps an epoch takes."""
+    return len(loader(train, config.batch_size, shuffle_seed=0))
+
+
 def _check_trainable(train: Images, config: Training) -> None:
     """Raise UserError for images or batches that nothing can be learned from."""
     if len(train.classes) < 2:
@@ -251,8 +255,10 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
     for weights in (output / "best.safetensors", output / "last.safetensors"):
         if digest_file(weights) != read_json(weights.with_suffix(".json"))["sha256"]:
             return None
-    written = (output / "history.csv").read_text()
-    history = pd.read_csv(io.StringIO(written)) if written.strip() else pd.DataFrame()
+    try:
+        history = pd.read_csv(output / "history.csv")
+    except pd.errors.EmptyDataError:
+        return None
     whole = list(history.get("epoch", [])) == list(range(1, config.epochs + 1))
     return history if whole else None
 

@@ -116,6 +116,6 @@ def test_an_embedded_file_that_is_not_as_published_is_named(content, tmp_path, m
     (tmp_path / "link").symlink_to(embedded)
     for folder in ("", "avit_lib/../data", "link"):
         monkeypatch.setenv("AVIT_DATA", folder)
-        with refused(rf"damaged: .*{name}; .*git checkout -- data"):
+        with refused(rf"damaged in .*: {name}; .*git checkout -- data"):
             data.training_data(replace(COLOUR, classes=("ant",)), 0)
     check_embedded(embedded / "weights")  # of which there are no checksums
