@@ -98,7 +98,10 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("runs.deit.label = 'DeiT, mine'", "label 'DeiT, mine': tables .* without comma"),
         ("runs.deit.label = 'ATS'", "label 'ATS' is that of another method"),
         ("runs.deit.label = 'DeiT|mine'", "label .* bar or line break"),
-        ("runs.avit_held.init = 'avit'", "run avit_held: init and teacher name runs above it"),
+        (
+            "runs.deit.init = 'deit'\nruns.deit.pretrained = ''",
+            "run deit: init and teacher name runs above it",
+        ),
         ("runs.deit.teacher = 'avit'", "run deit: init and teacher name runs above it"),
         ("runs.deit.saved = 0.9", "runs.deit.saved: Expected `float` <= 0.8"),
         ("[runs.new]\nlabel = 'x'", r"runs\.new: .*required field `model`"),
