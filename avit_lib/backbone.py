@@ -43,7 +43,7 @@ class TokensLeave(VisionTransformer):
         """The tokens [B, N, D] that enter the first layer, of images [B, C, H, W]."""
         if is_hooked(self.blocks):
             raise UserError("a hook on all blocks at once would never be called; put it on a block")
-        if type(self.blocks) is not nn.Sequential or "forward" in vars(self.blocks):
+        if not is_plain_sequence(self.blocks):
             raise UserError("blocks of a class of its own would never be called; use nn.Sequential")
         return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
 
@@ -167,6 +167,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def is_plain_sequence(blocks: nn.Module) -> bool:
+    """Whether calling ``blocks`` is calling one after the other."""
+    return type(blocks) is nn.Sequential and "forward" not in vars(blocks)
+
+
 def is_hooked(part: nn.Module) -> bool:
     """Whether somebody asked to be called when ``part`` is computed or differentiated."""
     forward = part._forward_hooks or part._forward_pre_hooks
@@ -216,7 +221,7 @@ def why_not_plain(model: VisionTransformer) -> str:
     patches = type(model.patch_embed)
     if patches is not PatchEmbed:
         return f"its patches come from a {patches.__name__}, not from timm's PatchEmbed"
-    if type(model.blocks) is not nn.Sequential or "forward" in vars(model.blocks):
+    if not is_plain_sequence(model.blocks):
         return f"its blocks are a {type(model.blocks).__name__}, not torch's plain nn.Sequential"
     for kind in (Block, Attention):
         if kind.forward.__module__ != kind.__module__:

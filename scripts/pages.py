@@ -20,11 +20,10 @@ from PIL import Image
 
 from avit_lib.places import project_root
 from avit_lib.study import get_profile
-from avit_lib.study.results import results_dir, to_markdown
+from avit_lib.study.results import MADE_BY, results_dir, to_markdown
 from avit_lib.training import read_json, write_atomically
 
 PAGES = ("README.md", "results/README.md", "notebooks/README.md")
-MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
 CLONE = re.compile(r"(git clone .*--depth 1 )\S+( avit\b)")
 COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")

@@ -40,4 +40,4 @@ def _set_thresholds(mmap: int, trim: int) -> None:
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_MMAP_THRESHOLD, mmap)
         glibc.mallopt(M_TRIM_THRESHOLD, trim)
-        glibc.malloc_trim(0)
+        give_back()

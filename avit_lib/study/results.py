@@ -24,7 +24,8 @@ from avit_lib.errors import UserError
 from avit_lib.places import find_folder
 from avit_lib.training import read_json, write_atomically, write_json
 
-MADE_BY = re.compile(r"^Made by (\S+)\.$", re.MULTILINE)  # at the end of a table's page
+# At the end of a table's page; some name the notebook as one.
+MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
 
 
