@@ -55,7 +55,9 @@ def test_defaults_are_those_of_the_method():
 def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
     read, tmp_path, monkeypatch
 ):
-    read("extends = 'smoke'\npurpose = 'mine'\nrecalibrated.avit = [2.5]\n", "base")
+    told = "purpose = 'mine'\nnotes = ['mine']\nlicence = 'MIT'\n"
+    base = read(f"extends = 'smoke'\n{told}recalibrated.avit = [2.5]\npeers = {{}}\n", "base")
+    assert (base.purpose, base.notes, base.licence) == ("mine", ("mine",), "MIT")
     monkeypatch.chdir("/")  # a path is looked for beside the file
     # The section for all runs gives way to that of a run.
     own = read(
@@ -63,8 +65,9 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         "training.weight_decay = 0.5\nruns.deit.training.weight_decay = 0.25\n"
         "[runs.child]\nextends = 'avit'\nlabel = 'child'\ntraining.epochs = 3\n"
     )
-    assert (own.name, own.purpose) == ("own", "mine")
-    assert own.recalibrated == SMOKE.recalibrated | {"avit": (2.5,)}
+    assert (own.name, own.purpose) == ("own", "base with other settings")
+    assert (own.notes, own.licence) == ((), "")  # those of the base are not its own
+    assert (own.recalibrated, own.peers) == ({"avit": (2.5,)}, {})
     assert own.data.image_size == 32 and own.data.classes == SMOKE.data.classes
     avit, child = own.run("avit"), own.run("child")
     assert avit.halting.beta == child.halting.beta == -1.0
