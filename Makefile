@@ -84,9 +84,10 @@ dependencies = $(or $(shell $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/de
 
 ifneq ($(filter reproduce seeds paper,$(MAKECMDGOALS)),)
 NAMES := $(basename $(notdir $(sort $(wildcard notebooks/[0-9]*.ipynb))))
-# an executed copy that somebody removed is made again
-$(foreach name,$(NAMES),$(if $(wildcard $(COPIES)/$(name).ipynb),,$(eval $(STAMPS)/$(name): missing-copy)))
-.PHONY: missing-copy
+# An executed copy that somebody removed or replaced, as `git checkout results` does, is made again.
+$(foreach name,$(NAMES),$(if $(shell cd $(COPIES) 2>/dev/null && find . -name $(name).ipynb ! -newer ../.stamps/$(name) 2>/dev/null), \
+	,$(eval $(STAMPS)/$(name): other-copy)))
+.PHONY: other-copy
 endif
 
 reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds 09_paper,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
@@ -117,12 +118,13 @@ $(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAM
 		echo "error: notebook $* failed: $$(grep . $(STAMPS)/$*.log | tail -n 1); see $(COPIES)/$*.failed.ipynb" >&2; exit 1; }
 	@mv -f $(COPIES)/$*.running.ipynb $(COPIES)/$*.ipynb
 	@rm -f $(COPIES)/$*.failed.ipynb $(STAMPS)/$*.log
-	@mv -f $@.started $@
+	@touch -r $@.started $(COPIES)/$*.ipynb && mv -f $@.started $@
 
-# Another seed, or another file of the same name, than in the last run: everything runs again.
+# Another seed, file of the same name or folder of images than in the last run: all runs again.
+GIVEN := $(SEED) $(PROFILE) data=$(AVIT_DATA) weights=$(AVIT_WEIGHTS)
 $(STAMPS)/seed:
-	@mkdir -p $(STAMPS) && echo "$(SEED) $(PROFILE)" > $@
-ifneq ($(SEED) $(PROFILE),$(shell cat $(STAMPS)/seed 2>/dev/null))
+	@mkdir -p $(STAMPS) && echo "$(GIVEN)" > $@
+ifneq ($(GIVEN),$(shell cat $(STAMPS)/seed 2>/dev/null))
 .PHONY: $(STAMPS)/seed
 endif
 

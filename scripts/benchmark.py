@@ -108,7 +108,8 @@ class Rivals(NamedTuple):
 
 def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
     """Measure everything and write it down; returns the summary."""
-    results, kind = Results("benchmark", seed, "benchmark"), device.type
+    kind = device.type
+    results = Results("benchmark", seed, f"benchmark_{kind}")
     rivals, where = prepare(SIZES[0], seed, device), f"Photographs, on {hardware()}."
     about = f"{rivals.size.label}. {where}"
 

@@ -116,6 +116,8 @@ def remove_stale(folder: Path) -> None:
 def write_section(folder: Path, source: str, results: list[Result]) -> list[str]:
     """The lines on what one notebook found: findings, links, figures."""
     lines = [f"## {source or 'others'}", ""]
+    if (folder / "notebooks" / f"{source}.failed.ipynb").is_file():
+        lines += ["Its last run failed: some of what follows is of that run, some of one before.", ""]
     for result in results:
         if result.path.parent.name == "findings":
             lines += [result.body, ""]
@@ -167,7 +169,7 @@ def name_origin(name: str, source: str) -> str:
     target = {"08_seeds": "seeds", "09_paper": "paper"}.get(source, target)
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
-        command = "make benchmark" if source == name else f"python scripts/{source}.py"
+        command = "make benchmark" if source.startswith(name) else f"python scripts/{source}.py"
     commit = facts["commit"][:10] + (" with changes" if facts["dirty"] else "")
     return f"Made by `{command}`, commit {commit}, {facts['date']}, on {facts['hardware']}."
 

@@ -50,6 +50,10 @@ def test_a_page_has_what_a_notebook_found(results):
     row = [cell.strip() for cell in text.splitlines()[-3].split("|")]
     assert row[2:6] == ["3", "0123456789", "no", "2026-01-02 03:04 UTC"]
     assert "Packages: torch 2.10." in text
+    assert "failed" not in section
+    (results / "notebooks" / "04_evaluation.failed.ipynb").touch()
+    failed = PAGES["write_page"](PAGES["describe_page"]("smoke")).read_text()
+    assert "## 04_evaluation\n\nIts last run failed: " in failed
 
 
 def test_markers_are_filled_with_tables_and_findings(results, tmp_path):
