@@ -152,7 +152,7 @@ benchmark: setup  ## Time all methods side by side (25 minutes on 2 cores; leave
 # Two processes of one thread each: most tests are too small to gain by a second thread.
 test: lint  ## Check the style, run the tests, run every notebook in the smoke profile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-	rm -rf results/smoke
+	rm -rf "$(dir $(RESULTS))smoke"
 	$(MAKE) --no-print-directory reproduce seeds paper PROFILE=smoke SEED=0
 
 lint: setup  ## Check style, types and the direction of imports

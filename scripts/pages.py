@@ -66,7 +66,7 @@ def describe_page(name: str) -> Page:
         purpose += "medians and quartiles of rounds"
         return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
     profile = get_profile(name)
-    command = f"make reproduce PROFILE={name}"
+    command = f"make reproduce seeds paper PROFILE={name}"
     return Page(profile.name, profile.purpose, command, profile.notes)
 
 
@@ -139,8 +139,8 @@ def write_page(page: Page) -> Path:
     folder = results_dir(page.name)
     results = read_results(folder)
     lines = [f"# Results: {page.name}", "", f"{page.purpose[0].upper()}{page.purpose[1:]}.", ""]
-    lines += [f"Made by `{page.command}`; this page is generated, do not edit it. Each table has a"]
-    lines += ["CSV of the same name beside it.", ""]
+    lines += [f"Made by `{page.command}` with the seed named under Provenance. This page is"]
+    lines += ["generated, do not edit it. Each table has a CSV of the same name beside it.", ""]
     for source in sorted({result.source for result in results}):
         lines += write_section(folder, source, [one for one in results if one.source == source])
     lines += ["## Provenance", "", *list_provenance(folder), ""]

@@ -68,7 +68,7 @@ class Results:
     def read(self, name: str) -> pd.DataFrame:
         """The table that an earlier notebook wrote.
 
-        Raises UserError when there is none, or one of another seed or, if it has speeds, machine.
+        Raises UserError when there is none, or one of another seed or, if it has times, machine.
         """
         path = self.folder / "tables" / f"{name}.csv"
         remedy = "run the notebooks before this one: `make reproduce`"
@@ -78,7 +78,8 @@ class Results:
         source = MADE_BY.search(path.with_suffix(".md").read_text())[1]
         made = read_json(self.folder / "provenance" / f"{source}.json")
         now = {"seed": self.seed, "hardware": hardware()}
-        for what in ("seed", "hardware") if "images_per_second" in table else ("seed",):
+        timed = {"images_per_second", "change"} & {*table}
+        for what in ("seed", "hardware") if timed else ("seed",):
             if made[what] != now[what]:
                 raise UserError(
                     f"{path} is of {what} {made[what]}, not {now[what]}; run notebook {source} "
