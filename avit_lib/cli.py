@@ -210,7 +210,7 @@ def adapt(
 
     Args:
         images: A folder with some hundred images, in it or below, on which thresholds are set; no
-            labels.
+            labels. Not the test images: what a test said of these would be optimistic.
         output: The .safetensors to write, which visualize takes as --ckpt, and test, if fit has
             trained the model.
         model: Its timm name. Default: what fit or adapt wrote with the weights, else

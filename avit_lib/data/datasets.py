@@ -25,6 +25,10 @@ POOLS = {
     "Caltech256": ("caltech256/256_ObjectCategories", 256, {"257.clutter", "greg"}),
 }
 
+# So many images were published in these classes.
+PUBLISHED = {"Caltech101": 8677, "Caltech256": 29780}
+IMAGENET_CLASSES = 1000
+
 Count = Annotated[int, Meta(ge=1)]
 
 
@@ -35,7 +39,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     image_size: Count  # pixels
     validation_per_class: Count
     # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
-    # images of each.
+    # images of each, for training a number.
     classes: tuple[str, ...] = ()
     train_per_class: Count | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most
@@ -47,6 +51,11 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         if self.dataset not in POOLS and not whole:
             raise ValueError(
                 f"of {self.dataset} all classes and images take part; leave out what chooses some"
+            )
+        if self.dataset in POOLS and self.train_per_class == "all":
+            raise ValueError(
+                f"train_per_class must be a number: {self.dataset} has no test images but those "
+                f"that training leaves"
             )
 
 
@@ -68,12 +77,25 @@ def official_images(data: Data, train: bool) -> Images:
     # Labels are those of training, also where val/ lacks a class.
     known = trained.iterdir() if trained.is_dir() and not train else ()
     classes = sorted(path.name for path in known if is_identifier(path.name))
-    return imagenet_images(folder, data.image_size, classes)
+    images = imagenet_images(folder, data.image_size, classes)
+    if not are_imagenets(images.classes):
+        raise UserError(
+            f"{trained.parent} has {len(images.classes)} classes, and ImageNet has "
+            f"{IMAGENET_CLASSES}: unpack the others, or take a part of it as a folder of your own "
+            f"(--data-dir)"
+        )
+    return images
 
 
 def is_identifier(name: str) -> bool:
     """Whether a folder is called like a class of ILSVRC2012, such as n01440764."""
     return bool(re.fullmatch(r"n\d{8}", name))
+
+
+def are_imagenets(classes: Sequence[str]) -> bool:
+    """Whether these are the classes of ImageNet-1k, in the order of its models."""
+    known = all(map(is_identifier, classes)) and [*classes] == sorted(classes)
+    return known and len(classes) == IMAGENET_CLASSES
 
 
 def imagenet_images(folder: Path, image_size: int, classes: Sequence[str] = ()) -> Images:
@@ -111,7 +133,13 @@ def _pool_images(data: Data) -> Images:
             f"it can be downloaded"
         )
     unused = there - set(data.classes or there)
-    return folder_images(folder, data.image_size, leave_out=others | unused)
+    images = folder_images(folder, data.image_size, leave_out=others | unused)
+    if not data.classes and len(images) != PUBLISHED[data.dataset]:
+        tell(
+            f"{folder} has {len(images)} images, and {data.dataset} as published "
+            f"{PUBLISHED[data.dataset]}: its split is another one"
+        )
+    return images
 
 
 def _download(name: str, inside: str) -> None:

@@ -252,6 +252,8 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
             upright = v2.CenterCrop([min(side, most) for side in reversed(upright.size)])(upright)
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")
+                if upright.getextrema()[3] == (0, 0):
+                    raise ValueError("all of it is transparent; save it without transparency")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             return upright.convert("RGB")
     except BAD_IMAGE as error:
@@ -297,9 +299,16 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     if np.max(tags.get(COLOUR_MAP, 256)) < 256:
         raise ValueError("its palette is of 8 bits in place of 16; save it again")
     planes, reversed_bits = tags.get(PLANAR_CONFIGURATION) == IN_PLANES, tags.get(FILL_ORDER, 1)
-    if planes and (reversed_bits == LOW_BITS_FIRST or image.mode in ("LA", "La", "PA")):
+    raw = image.info.get("compression") == "raw"
+    mixed_up = image.mode in ("LA", "La", "PA", "LAB") or (raw and tags.get(PHOTOMETRIC) == 0)
+    if planes and (reversed_bits == LOW_BITS_FIRST or mixed_up):
         raise ValueError("its colours lie in planes and are read wrongly; save them together")
     if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
-    if image.format == "BMP" and image.mode == "RGBA" and not np.any(image.getchannel("A")):
-        raise ValueError("all of it is transparent; save it without transparency")
+    if tags and PHOTOMETRIC not in tags and image.info["compression"] != "tiff_jpeg":
+        raise ValueError("it does not say whether 0 is black or white; save it again")
+    if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
+        raise ValueError("it does not say whether its colours are inverted; save it as RGB")
+    one_bit = ("1", (image.width + 31) // 32 * 4)  # how such lines are read, and how long they are
+    if image.format == "BMP" and image.mode == "1" and image.tile[0].args[:2] != one_bit:
+        raise ValueError("its two colours are read wrongly; save it with 24 bits")

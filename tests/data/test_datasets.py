@@ -34,11 +34,27 @@ def test_caltech256(tmp_path):
     assert sizes == (12, 6, 6)
 
 
-def test_imagenet(tmp_path):
+def test_a_pool_that_is_not_whole_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(datasets.POOLS, "Caltech256", ("caltech256", 2, set()))
+    write_images(tmp_path / "caltech256", {"001.ak47": 12, "056.dog": 12})
+    settings = replace(COLOUR, dataset="Caltech256", classes=())
+    data.training_data(settings, 0)
+    assert "has 24 images, and Caltech256 as published 29780" in capfd.readouterr().err
+    monkeypatch.setitem(datasets.PUBLISHED, "Caltech256", 24)
+    data.training_data(settings, 0)
+    assert not capfd.readouterr().err
+    with pytest.raises(ValueError, match="train_per_class must be a number"):
+        replace(settings, train_per_class="all")
+
+
+def test_imagenet(tmp_path, monkeypatch):
     classes = ("n01440764", "n01443537", "n01484850")
     for part, count in (("train", 8), ("val", 2)):
         write_images(tmp_path / "imagenet" / part, dict.fromkeys(classes, count))
     imagenet = Data(dataset="ImageNet", image_size=16, validation_per_class=2)
+    with refused("imagenet has 3 classes, and ImageNet has 1000: unpack the others"):
+        data.training_data(imagenet, 0)
+    monkeypatch.setattr(datasets, "IMAGENET_CLASSES", 3)
     found = data.training_data(imagenet, 0)
     assert found.train.classes == classes
     assert (len(found.train), len(found.validation)) == (18, 6)
@@ -59,8 +75,10 @@ def test_imagenet(tmp_path):
 
 @pytest.mark.parametrize("name", ["ImageNet", "Caltech256"])
 def test_data_that_are_missing_are_named(name, tmp_path):
+    number = "all" if name == "ImageNet" else 6
+    settings = Data(dataset=name, image_size=16, validation_per_class=2, train_per_class=number)
     with refused(rf"{tmp_path}/{name.lower()}/\w+/<class>.* set AVIT_DATA"):
-        data.test_data(Data(dataset=name, image_size=16, validation_per_class=2))
+        data.test_data(settings)
 
 
 @pytest.mark.parametrize(

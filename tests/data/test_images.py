@@ -48,6 +48,19 @@ def bmp_of_16_bits():
     return b"BM" + struct.pack("<IHHI", 866, 0, 0, 66) + head + masks + b"\x1f\x00" * 400
 
 
+def bmp_of_two_colours():
+    """A BMP of 8 bits a pixel, whose palette has two colours: Pillow reads 1 bit."""
+    image = new("P", 1)
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    return encode(image, "BMP")
+
+
+def without_tag(tag):
+    """A grey TIFF without a tag: it has another number."""
+    whole = encode(new("L", 9), "TIFF")
+    return whole.replace(struct.pack("<HH", tag, 3), struct.pack("<HH", 65000, 3))
+
+
 def small_palette():
     """A TIFF whose palette has 0..255 where 0..65535 is meant."""
     image = new("P", 200)
@@ -60,7 +73,7 @@ def small_palette():
     ("content", "colour"),
     [
         (encode(new("1", 1), "PNG"), "white"),
-        (encode(new("L", 9), "PNG", transparency=9), "white"),
+        (encode(new("1", 1), "BMP"), "white"),
         (encode(new("RGBA", (0, 0, 255, 51)), "PNG"), (204, 204, 255)),
         (encode(new("CMYK", (0, 255, 255, 0)), "JPEG"), "red"),
         (encode(new("LAB", (128, 128, 128)), "TIFF"), (119, 119, 119)),
@@ -89,7 +102,14 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (encode(new("LA", 9), "TIFF", tiffinfo={284: 2}), "colours lie in planes"),
         (small_palette(), "its palette is of 8 bits"),
         (encode(new("YCbCr", 9), "TIFF"), "YCbCr without compression"),
+        (encode(new("LAB", 9), "TIFF", tiffinfo={284: 2}), "colours lie in planes"),
+        (encode(new("L", 9), "TIFF", tiffinfo={262: 0, 284: 2}), "colours lie in planes"),
+        (without_tag(262), "whether 0 is black or white"),
+        (encode(new("CMYK", 9), "JPEG").replace(b"Adobe", b"other"), "colours are inverted"),
+        (bmp_of_two_colours(), "two colours are read wrongly"),
         (clear_bmp(), "all of it is transparent"),
+        (encode(new("RGBA", (9, 9, 9, 0)), "PNG"), "all of it is transparent"),
+        (encode(new("L", 9), "PNG", transparency=9), "all of it is transparent"),
         (b"P6 40000 40000 255\n", "1600000000 pixels"),
     ],
 )
