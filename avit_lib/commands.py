@@ -137,7 +137,7 @@ def test(common, batch_size: int) -> None:
         **metrics(predictions),
         "intervals": bootstrap_intervals(predictions),
         "tested": about,
-        "provenance": provenance(get_profile(common.profile).name, run["seed"]),
+        "provenance": provenance(about.get("profile", ""), run["seed"]),
     }
     # msgspec writes null for NaN, which is no JSON: the interval of one image.
     print(msgspec.json.format(msgspec.json.encode(facts), indent=1).decode())
@@ -192,7 +192,7 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
     else:
         tag = timm.get_pretrained_cfg(name).tag
         timm_name = name if "." in name or not tag else f"{name}.{tag}"
-        training.load_pretrained(model, timm_name, new_head=False)
+        training.load_pretrained(model, timm_name)
     known = {"model": name, "arguments": arguments}
     return model.eval(), known if weights else known | {"pretrained": timm_name}
 

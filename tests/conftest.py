@@ -198,7 +198,7 @@ def small_profile(tmp_path_factory):
     runs = [f"runs.{run}.model = '{kind}_nano'" for run, kind in models.items()]
     path.write_text("\n".join(["extends = 'smoke'", "data.image_size = 28", *runs]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "load_pretrained", lambda *_: None)
+        patch.setattr(training, "load_pretrained", lambda *_, **__: None)
         yield path
 
 

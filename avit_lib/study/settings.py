@@ -2,8 +2,8 @@
 
 A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a
 run that ``extends`` another run. ``notes`` and ``licence`` are of one profile alone; its ``peers``,
-``sweep_peers``, ``recalibrated`` and ``budgets`` replace those of the other one. The section ``training`` of a file is for all of its runs, whose
-own come first.
+``sweep_peers``, ``recalibrated`` and ``budgets`` replace those of the other one. The section
+``training`` of a file is for all of its runs, whose own come first.
 """
 
 import re

@@ -14,7 +14,15 @@ from torch import nn
 
 from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
-from avit_lib.data import STATISTICS, Images, TrainingData, loader, test_data, training_data
+from avit_lib.data import (
+    STATISTICS,
+    Images,
+    TrainingData,
+    are_imagenets,
+    loader,
+    test_data,
+    training_data,
+)
 from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.places import digest_file, list_embedded, weights_path
@@ -126,7 +134,8 @@ class Study:
             training.load_weights(model, start or self.checkpoint(run.start))
         else:
             check_statistics(run.pretrained)
-            training.load_pretrained(model, run.pretrained)
+            other = not are_imagenets(self.data.train.classes)
+            training.load_pretrained(model, run.pretrained, new_head=other)
         model.to(self.device)
         halting = run.halting
         if run.saved or (halting and halting.fitted):

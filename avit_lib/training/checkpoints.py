@@ -119,11 +119,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
     _load_strictly(model, weights, path)
 
 
-def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = True) -> None:
+def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = False) -> None:
     """Load ImageNet weights from the file that ``places`` has for them, else from timm's hub.
 
-    With ``new_head``, a classification head of another size is left at its initialisation;
-    positions are resampled to the model's grid. Raises UserError without weights.
+    With ``new_head``, for other classes, the classification head is left at its initialisation;
+    positions are resampled to the model's grid. Raises UserError without weights, and for those of
+    another model.
     """
     path = weights_file(timm_name)
     if not path.is_file():
@@ -133,8 +134,8 @@ def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = True) -> 
     except RuntimeError as error:  # positions that can't be resampled
         raise UserError(f"{path} is of another model: {error}") from None
     own = model.state_dict()
-    for key in ("head.weight", "head.bias"):
-        if new_head and key in weights and weights[key].shape != own[key].shape:
+    for key in {"head.weight", "head.bias"} & own.keys():
+        if new_head:
             weights[key] = own[key]
     _load_strictly(model, weights, path)
 

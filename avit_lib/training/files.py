@@ -62,6 +62,9 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the object in a JSON file; raises UserError when it is damaged."""
     try:
-        return json.loads(path.read_text("utf-8-sig"))
+        found = json.loads(path.read_text("utf-8-sig"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+        return found
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); delete it and make it again") from None

@@ -136,6 +136,13 @@ def fit(
     )
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
     result = average.module if average else model  # what is evaluated and kept
+    left_of_start = (config.ema_decay or 1) ** (config.epochs * updates)
+    if average and left_of_start > 0.1:
+        print(
+            f"{left_of_start:.0%} of the averaged weights will still be those of the start: lower "
+            f"ema_decay for so few steps",
+            flush=True,
+        )
     changing = {"model": model, "optimizer": optimizer, "result": result}
     records = []
     if (output / RESUME).is_file() and (output / "last.json").is_file():  # which says whose it is
@@ -146,6 +153,7 @@ def fit(
         for name, part in changing.items():
             part.load_state_dict(state[name])
         print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
+    processes.share(model)
     processes.barrier()  # until here all processes only read
     rank, left = processes.rank(), len(train) - updates * config.batch_size
     if rank == 0 and left > 0:

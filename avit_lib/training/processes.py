@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from avit_lib.errors import UserError
+
 
 def count() -> int:
     """The number of processes that work together."""
@@ -36,6 +38,8 @@ def join_others() -> Iterator[None]:
         return
     gpus = torch.cuda.device_count()
     if gpus:
+        if gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise UserError(f"there are {gpus} GPUs for more processes; start one process to a GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as nowhere:
@@ -50,6 +54,13 @@ def barrier() -> None:
     """Wait until every process has come here."""
     if count() > 1:
         dist.barrier()
+
+
+def share(model: nn.Module) -> None:
+    """Give all processes the weights that the first one has: a fit may round in each otherwise."""
+    if count() > 1:
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
 
 
 def mean(value: Tensor) -> Tensor:

@@ -67,14 +67,23 @@ def test_a_description_of_a_run_that_makes_no_sense_is_refused(model, tmp_path):
 # ---- pretrained weights, from a folder or timm's hub ----
 
 
-def test_weights_in_a_folder_keep_a_head_of_another_size(model, tmp_path, monkeypatch):
-    source = timm.create_model("deit_nano", num_classes=9)
+@pytest.mark.parametrize("classes", [5, 9])
+def test_other_classes_get_a_new_head_though_they_may_be_as_many(
+    classes, model, tmp_path, monkeypatch
+):
+    source = timm.create_model("deit_nano", num_classes=classes)
     save_file(source.state_dict(), tmp_path / "some_deit.safetensors")
     monkeypatch.setenv("AVIT_WEIGHTS", str(tmp_path))
     head = model.head.weight.clone()
-    load_pretrained(model, "some_deit")
+    load_pretrained(model, "some_deit", new_head=True)
     assert torch.equal(model.blocks[0].attn.qkv.weight, source.blocks[0].attn.qkv.weight)
     assert torch.equal(model.head.weight, head)
+    if classes == len(head):
+        load_pretrained(model, "some_deit")
+        assert torch.equal(model.head.weight, source.head.weight)
+    else:
+        with refused("is of another model"):
+            load_pretrained(model, "some_deit")
 
 
 @pytest.mark.parametrize("name", [PUBLISHED, "nobody", "test_vit4"])
