@@ -38,6 +38,7 @@ def give_back() -> None:
 def _set_thresholds(mmap: int, trim: int) -> None:
     if platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_MMAP_THRESHOLD, mmap)
+        if not glibc.mallopt(M_MMAP_THRESHOLD, mmap):  # an older one takes 32 MiB at most
+            glibc.mallopt(M_MMAP_THRESHOLD, GROWN[0])
         glibc.mallopt(M_TRIM_THRESHOLD, trim)
         give_back()

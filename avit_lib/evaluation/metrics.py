@@ -27,6 +27,7 @@ class Predictions:
     depth: Tensor  # [n, N], every token to its own end; of a plain transformer L everywhere
     halting_scores: Tensor  # [n, L, N]; [0]: the model does not halt
     flops: Tensor  # [n], of plain inference
+    means: Tensor  # [n], of all values of an image: tells whether two sets are the same images
     layers: int  # L
 
     @property
@@ -78,10 +79,11 @@ def predict(
             logits, trace = trace_model(model, images.to(device))
             check_answers(logits)
             followed = trace.depth, trace.halting_scores, flops_of(model, trace)
-            parts.append([one.cpu() for one in (logits.float(), labels, *followed)])
-    logits, labels, depth, scores, flops = (torch.cat(part) for part in zip(*parts, strict=True))
+            means = images.double().mean(dim=(1, 2, 3))
+            parts.append([one.cpu() for one in (logits.float(), labels, *followed, means)])
+    logits, labels, depth, scores, flops, means = map(torch.cat, zip(*parts, strict=True))
     give_back()
-    return Predictions(logits, labels, depth, scores, flops, len(model.blocks))
+    return Predictions(logits, labels, depth, scores, flops, means, len(model.blocks))
 
 
 def metrics(predictions: Predictions) -> dict[str, float]:
@@ -114,15 +116,15 @@ def paired_difference(
     Paired by image, so that what is hard for both cancels; with ``per_class`` the mean over
     classes. Raises ValueError when the images differ.
     """
-    if not torch.equal(first.labels, second.labels):
-        raise ValueError("the two models were evaluated on different images")
+    _check_same(first, second)
     name = "accuracy_macro" if per_class else "accuracy"
     gains = first.rates[name] - second.rates[name]
     return gains[0].item(), *_find_ends(gains[1:])
 
 
 def divergence(first: Predictions, second: Predictions) -> Tensor:
-    """KL of the answers of ``first`` from those of ``second``, of each image [n], in nats."""
+    """KL(second || first) of the answers to each image [n], in nats; ValueError as above."""
+    _check_same(first, second)
     logs = [F.log_softmax(one.logits, dim=1) for one in (first, second)]
     return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
 
@@ -141,8 +143,9 @@ def draw_again(images: int) -> np.ndarray:
 
 def rate_draws(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
     """Accuracy, mean per-class accuracy and macro F1 [k] of images ``drawn`` [k, n] times each."""
-    classes = np.eye(predictions.logits.shape[1])
-    true, said = (classes[one.numpy()] for one in (predictions.labels, predictions.predicted))
+    classes = predictions.logits.shape[1]
+    both = predictions.labels, predictions.predicted
+    true, said = (F.one_hot(one, classes).double().numpy() for one in both)
     images, called, hits = drawn @ true, drawn @ said, drawn @ (true * said)  # [k, K]
     with np.errstate(invalid="ignore"):  # a class without images has no rate
         by_class, f1 = pd.DataFrame(hits / images), pd.DataFrame(2 * hits / (images + called))
@@ -151,6 +154,13 @@ def rate_draws(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndar
         "accuracy_macro": by_class.mean(axis=1).to_numpy(),
         "f1_macro": f1.mean(axis=1).to_numpy(),
     }
+
+
+def _check_same(first: Predictions, second: Predictions) -> None:
+    """Raise ValueError unless two models answered the same images, perhaps in another size."""
+    alike = len(first.means) == len(second.means) and (first.means - second.means).abs().max() < 0.2
+    if not alike or not torch.equal(first.labels, second.labels):
+        raise ValueError("the two models were evaluated on different images")
 
 
 def _find_ends(values: np.ndarray) -> tuple[float, float]:

@@ -27,22 +27,27 @@ def interleave(
     gc.collect()
     gc.freeze()  # or a collection, by chance in a step, would look at all objects of the process
     calls, samples = {}, {name: [] for name in steps}
-    for name, step in steps.items():
-        seconds = _time(step)
-        if seconds < 3 * minimum:  # the first call warms up
-            seconds = _time(step)
-        calls[name] = max(1, round(minimum / seconds))
-    for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
+    try:
         for name, step in steps.items():
-            samples[name].append(_time(step, calls[name]))
-    gc.unfreeze()
+            seconds = _time(step)
+            if seconds < 3 * minimum:  # the first call warms up
+                seconds = _time(step)
+            calls[name] = max(1, round(minimum / seconds))
+        for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
+            for name, step in steps.items():
+                samples[name].append(_time(step, calls[name]))
+                # Where only the first call was slow, the next samples take more.
+                calls[name] = max(calls[name], round(minimum / samples[name][-1]))
+    finally:
+        gc.unfreeze()
     return samples
 
 
 def read_clock() -> float:
-    """Seconds, by a clock that waits for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    """Seconds, by a clock that waits for all GPUs, if there are any."""
+    if torch.accelerator.is_available():
+        for device in range(torch.accelerator.device_count()):
+            torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -54,7 +59,10 @@ def _time(step: Step, calls: int = 1) -> float:
 
 
 def infer(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
-    """A step of plain inference; ``execution`` is that of a model whose tokens halt."""
+    """A step of plain inference; ``execution`` is that of a model whose tokens halt.
+
+    The model stays in evaluation mode and with this execution.
+    """
 
     def step() -> None:
         with torch.inference_mode():

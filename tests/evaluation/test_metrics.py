@@ -1,5 +1,6 @@
 """Metrics by hand, predictions of models, bootstrap intervals."""
 
+from dataclasses import replace
 from math import isnan
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import random_images, varied_model
 from avit_lib.evaluation import (
     Predictions,
     bootstrap_intervals,
+    divergence,
     metrics,
     paired_difference,
     predict,
@@ -22,7 +24,8 @@ def predictions(predicted, labels):
     logits = torch.nn.functional.one_hot(torch.tensor(predicted), 3).float()
     images = len(labels)
     depth = torch.full((images, 2), 4)
-    return Predictions(logits, torch.tensor(labels), depth, None, torch.full((images,), 1e9), 4)
+    flops, means = torch.full((images,), 1e9), torch.arange(images)
+    return Predictions(logits, torch.tensor(labels), depth, None, flops, means, 4)
 
 
 def random_predictions(seed, accuracy=0.7):
@@ -91,6 +94,10 @@ def test_paired_difference_is_antisymmetric_and_wants_the_same_images():
     difference, low, high = paired_difference(first, second)
     assert 0 < low < difference < high
     assert paired_difference(second, first) == pytest.approx((-difference, -high, -low))
+    others = replace(second, means=second.means.flip(0))  # of the same classes
+    for compare in (paired_difference, divergence):
+        with pytest.raises(ValueError, match="different images"):
+            compare(first, others)
     with pytest.raises(ValueError, match="different images"):
         paired_difference(predictions([0, 1], [0, 1]), predictions([0, 1], [1, 0]))
 

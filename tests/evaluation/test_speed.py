@@ -41,6 +41,12 @@ def test_steps_take_turns_and_a_sample_is_the_mean_of_its_calls(clock):
     assert "".join(order) == "a" + "bb" + 2 * ("a" + 5 * "b")
 
 
+def test_where_only_the_first_call_is_slow_later_samples_take_more(clock):
+    make_step, order = clock
+    speed.interleave({"a": make_step("a", 9.0, 0.1)}, 2, minimum=0.5)
+    assert len(order) == 1 + 1 + 5
+
+
 def test_speed_is_the_median_with_quartiles_and_compared_with_the_first(clock):
     first, second = clock[0]("a", 4.0, 4.0), clock[0]("b", 1.0, 1.0, 2.0, 4.0, 5.0)
     table = speed.compare({"a": first, "b": second}, batch=8, repeats=5)
