@@ -242,9 +242,10 @@ def without_thresholds(
     adaptive = deepcopy(model)
     adaptive.__class__ = KINDS[type(model)]
     device = model.patch_embed.proj.weight.device
-    thresholds = torch.full((len(model.blocks),), NEVER, device=device)
-    adaptive.register_buffer("thresholds", thresholds)
-    adaptive.register_buffer("importance_weight", torch.tensor(importance_weight, device=device))
+    thresholds = torch.full((len(model.blocks),), NEVER)
+    for name, value in (("thresholds", thresholds), ("importance_weight", importance_weight)):
+        value = torch.as_tensor(value, dtype=torch.float32, device=device)
+        adaptive.register_buffer(name, value)
     return adaptive
 
 

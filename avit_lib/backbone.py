@@ -78,8 +78,8 @@ class TokensLeave(VisionTransformer):
     ) -> Any:
         """As timm's: tokens after the layers ``indices``, all in their places, and the features.
 
-        A token that has left stays as its last layer made it. All layers are computed, also with
-        ``stop_early``: the features need them.
+        A token that halted stays as its last layer made it; one that merged is like the one that
+        stands for it. All layers are computed, also with ``stop_early``: the features need them.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise UserError(f"output_fmt {output_fmt!r} is unknown; choose from NCHW, NLC")
@@ -121,6 +121,7 @@ class TokensLeave(VisionTransformer):
             if isinstance(value, nn.Parameter):
                 raise UserError(f"{name} is a fixed number, not a parameter that is trained")
             value = torch.as_tensor(value, dtype=torch.float32, device=self._buffers[name].device)
+            value = value.clone()  # or it would follow what somebody does to his own
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "TokensLeave":
@@ -151,6 +152,7 @@ def attend_as_class(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
     """
     logits = query[:, :, :1] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
     attention = (logits[:, :, 0] + bias[:, None]).softmax(dim=2)  # [B, heads, N]
+    value = value.float()  # in float16 its square may be too large
     norm = torch.linalg.vecdot(value, value).sqrt()  # on CPUs several times as fast as torch's
     return (attention * norm).mean(dim=1)
 
@@ -193,7 +195,8 @@ def check_followed(model: VisionTransformer) -> None:
     if any(map(is_hooked, parts)):
         raise UserError(
             "a hook on a block would never be called, since tokens merge inside of it; "
-            "use a hook on its norms or MLP, or forward_intermediates of an adapted model"
+            "use forward_intermediates of an adapted model, or a hook on its norms or MLP (which "
+            "gets the tokens of all images [T, D], in another order)"
         )
 
 

@@ -53,7 +53,7 @@ def block_flops(
 
     These are numbers, or [n] each.
     """
-    width = block.attn.num_heads * block.attn.head_dim
+    width = block.attn.proj.in_features
     linear = attended * linear_flops(block.attn) + passed * linear_flops(block.mlp)
     return linear + 2 * attended**2 * width
 
@@ -101,7 +101,8 @@ def linear_flops(module: nn.Module) -> int:
 def fixed_flops(model: VisionTransformer, count: int) -> float:
     """FLOPs of an image of ``count`` tokens outside of the layers: patch embedding and head."""
     patches = count - model.num_prefix_tokens
-    return float(model.patch_embed.proj.weight.numel() * patches + linear_flops(model.head))
+    heads = linear_flops(model.head) + linear_flops(getattr(model, "head_dist", nn.Identity()))
+    return float(model.patch_embed.proj.weight.numel() * patches + heads)
 
 
 def plain_flops(model: VisionTransformer, count: int) -> float:

@@ -112,6 +112,8 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int |
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
     layers, norms = [model.patch_embed.proj], [model.norm]
+    for norm in (model.patch_embed.norm, model.norm_pre, model.fc_norm):
+        yield from ((one, 0) for one in norm.parameters())
     for block in model.blocks:
         layers += [block.attn.proj, block.mlp.fc2]
         norms += [block.norm1, block.norm2]
@@ -139,8 +141,8 @@ def _layer_scales(block: nn.Module) -> list[nn.Parameter]:
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let channel 0 learn ``rate`` times as fast as all else; 0 holds it as it is.
 
-    Steps are scaled, not gradients: Adam would undo that. Raises UserError for an optimizer that
-    calls no hooks of its steps, as timm's Lookahead.
+    Steps are scaled, not gradients: Adam would undo that. The last call counts. Raises UserError
+    for an optimizer that calls no hooks of its steps, as timm's Lookahead.
     """
     _check_parameters(model)
     if not hasattr(type(optimizer).step, "hooked"):
@@ -161,8 +163,10 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
         for parameter, index, old in before:
             parameter[index] = torch.lerp(old, parameter[index], rate)
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(scale)
+    for hook in getattr(optimizer, "channel_hooks", ()):
+        hook.remove()
+    pre, post = optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)
+    optimizer.channel_hooks = pre, post
 
 
 @torch.no_grad()
@@ -180,10 +184,11 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     check_images(images)
     _check_parameters(model)
     missing = any(parameter is None for parameter, _ in channel_parameters(model))
-    if missing or not model.gamma > 0:
+    between = [*model.patch_embed.norm.parameters(), *model.norm_pre.parameters()]
+    if missing or between or not model.gamma > 0 or 1 - model.eps == 1:
         raise UserError(
-            "the fit of channel 0 takes learned positions, biases, weights in all norms, and a "
-            "gamma above 0; leave it out"
+            "the fit of channel 0 takes learned positions, biases, weights in all norms, no norm "
+            "before the first layer, a gamma above 0, and an eps that float32 knows; leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
     grid = model.patch_embed.dynamic_feat_size(images.shape[2:])

@@ -170,7 +170,8 @@ def test_channel_0_goes_as_far_as_its_rate_says_and_the_rest_as_ever(rate):
     def step(model, rate):
         found = torch.optim.Adam(model.parameters(), lr=1e-3)
         if rate < 1:
-            scale_channel_rate(model, found, rate)
+            for one in (0.5, 0.0, rate):  # the last call counts
+                scale_channel_rate(model, found, one)
         logits, trace = model.train().forward_with_trace(images())
         (logits.square().sum() + trace.ponder.sum()).backward()
         found.step()
