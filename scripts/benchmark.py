@@ -131,7 +131,7 @@ def run_benchmark(seed: int, device: torch.device) -> pd.DataFrame:
     operators = count_operators(rivals, first)
     write(operators, "operators", f"Operators of torch in a forward pass, and its time. {about}")
     caption = "The operators of torch with the most CPU time of their own in a forward pass, by "
-    caption += f"its profiler, which adds to each; share: of the time of all. {about}"
+    caption += f"its profiler, which adds to each; share: of all operators' time. {about}"
     write(account_operators(rivals), "account", caption)
     caption = f"Time of inference above DeiT's when no token halts or merges. {about}"
     write(time_overhead(rivals), "overhead", caption)

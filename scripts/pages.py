@@ -30,14 +30,15 @@ COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
     "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
-    "halting is fitted (starts.fit_start), thresholds are set, ToMe's r is chosen. DeiT-T has its "
-    "ImageNet weights, the other sizes are untrained: times depend on how many tokens are left.",
+    "halting is fitted (starts.fit_start), the thresholds of adaptive merging are calibrated, and "
+    "ToMe's r is chosen. DeiT-T has its ImageNet weights, the other sizes are untrained: times "
+    "depend on how many tokens are left.",
     "A batch of one is timed on several images, one after another.",
     "Speed-ups are ratios of medians over interleaved rounds. Efficiency is speed-up / FLOP ratio, "
     "on the very images timed; 1 is ideal. Padding isn't counted; masked execution has ratio 1.",
-    "Memory in bfloat16: of weights and images in inference, autocast in training.",
-    "In training DeiT attends as timm has it. The study's own loop takes the plain formula in "
-    "bfloat16 on CPUs, which is faster: beside that, packed training gains less than here.",
+    "For memory, bfloat16 means weights and images in inference, and autocast in training.",
+    "In training DeiT has timm's attention. The study's own training uses the plain formula in "
+    "bfloat16 on CPUs, which is faster: there packed training gains less than in these tables.",
 )
 
 
@@ -117,7 +118,7 @@ def write_section(folder: Path, source: str, results: list[Result]) -> list[str]
     """The lines on what one notebook found: findings, links, figures."""
     lines = [f"## {source or 'others'}", ""]
     if (folder / "notebooks" / f"{source}.failed.ipynb").is_file():
-        lines += ["Its last run failed: some of what follows is of that run, some of one before.", ""]
+        lines += ["Its last run failed: what follows is partly of that run, partly of others.", ""]
     for result in results:
         if result.path.parent.name == "findings":
             lines += [result.body, ""]

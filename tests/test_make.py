@@ -124,6 +124,7 @@ def test_a_fresh_clone_runs_everything_in_order_and_then_nothing(tree):
     for name in ("AVIT_DATA", "AVIT_WEIGHTS"):
         assert set(named(reproduce("SEED=1", f"{name}=/other"))) == EVERY
 
+
 def test_a_change_runs_what_depends_on_it_and_nothing_else(tree):
     Path("README.md").touch()
     named(reproduce())
