@@ -168,7 +168,7 @@ lock:  ## Write requirements.lock from what is installed in .venv
 	@mv requirements.lock.tmp requirements.lock
 
 clean:  ## Remove caches, failed notebooks and smoke results
-	rm -rf results/smoke results/*/notebooks/*.failed.ipynb results/*/notebooks/*.running.ipynb
+	cd "$(dir $(RESULTS))" && rm -rf smoke */notebooks/*.failed.ipynb */notebooks/*.running.ipynb
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build site *.egg-info
 	find avit_lib scripts tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 

@@ -68,8 +68,8 @@ class Adaptive(TokensLeave):
         if self._merges(x):
             check_followed(self)
             packed = self._compute(tokens, observe)
-            features = unpack(packed, self.norm(packed.tokens)).view_as(tokens)
-            return features, MergingTrace(packed.depth.view(tokens.shape[:2]))
+            features = unpack(packed, packed.tokens).view_as(tokens)
+            return self.norm(features), MergingTrace(packed.depth.view(tokens.shape[:2]))
         for block in self.blocks:
             tokens = self.run(block, tokens)
             if observe:

@@ -236,6 +236,8 @@ def why_not_plain(model: VisionTransformer) -> str:
             plain |= dict.fromkeys((block.ls1, block.ls2), (LayerScale, nn.Identity))
             drops = block.drop_path1, block.drop_path2, getattr(block.attn, "attn_drop", None)
             plain |= {part: DROPPED for part in drops if part is not None}
+            norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
+            plain |= {one: (type(one),) for one in norms if one is not None}
         for part, kinds in plain.items():
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"

@@ -52,7 +52,7 @@ class Common:
     """What every command takes.
 
     Args:
-        seed: Of everything random.
+        seed: Of everything random; a model that is trained keeps its own.
     """
 
     seed: Seed = 0

@@ -267,7 +267,7 @@ def adapt(
     about = described["model"], described["arguments"]
     try:
         training.save_checkpoint(output, adapted, *about, run=run, adapted=facts)
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         output.with_suffix(".json").unlink(missing_ok=True)  # or the same command would refuse
         raise
     print(f"written to {output}")

@@ -123,7 +123,7 @@ def packed_attention(
     """
     module = block.attn
     qkv = module.qkv(block.norm1(tokens)).view(-1, 3, module.num_heads, module.head_dim)
-    if not (isinstance(module.q_norm, nn.Identity) and isinstance(module.k_norm, nn.Identity)):
+    if any(type(one) is not nn.Identity for one in (module.q_norm, module.k_norm)):
         q, k, v = qkv.unbind(1)
         qkv = torch.stack([module.q_norm(q), module.k_norm(k), v], dim=1)
     dropout = module.attn_drop.p if module.training else 0.0

@@ -192,7 +192,8 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
     grid = model.patch_embed.dynamic_feat_size(images.shape[2:])
-    if layers < 2 or grid != model.patch_embed.grid_size:
+    made_for = tuple(images.shape[2:]) == model.patch_embed.img_size
+    if layers < 2 or grid != model.patch_embed.grid_size or not made_for:
         raise UserError(
             "the fit of channel 0 takes two layers or more, and images of the size that the model "
             "is made for"
@@ -204,6 +205,7 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             f"last a patch of each image; raise target_depth or target_std"
         )
     with evaluating(model):
+        model.embed(images[:1])  # fails here where images are of another kind
         _write_channel(model, images, halting)
 
 

@@ -195,6 +195,18 @@ def test_a_part_of_one_s_own_is_computed_or_refused(part, kind):
         adapt(plain, images(), 0.2)
 
 
+def test_norms_of_one_s_own_are_computed_and_see_tokens_in_their_places():
+    model, masked, adaptive, seen = halting(), halting(execution="masked"), merging(), []
+    expected = [model(images()), adaptive(images())]
+    adaptive.norm.register_forward_hook(lambda *given: seen.append(given[2]))
+    for one in (model, masked, adaptive):
+        one.blocks[1].attn.q_norm = Gate()
+    found = [model(images()), adaptive(images())]
+    assert all((a - b).abs().max() > 1e-4 for a, b in zip(found, expected, strict=True))
+    assert_close(found[0], masked(images()))
+    assert torch.equal(seen[0], adaptive.forward_features(images()))
+
+
 def test_another_scale_or_forward_of_attention_is_computed_or_refused(monkeypatch):
     everyone = halting(), halting(execution="masked"), merging(), plain_model()
     model, masked, adaptive, plain = everyone

@@ -133,7 +133,10 @@ def test_an_image_all_of_whose_patches_are_equal_gives_a_model_that_computes():
     [
         ({"final_norm": False}, HALTING, "weights in all norms"),
         ({"gamma": 0.0}, HALTING, "a gamma above 0"),
+        ({"eps": 1e-9}, HALTING, "an eps that float32 knows"),
+        ({"embed_norm_layer": torch.nn.LayerNorm}, HALTING, "no norm before the first layer"),
         ({"depth": 1}, HALTING, "two layers or more"),
+        ({"img_size": 30}, HALTING, "images of the size that the model is made for"),
         ({"dynamic_img_size": True}, HALTING, "images of the size that the model is made for"),
         ({}, HALTING[1:], "for each of 6 layers, and leave the last a patch"),
         ({}, 2 * HALTING, "a share of the patches"),

@@ -17,7 +17,7 @@ def buffers_kept() -> Iterator[None]:
     By default glibc gives buffers above 32 MiB back at once, and to get them anew takes time. In a
     large batch DeiT's are above, those of an A-ViT whose tokens have halted are not: the allocator
     would add to the speed-up. Afterwards the thresholds are as large as they grow. Where there is
-    no glibc, or the environment sets them (as our Makefile does), nothing changes.
+    no glibc, or MALLOC_MMAP_THRESHOLD_ is set (as our Makefile does), nothing changes.
     """
     _set_thresholds(2**30, -1)
     try:

@@ -58,8 +58,8 @@ def match_flops(block: nn.Module, count: int) -> float:
 def merge_tokens(model: VisionTransformer, r: int, step: int = 1) -> TokenReduction:
     """A trained ``model`` that merges the ``r`` most similar pairs in each layer.
 
-    With ``step`` 2 it merges in every second layer alone, which the paper doesn't try. Raises
-    UserError for r < 0, and as ``TokenReduction``.
+    At most half of the patches merge in a layer. With ``step`` 2 it merges in every second layer
+    alone, which the paper doesn't try. Raises UserError for r < 0, and as ``TokenReduction``.
     """
     if r < 0 or r % 1 or step < 1 or step % 1:
         raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")

@@ -35,7 +35,7 @@ IMAGENET = ON_IMAGENET["model"]  # what others published, a dictionary a model
 
 
 def merged_models(study: Study) -> dict[str, nn.Module]:
-    """``merge_both_ways`` of the study's plain model, thresholds set on 256 validation images."""
+    """``merge_both_ways`` of the study's plain model, by at most 256 validation images."""
     images = draw_images(study, study.data.validation, 256)
     return merge_both_ways(study.load(study.profile.plain.name), study.profile, images)
 
@@ -59,7 +59,7 @@ def is_peer(label: str) -> bool:
 def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     """The model of a run at the other depths or budgets that the profile names, by label.
 
-    Nothing is trained: beta is set on 64 validation images, thresholds are set on 256.
+    Nothing is trained: beta is set on at most 64 validation images, thresholds on at most 256.
     """
     run, models = study.profile.run(name), {}
     model = study.load(name)

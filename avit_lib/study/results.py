@@ -76,7 +76,9 @@ class Results:
             raise UserError(f"{path} is missing; {remedy}")
         table = pd.read_csv(path)
         source = MADE_BY.search(path.with_suffix(".md").read_text())[1]
-        made = read_json(self.folder / "provenance" / f"{source}.json")
+        facts = read_json(self.folder / "provenance" / f"{source}.json")
+        # A run that failed has written some of the tables alone.
+        made = facts.get("files", {}).get(f"tables/{name}.csv", facts)
         now = {"seed": self.seed, "hardware": hardware()}
         timed = {"images_per_second", "change"} & {*table}
         for what in ("seed", "hardware") if timed else ("seed",):
@@ -109,9 +111,12 @@ class Results:
         """Write a file, and of this notebook where its results come from."""
         whole = content.encode() if isinstance(content, str) else content
         write_atomically(self.folder / place, whole)
+        path = self.folder / "provenance" / f"{Path(self.source).stem}.json"
         facts = {"source": self.source, **provenance(self.profile, self.seed)}
         facts["seconds"] = round(time.perf_counter() - self._started, 1)
-        write_json(self.folder / "provenance" / f"{Path(self.source).stem}.json", facts)
+        facts["files"] = read_json(path).get("files", {}) if path.is_file() else {}
+        facts["files"][place] = {name: facts[name] for name in ("seed", "hardware", "commit")}
+        write_json(path, facts)
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:

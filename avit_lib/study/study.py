@@ -229,7 +229,7 @@ class Study:
 def pretrained(run: Run) -> str:
     """The checksum of the weights that a run starts from, if somebody brings other ones.
 
-    Those of the repository, or of timm's hub, are always the same.
+    Those of the repository, or of timm's hub, are the same but for rounding to float16.
     """
     if run.start:
         return ""

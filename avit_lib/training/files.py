@@ -21,16 +21,17 @@ def write_atomically(path: Path, content: bytes) -> None:
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file that can be replaced; name another")
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # on the disk before it takes the name: power may fail
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error.strerror}); free some space or name another "
             f"folder, then run the same command again"

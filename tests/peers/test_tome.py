@@ -60,6 +60,10 @@ def test_what_cannot_merge_is_refused():
 @pytest.mark.parametrize("part", ["", "1", "1.attn", "1.attn.attn_drop", "1.drop_path1"])
 def test_a_hook_that_would_never_be_called_is_refused(part):
     model = tome.merge_tokens(timm.create_model("deit_nano"), 2)
-    model.blocks.get_submodule(part).register_forward_hook(lambda *_: None)
+    hook = model.blocks.get_submodule(part).register_forward_hook(lambda *_: None)
     with refused("a hook on a block"):
+        model(noise(3, 3, 28, 28))
+    hook.remove()
+    model.model.norm.register_forward_hook(lambda *_: None)
+    with refused("a hook on the model, or on its norm"):
         model(noise(3, 3, 28, 28))
