@@ -227,7 +227,7 @@ def why_not_plain(model: VisionTransformer) -> str:
     if not is_plain_sequence(model.blocks):
         return f"its blocks are a {type(model.blocks).__name__}, not torch's plain nn.Sequential"
     for kind in (Block, Attention):
-        if kind.forward.__module__ != kind.__module__:
+        if kind.forward.__module__ != kind.__module__ or hasattr(kind.forward, "__wrapped__"):
             return f"the forward of timm's {kind.__name__} was replaced"
     for block in model.blocks:
         plain = {block: (Block,)}

@@ -167,7 +167,7 @@ def fit(
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
     changes = {name: value for name, value in given.items() if value is not None}
-    return "fit", common, output, teacher, changes
+    return "fit", common, output and output.expanduser(), teacher, changes
 
 
 @app.command
@@ -193,7 +193,7 @@ def visualize(
         images: Image files.
         output: The .png, .jpg, .webp, .pdf or .svg to write.
     """
-    return "visualize", common, images, output
+    return "visualize", common, images, output.expanduser()
 
 
 @app.command
@@ -220,7 +220,7 @@ def adapt(
             Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
-    return "adapt", common, images, output, model, weights, saved
+    return "adapt", common, images, output.expanduser(), model, weights, saved
 
 
 @app.command

@@ -76,6 +76,9 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
     model, description = training.load_checkpoint(path, study.device)
     found = {"classes": [], "seed": common.seed} | description.get("run", {})
     found["pretrained"] = description.get("adapted", {}).get("pretrained", "")
+    epochs = found.get("settings", {}).get("training", {}).get("epochs", 0)
+    if description.get("epoch", epochs) < epochs:
+        data.tell(f"{path} is of epoch {description['epoch']} of {epochs}")
     if common.seed not in (0, found["seed"]):
         raise UserError(f"{path} was trained with seed {found['seed']}; leave out --seed")
     settings = found.get("settings", {})
@@ -190,7 +193,8 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
     if weights:
         training.load_weights(model, weights)
     else:
-        tag = timm.get_pretrained_cfg(name).tag
+        known_weights = timm.get_pretrained_cfg(name)
+        tag = known_weights.tag if known_weights else ""
         timm_name = name if "." in name or not tag else f"{name}.{tag}"
         training.load_pretrained(model, timm_name)
     known = {"model": name, "arguments": arguments}
@@ -255,12 +259,12 @@ def adapt(
     with torch.inference_mode():
         answers = [torch.cat([one(part) for part in pixels.split(64)]) for one in (model, adapted)]
     check_answers(torch.cat(answers))
-    if model.num_classes:
+    if model.num_classes > 1:
         same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
         print(f"answers as before on {same:.1%} of these {len(pixels)} images")
-    else:  # it has features alone
-        alike = nn.functional.cosine_similarity(*answers).mean()
-        print(f"features as before on these {len(pixels)} images: cosine similarity {alike:.3f}")
+    else:  # it has features, or one output
+        change = (answers[1] - answers[0]).norm() / answers[0].norm()
+        print(f"features changed by {change:.1%} of their norm on these {len(pixels)} images")
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", common.seed)}
     facts["pretrained"] = described.get("pretrained", "")
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
@@ -304,7 +308,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
             "a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt"
         )
     read, statistics = make_reader(model, run["classes"])
-    files = [path.resolve() for path in images]
+    files = [path.absolute() for path in images]
     pixels = torch.stack(data.read_all(read, files))
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():

@@ -59,7 +59,9 @@ def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> 
     """
     ragged = layout.lengths[0] != layout.lengths[-1]
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    if qkv.device.type == "cuda" and ragged and half and not dropout:
+    # Flash attention knows no older GPUs.
+    flash = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+    if flash and ragged and half and not dropout:
         return attend_varlen(qkv, layout, bias)
     if qkv.device.type == "cpu" and half and (ragged or qkv.requires_grad):
         # In half precision a CPU makes a kernel for each length; and backward it is slow.

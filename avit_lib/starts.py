@@ -127,10 +127,12 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int |
 
 def _check_parameters(model: AViT) -> None:
     """Raise UserError where channel 0 is written by what is no parameter, but made of others."""
-    if not all(isinstance(one, nn.Parameter | None) for one, _ in channel_parameters(model)):
+    layers = {type(part) for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)}
+    own = all(isinstance(one, nn.Parameter | None) for one, _ in channel_parameters(model))
+    if not own or layers != {nn.Linear}:
         raise UserError(
-            "channel 0 is written by weights that prune or weight_norm makes anew in every step; "
-            "remove them first"
+            "channel 0 is written by weights that prune, weight_norm or an adapter such as LoRA "
+            "makes anew in every step; remove or merge them first"
         )
 
 
@@ -183,6 +185,8 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     """
     check_images(images)
     _check_parameters(model)
+    if images.dtype.itemsize < 4:
+        raise UserError("the fit of channel 0 takes single precision; convert by float()")
     missing = any(parameter is None for parameter, _ in channel_parameters(model))
     between = [*model.patch_embed.norm.parameters(), *model.norm_pre.parameters()]
     if missing or between or not model.gamma > 0 or 1 - model.eps == 1:
@@ -204,7 +208,7 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
             f"halting must have a share of the patches for each of {layers} layers, and leave the "
             f"last a patch of each image; raise target_depth or target_std"
         )
-    with evaluating(model):
+    with evaluating(model), torch.autocast(images.device.type, enabled=False):
         model.embed(images[:1])  # fails here where images are of another kind
         _write_channel(model, images, halting)
 

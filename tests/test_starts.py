@@ -162,9 +162,9 @@ def test_an_optimizer_that_would_not_hold_channel_0_is_refused():
 def test_weights_that_are_made_anew_in_every_step_are_refused():
     model = untouched_model()
     prune.identity(model.blocks[1].mlp.fc2, "weight")
-    with refused("prune or weight_norm"):
+    with refused("prune, weight_norm or an adapter"):
         fit_start(model, images(), HALTING)
-    with refused("prune or weight_norm"):
+    with refused("prune, weight_norm or an adapter"):
         scale_channel_rate(model, torch.optim.SGD(model.parameters()), 0.0)
 
 

@@ -115,7 +115,7 @@ class Run(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One study from data to results; profiles never share a results folder."""
+    """One study from data to results; its results lie in results/<name>."""
 
     name: Name
     purpose: str

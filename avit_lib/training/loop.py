@@ -81,7 +81,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def uses_bfloat16(config: Training, device: torch.device) -> bool:
     """Whether a training runs in bfloat16: on a CPU only if that multiplies in it."""
     if device.type == "cuda":
-        gains = torch.cuda.is_bf16_supported()
+        gains = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         gains = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return gains and config.precision == "bfloat16"
@@ -153,6 +153,8 @@ def fit(
         for name, part in changing.items():
             part.load_state_dict(state[name])
         print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
+    elif (output / "last.json").is_file():
+        print(f"files of the run in {output} are missing or changed: it starts again", flush=True)
     processes.share(model)
     processes.barrier()  # until here all processes only read
     rank, left = processes.rank(), len(train) - updates * config.batch_size
@@ -265,7 +267,7 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
             return None
     try:
         history = pd.read_csv(output / "history.csv")
-    except pd.errors.EmptyDataError:
+    except (pd.errors.EmptyDataError, pd.errors.ParserError):
         return None
     whole = list(history.get("epoch", [])) == list(range(1, config.epochs + 1))
     return history if whole else None

@@ -36,6 +36,8 @@ def join_others() -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if lacking := {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} - os.environ.keys():
+        raise UserError(f"WORLD_SIZE is set, not {', '.join(lacking)}: unset it, or use torchrun")
     gpus = torch.cuda.device_count()
     if gpus:
         if gpus < int(os.environ["LOCAL_WORLD_SIZE"]):

@@ -157,11 +157,13 @@ def test_a_state_that_would_run_code_is_not_run(unfinished, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors"])
-def test_a_finished_run_with_damaged_weights_is_trained_again(tmp_path, name):
+def test_a_finished_run_with_damaged_weights_is_trained_again(tmp_path, name, capsys):
     train(tmp_path)
+    assert "starts again" not in capsys.readouterr().out
     whole, path = content(tmp_path), tmp_path / name
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     train(tmp_path)
+    assert "are missing or changed: it starts again" in capsys.readouterr().out
     assert content(tmp_path) == whole
 
 

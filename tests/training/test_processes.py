@@ -39,6 +39,9 @@ def join_and_compute(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with refused("WORLD_SIZE is set, not LOCAL_WORLD_SIZE"), processes.join_others():
+        pass
+    os.environ["LOCAL_WORLD_SIZE"] = str(PROCESSES)
     with processes.join_others():
         found = train(folder / "several")
         with refused("a multiple of 2, at most the 64 training images"):
