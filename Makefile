@@ -120,7 +120,7 @@ $(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAM
 	@rm -f $(COPIES)/$*.failed.ipynb $(STAMPS)/$*.log
 	@touch -r $@.started $(COPIES)/$*.ipynb && mv -f $@.started $@
 
-# Another seed, file of the same name or folder of images than in the last run: all runs again.
+# All runs again with another seed, profile file, folder of images or of weights than in the last run.
 GIVEN := $(SEED) $(PROFILE) data=$(AVIT_DATA) weights=$(AVIT_WEIGHTS)
 $(STAMPS)/seed:
 	@mkdir -p $(STAMPS) && echo "$(GIVEN)" > $@
@@ -168,7 +168,7 @@ lock:  ## Write requirements.lock from what is installed in .venv
 	@mv requirements.lock.tmp requirements.lock
 
 clean:  ## Remove caches, failed notebooks and smoke results
-	cd "$(dir $(RESULTS))" && rm -rf smoke */notebooks/*.failed.ipynb */notebooks/*.running.ipynb
+	rm -rf "$(dir $(RESULTS))"smoke "$(dir $(RESULTS))"*/notebooks/*.failed.ipynb "$(dir $(RESULTS))"*/notebooks/*.running.ipynb
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build site *.egg-info
 	find avit_lib scripts tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 

@@ -242,10 +242,10 @@ def without_thresholds(
     adaptive = deepcopy(model)
     adaptive.__class__ = KINDS[type(model)]
     device = model.patch_embed.proj.weight.device
-    thresholds = torch.full((len(model.blocks),), NEVER)
+    thresholds = [NEVER] * len(model.blocks)
     for name, value in (("thresholds", thresholds), ("importance_weight", importance_weight)):
-        value = torch.as_tensor(value, dtype=torch.float32, device=device)
-        adaptive.register_buffer(name, value)
+        adaptive.register_buffer(name, torch.zeros((), device=device))
+        setattr(adaptive, name, value)
     return adaptive
 
 

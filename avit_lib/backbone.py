@@ -152,7 +152,8 @@ def attend_as_class(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> 
     """
     logits = query[:, :, :1] @ key.transpose(2, 3) / query.shape[-1] ** 0.5
     attention = (logits[:, :, 0] + bias[:, None]).softmax(dim=2)  # [B, heads, N]
-    value = value.float()  # in float16 its square may be too large
+    if value.dtype == torch.float16:
+        value = value.float()  # or its square may be too large
     norm = torch.linalg.vecdot(value, value).sqrt()  # on CPUs several times as fast as torch's
     return (attention * norm).mean(dim=1)
 
@@ -236,6 +237,7 @@ def why_not_plain(model: VisionTransformer) -> str:
             plain |= dict.fromkeys((block.ls1, block.ls2), (LayerScale, nn.Identity))
             drops = block.drop_path1, block.drop_path2, getattr(block.attn, "attn_drop", None)
             plain |= {part: DROPPED for part in drops if part is not None}
+            # Of any class, but a forward of their own would be passed by.
             norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
             plain |= {one: (type(one),) for one in norms if one is not None}
         for part, kinds in plain.items():

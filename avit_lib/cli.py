@@ -144,6 +144,11 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
+def expand(path: Path | None) -> Path | None:
+    """``path`` with the home folder in place of ~, which shells leave after ``=``."""
+    return path and Path(os.path.expanduser(path))
+
+
 @app.command
 def fit(
     *,
@@ -167,7 +172,7 @@ def fit(
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
     changes = {name: value for name, value in given.items() if value is not None}
-    return "fit", common, output and output.expanduser(), teacher, changes
+    return "fit", common, expand(output), teacher, changes
 
 
 @app.command
@@ -193,7 +198,7 @@ def visualize(
         images: Image files.
         output: The .png, .jpg, .webp, .pdf or .svg to write.
     """
-    return "visualize", common, images, output.expanduser()
+    return "visualize", common, images, expand(output)
 
 
 @app.command
@@ -220,7 +225,7 @@ def adapt(
             Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
-    return "adapt", common, images, output.expanduser(), model, weights, saved
+    return "adapt", common, images, expand(output), model, weights, saved
 
 
 @app.command

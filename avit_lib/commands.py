@@ -76,12 +76,12 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
     model, description = training.load_checkpoint(path, study.device)
     found = {"classes": [], "seed": common.seed} | description.get("run", {})
     found["pretrained"] = description.get("adapted", {}).get("pretrained", "")
-    epochs = found.get("settings", {}).get("training", {}).get("epochs", 0)
-    if description.get("epoch", epochs) < epochs:
-        data.tell(f"{path} is of epoch {description['epoch']} of {epochs}")
     if common.seed not in (0, found["seed"]):
         raise UserError(f"{path} was trained with seed {found['seed']}; leave out --seed")
     settings = found.get("settings", {})
+    epochs = settings.get("training", {}).get("epochs", 0)
+    if description.get("epoch", epochs) < epochs:
+        data.tell(f"{path} is of epoch {description['epoch']} of {epochs}")
     if not common.ckpt and settings != to_builtins(study.profile.run(run)):
         data.tell(f"{path} was trained by other settings than profile {study.profile.name} has now")
     trained_as = settings.get("name", run)
@@ -263,8 +263,8 @@ def adapt(
         same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
         print(f"answers as before on {same:.1%} of these {len(pixels)} images")
     else:  # it has features, or one output
-        change = (answers[1] - answers[0]).norm() / answers[0].norm()
-        print(f"features changed by {change:.1%} of their norm on these {len(pixels)} images")
+        change = (answers[1] - answers[0]).norm() / answers[0].norm().clamp_min(1e-12)
+        print(f"outputs changed by {change:.1%} of their norm on these {len(pixels)} images")
     facts = {"saved": saved, "images": len(pixels), "provenance": provenance("", common.seed)}
     facts["pretrained"] = described.get("pretrained", "")
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
@@ -308,7 +308,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
             "a model whose tokens all go through; name a checkpoint of an A-ViT, or of adapt"
         )
     read, statistics = make_reader(model, run["classes"])
-    files = [path.absolute() for path in images]
+    files = [Path(os.path.abspath(path)) for path in images]  # a link keeps its own name
     pixels = torch.stack(data.read_all(read, files))
     names = [f"{file.parent.name}/{file.name}" for file in files]
     with torch.inference_mode():

@@ -13,7 +13,7 @@ from avit_lib.errors import UserError
 
 PROFILES = Path(__file__).resolve().parent / "study" / "profiles"
 OF_ONE = ("notes", "licence")  # what a profile says of itself: not of those that extend it
-WHOLE = ("peers", "sweep_peers", "recalibrated", "budgets")  # lists of names: one replaces another
+WHOLE = {"peers", "sweep_peers", "recalibrated", "budgets"}  # lists of names: one replaces another
 
 
 def find_profile(name: str, folder: Path = Path()) -> Path:
@@ -81,8 +81,8 @@ def read_tables(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base in (path, *above):
         raise UserError(f"{path}: extends: {base} extends this file, too")
     inherited = read_tables(base, (path, *above))
-    for words in OF_ONE:
-        inherited.pop(words, None)
+    for key in (*OF_ONE, *WHOLE & tables.keys()):
+        inherited.pop(key, None)
     return lay_over(inherited, {"purpose": f"{base.stem} with other settings"} | tables)
 
 
@@ -91,5 +91,5 @@ def lay_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in tables.items():
         inside = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = lay_over(base[name], value) if inside and name not in WHOLE else value
+        merged[name] = lay_over(base[name], value) if inside else value
     return merged

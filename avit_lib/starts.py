@@ -112,7 +112,7 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int |
     yield model.cls_token, (..., 0)
     yield model.pos_embed, (..., 0)
     layers, norms = [model.patch_embed.proj], [model.norm]
-    for norm in (model.patch_embed.norm, model.norm_pre, model.fc_norm):
+    for norm in (model.patch_embed.norm, model.norm_pre):
         yield from ((one, 0) for one in norm.parameters())
     for block in model.blocks:
         layers += [block.attn.proj, block.mlp.fc2]
@@ -128,8 +128,9 @@ def channel_parameters(model: AViT) -> Iterator[tuple[nn.Parameter | None, int |
 def _check_parameters(model: AViT) -> None:
     """Raise UserError where channel 0 is written by what is no parameter, but made of others."""
     layers = {type(part) for block in model.blocks for part in (block.attn.proj, block.mlp.fc2)}
+    layers |= {type(model.patch_embed.proj)}
     own = all(isinstance(one, nn.Parameter | None) for one, _ in channel_parameters(model))
-    if not own or layers != {nn.Linear}:
+    if not own or layers != {nn.Linear, nn.Conv2d}:
         raise UserError(
             "channel 0 is written by weights that prune, weight_norm or an adapter such as LoRA "
             "makes anew in every step; remove or merge them first"
@@ -143,8 +144,8 @@ def _layer_scales(block: nn.Module) -> list[nn.Parameter]:
 def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Let channel 0 learn ``rate`` times as fast as all else; 0 holds it as it is.
 
-    Steps are scaled, not gradients: Adam would undo that. The last call counts. Raises UserError
-    for an optimizer that calls no hooks of its steps, as timm's Lookahead.
+    Steps are scaled, not gradients: Adam would undo that. The last call for an optimizer counts.
+    Raises UserError for an optimizer that calls no hooks of its steps, as timm's Lookahead.
     """
     _check_parameters(model)
     if not hasattr(type(optimizer).step, "hooked"):
@@ -167,8 +168,9 @@ def scale_channel_rate(model: AViT, optimizer: torch.optim.Optimizer, rate: floa
 
     for hook in getattr(optimizer, "channel_hooks", ()):
         hook.remove()
-    pre, post = optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale)
-    optimizer.channel_hooks = pre, post
+    hooks = [optimizer.register_step_pre_hook(remember)]
+    hooks.append(optimizer.register_step_post_hook(scale))
+    optimizer.channel_hooks = hooks  # which the next call removes
 
 
 @torch.no_grad()
@@ -188,11 +190,12 @@ def fit_start(model: AViT, images: Tensor, halting: Tensor) -> None:
     if images.dtype.itemsize < 4:
         raise UserError("the fit of channel 0 takes single precision; convert by float()")
     missing = any(parameter is None for parameter, _ in channel_parameters(model))
-    between = [*model.patch_embed.norm.parameters(), *model.norm_pre.parameters()]
+    norms = model.patch_embed.norm, model.norm_pre
+    between = any(type(one) is not nn.Identity for one in norms)
     if missing or between or not model.gamma > 0 or 1 - model.eps == 1:
         raise UserError(
             "the fit of channel 0 takes learned positions, biases, weights in all norms, no norm "
-            "before the first layer, a gamma above 0, and an eps that float32 knows; leave it out"
+            "before the first layer, a gamma above 0, and an eps of 1e-7 or more; leave it out"
         )
     layers, patches = len(model.blocks), model.patch_embed.num_patches
     grid = model.patch_embed.dynamic_feat_size(images.shape[2:])

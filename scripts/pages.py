@@ -20,13 +20,14 @@ from PIL import Image
 
 from avit_lib.places import project_root
 from avit_lib.study import get_profile
-from avit_lib.study.results import MADE_BY, results_dir, to_markdown
+from avit_lib.study.results import MADE_BY, find_origin, results_dir, to_markdown
 from avit_lib.training import read_json, write_atomically
 
 PAGES = ("README.md", "results/README.md", "notebooks/README.md")
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
 CLONE = re.compile(r"(git clone .*--depth 1 )\S+( avit\b)")
 COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")
+TARGETS = {"08_seeds": "seeds", "09_paper": "paper"}  # of make; others belong to reproduce
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
     "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
@@ -67,8 +68,14 @@ def describe_page(name: str) -> Page:
         purpose += "medians and quartiles of rounds"
         return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
     profile = get_profile(name)
-    command = f"make reproduce seeds paper PROFILE={name}"
+    more = [target for source, target in TARGETS.items() if has_run(profile.name, source)]
+    command = f"{' '.join(['make reproduce', *more])} PROFILE={name}"
     return Page(profile.name, profile.purpose, command, profile.notes)
+
+
+def has_run(profile: str, source: str) -> bool:
+    """Whether a notebook has written results of a profile."""
+    return (results_dir(profile) / "provenance" / f"{source}.json").is_file()
 
 
 def read_result(path: Path) -> Result:
@@ -163,11 +170,14 @@ def list_provenance(folder: Path) -> list[str]:
     return [to_markdown(table), "", *(f"Packages: {names}." for names in sorted(packages))]
 
 
-def name_origin(name: str, source: str) -> str:
-    """A line that says by which command, commit and machine a result was made."""
-    facts: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
+def name_origin(name: str, result: str, source: str) -> str:
+    """A line that says by which command, commit and machine the table of a result was made."""
+    last: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
+    facts = find_origin(last, f"tables/{result}.csv")
+    if not facts:
+        return "Made by a run of which nothing is known."
     target = "reproduce" if re.match(r"\d\d_", source) else source
-    target = {"08_seeds": "seeds", "09_paper": "paper"}.get(source, target)
+    target = TARGETS.get(source, target)
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
         command = "make benchmark" if source.startswith(name) else f"python scripts/{source}.py"
@@ -184,7 +194,7 @@ def fill_marker(name: str, result: str, shown: str) -> str:
     elif table.is_file():
         found = read_result(table)
         caption = f"\n\n{found.caption}" if name == "benchmark" else ""  # says what was measured
-        content = f"{found.body}{caption}\n\n{name_origin(name, found.source)}"
+        content = f"{found.body}{caption}\n\n{name_origin(name, result, found.source)}"
     else:
         return shown
     return f"<!-- begin {name}/{result} -->\n{content}\n<!-- end {name}/{result} -->"

@@ -51,6 +51,12 @@ def test_a_model_is_trained_and_the_same_command_finds_it(run):
     assert AVIT.read_bytes() == before
 
 
+def test_a_tilde_is_the_home_folder(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output=~/a.safetensors")
+    assert Path("home/a.safetensors").is_file() and not Path("~").exists()
+
+
 def test_a_model_is_taught_by_another(run):
     learn = f"fit {OWN} --epochs 1 --output taught --ckpt deit/last.safetensors"
     assert "DeiT fine-tuned has not been trained to the end" in run(learn, 2).err  # the teacher
@@ -66,7 +72,11 @@ def test_a_checkpoint_is_tested(run):
     assert tested["folder"] == str(Path("images").resolve())
     assert [tested["sha256"], tested["content"]] == known[:2]
     assert printed["provenance"]["seed"] == 3
-    run(f"{command} --model AViT")
+    assert "is of epoch" not in run(f"{command} --model AViT").err
+    about = read_json(AVIT.with_suffix(".json"))
+    about["run"]["settings"]["training"]["epochs"] = 9
+    AVIT.with_suffix(".json").write_text(json.dumps(about))
+    assert f"{AVIT} is of epoch 1 of 9" in run(command).err
 
 
 def test_a_model_is_tested_beside_the_images_that_trained_it(run):
@@ -120,8 +130,8 @@ def test_an_image_ends_with_its_class_token(run, monkeypatch):
 @pytest.mark.parametrize(
     ("classes", "pretrained", "predicted", "kept"),
     [
-        (0, "", "nothing", "features changed by "),
-        (1, "", "class 0", "features changed by "),
+        (0, "", "nothing", "outputs changed by "),
+        (1, "", "class 0", "outputs changed by "),
         (1000, "", "class 3", "answers as before on "),
         (1000, "deit_tiny_patch16_224.fb_in1k", "tiger shark", "answers as before on "),
     ],

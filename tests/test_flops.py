@@ -22,6 +22,13 @@ def test_of_a_plain_transformer():
     assert counted_flops(model, images) == pytest.approx(plain_flops(model, 197), rel=5e-3)
 
 
+def test_of_a_second_head():
+    settings = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 28, "patch_size": 14}
+    model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=5, **settings)
+    counted = counted_flops(model, torch.zeros(2, 3, 28, 28))
+    assert plain_flops(model, 6) == pytest.approx(counted)
+
+
 def test_of_images_of_another_size_than_the_model_s():
     plain = timm.create_model("deit_nano", dynamic_img_size=True)
     halting = timm.create_model("avit_nano", dynamic_img_size=True, beta=-1e4)

@@ -88,7 +88,8 @@ def tree(tmp_path, monkeypatch):
     python.write_text(STUB)
     python.chmod(0o755)
     Path("env/.avit-setup").touch()
-    for name in ("MAKEFLAGS", "MAKEOVERRIDES", "AVIT_RESULTS", "PROFILE", "SEED", "VENV"):
+    own = ("AVIT_RESULTS", "AVIT_DATA", "AVIT_WEIGHTS", "PROFILE", "SEED", "VENV")
+    for name in ("MAKEFLAGS", "MAKEOVERRIDES", *own):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -121,8 +122,11 @@ def test_a_fresh_clone_runs_everything_in_order_and_then_nothing(tree):
     assert named(reproduce("seeds", "paper")) == ["08_seeds", "09_paper"]
     assert set(named(reproduce("SEED=1"))) == EVERY
     assert named(reproduce("SEED=1")) == []
+    given = ["SEED=1"]
     for name in ("AVIT_DATA", "AVIT_WEIGHTS"):
-        assert set(named(reproduce("SEED=1", f"{name}=/other"))) == EVERY
+        given.append(f"{name}=/other")
+        assert set(named(reproduce(*given))) == EVERY
+    assert named(reproduce(*given)) == []
 
 
 def test_a_change_runs_what_depends_on_it_and_nothing_else(tree):

@@ -121,6 +121,16 @@ def test_an_average_of_the_weights_merges_as_they_do(average):
     assert torch.equal(found.module(images), adaptive(images))
 
 
+def test_what_decides_who_merges_is_single_precision_and_nobody_else_s():
+    own = torch.tensor(0.5)
+    adaptive = without_thresholds(make(), own)
+    own *= 2
+    assert adaptive.importance_weight == 0.5
+    whole = without_thresholds(make(), 0)
+    whole.load_state_dict(adaptive.state_dict())
+    assert whole.importance_weight == 0.5
+
+
 def test_thresholds_are_one_for_each_layer():
     adaptive = adapted(make())
     adaptive.thresholds = adaptive.thresholds[:3]

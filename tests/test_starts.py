@@ -133,7 +133,7 @@ def test_an_image_all_of_whose_patches_are_equal_gives_a_model_that_computes():
     [
         ({"final_norm": False}, HALTING, "weights in all norms"),
         ({"gamma": 0.0}, HALTING, "a gamma above 0"),
-        ({"eps": 1e-9}, HALTING, "an eps that float32 knows"),
+        ({"eps": 1e-9}, HALTING, "an eps of 1e-7 or more"),
         ({"embed_norm_layer": torch.nn.LayerNorm}, HALTING, "no norm before the first layer"),
         ({"depth": 1}, HALTING, "two layers or more"),
         ({"img_size": 30}, HALTING, "images of the size that the model is made for"),
@@ -152,6 +152,11 @@ def test_a_fit_that_would_miss_is_refused_before_anything_changes(settings, halt
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_fit_in_half_precision_is_refused():
+    with refused("takes single precision"):
+        fit_start(untouched_model(), images().half(), HALTING)
+
+
 def test_an_optimizer_that_would_not_hold_channel_0_is_refused():
     model = varied_model()
     optimizer = Lookahead(torch.optim.SGD(model.parameters()))
@@ -164,6 +169,10 @@ def test_weights_that_are_made_anew_in_every_step_are_refused():
     prune.identity(model.blocks[1].mlp.fc2, "weight")
     with refused("prune, weight_norm or an adapter"):
         fit_start(model, images(), HALTING)
+    adapted = untouched_model()
+    adapted.blocks[1].mlp.fc2.__class__ = type("LoRA", (torch.nn.Linear,), {})
+    with refused("prune, weight_norm or an adapter"):
+        fit_start(adapted, images(), HALTING)
     with refused("prune, weight_norm or an adapter"):
         scale_channel_rate(model, torch.optim.SGD(model.parameters()), 0.0)
 

@@ -25,7 +25,7 @@ POOLS = {
     "Caltech256": ("caltech256/256_ObjectCategories", 256, {"257.clutter", "greg"}),
 }
 
-# So many images were published in these classes.
+# How many images these classes have, as published.
 PUBLISHED = {"Caltech101": 8677, "Caltech256": 29780}
 IMAGENET_CLASSES = 1000
 
@@ -39,7 +39,7 @@ class Data(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     image_size: Count  # pixels
     validation_per_class: Count
     # Of a pool alone: the classes that take part, by their folders (none named: all), and how many
-    # images of each, for training a number.
+    # images of each; for training it must be a number.
     classes: tuple[str, ...] = ()
     train_per_class: Count | Literal["all"] = "all"
     test_per_class: Count | Literal["all"] = "all"  # at most

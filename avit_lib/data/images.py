@@ -305,10 +305,10 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
         raise ValueError("its colours lie in planes and are read wrongly; save them together")
     if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
-    if tags and PHOTOMETRIC not in tags and image.info["compression"] != "tiff_jpeg":
+    if tags and PHOTOMETRIC not in tags and image.info.get("compression") != "tiff_jpeg":
         raise ValueError("it does not say whether 0 is black or white; save it again")
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:
         raise ValueError("it does not say whether its colours are inverted; save it as RGB")
     one_bit = ("1", (image.width + 31) // 32 * 4)  # how such lines are read, and how long they are
-    if image.format == "BMP" and image.mode == "1" and image.tile[0].args[:2] != one_bit:
+    if image.format == "BMP" and image.mode == "1" and image.tile[0][3][:2] != one_bit:
         raise ValueError("its two colours are read wrongly; save it with 24 bits")

@@ -52,7 +52,9 @@ class Peer(nn.Module):
         model = self.model
         check_followed(model)
         if is_hooked(model) or is_hooked(model.norm):
-            raise UserError("a hook on the model, or on its norm, misses tokens; hook the peer")
+            raise UserError(
+                "a hook on the model or its norm is not called, or lacks tokens; hook the peer"
+            )
         tokens, depth = self.compute(TokensLeave.embed(model, images))
         return model.forward_head(model.norm(tokens)), MergingTrace(depth)
 

@@ -26,6 +26,7 @@ from avit_lib.training import read_json, write_atomically, write_json
 
 # At the end of a table's page; some name the notebook as one.
 MADE_BY = re.compile(r"^Made by (?:notebook )?(\S+)\.$", re.MULTILINE)
+OF_FILES = ("seed", "commit", "dirty", "date", "hardware")  # facts that each file has by itself
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "pandas", "seaborn")
 
 
@@ -77,15 +78,15 @@ class Results:
         table = pd.read_csv(path)
         source = MADE_BY.search(path.with_suffix(".md").read_text())[1]
         facts = read_json(self.folder / "provenance" / f"{source}.json")
-        # A run that failed has written some of the tables alone.
-        made = facts.get("files", {}).get(f"tables/{name}.csv", facts)
+        made = find_origin(facts, f"tables/{name}.csv")
         now = {"seed": self.seed, "hardware": hardware()}
         timed = {"images_per_second", "change"} & {*table}
         for what in ("seed", "hardware") if timed else ("seed",):
-            if made[what] != now[what]:
+            known = made.get(what, "unknown")
+            if known != now[what]:
                 raise UserError(
-                    f"{path} is of {what} {made[what]}, not {now[what]}; run notebook {source} "
-                    f"again, or all: `make reproduce`"
+                    f"{path} is of {what} {known}, not {now[what]}; run notebook {source} again, "
+                    f"or all: `make reproduce`"
                 )
         return table
 
@@ -115,8 +116,16 @@ class Results:
         facts = {"source": self.source, **provenance(self.profile, self.seed)}
         facts["seconds"] = round(time.perf_counter() - self._started, 1)
         facts["files"] = read_json(path).get("files", {}) if path.is_file() else {}
-        facts["files"][place] = {name: facts[name] for name in ("seed", "hardware", "commit")}
+        facts["files"][place] = {name: facts[name] for name in OF_FILES}
         write_json(path, facts)
+
+
+def find_origin(facts: dict[str, Any], place: str) -> dict[str, Any]:
+    """Of the ``facts`` on a notebook's last run those of one of its files.
+
+    A run that failed has written some of them alone; what it has not is of an unknown run before.
+    """
+    return facts["files"].get(place, {}) if "files" in facts else facts
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:

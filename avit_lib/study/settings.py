@@ -1,9 +1,9 @@
 """Profiles: the settings of a study, each key with its meaning, default and range.
 
 A profile that ``extends`` another one, by name or path, has its settings but for its own; so has a
-run that ``extends`` another run. ``notes`` and ``licence`` are of one profile alone; its ``peers``,
-``sweep_peers``, ``recalibrated`` and ``budgets`` replace those of the other one. The section
-``training`` of a file is for all of its runs, whose own come first.
+run that ``extends`` another run. ``purpose``, ``notes`` and ``licence`` are of one profile alone;
+its ``peers``, ``sweep_peers``, ``recalibrated`` and ``budgets`` replace those of the other one. The
+section ``training`` of a file is for all of its runs, whose own come first.
 """
 
 import re

@@ -134,8 +134,9 @@ class Study:
             training.load_weights(model, start or self.checkpoint(run.start))
         else:
             check_statistics(run.pretrained)
-            other = not are_imagenets(self.data.train.classes)
-            training.load_pretrained(model, run.pretrained, new_head=other)
+            known = timm.get_pretrained_cfg(run.pretrained)
+            same = are_imagenets(self.data.train.classes) and known and known.num_classes == 1000
+            training.load_pretrained(model, run.pretrained, new_head=not same)
         model.to(self.device)
         halting = run.halting
         if run.saved or (halting and halting.fitted):

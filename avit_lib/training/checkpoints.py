@@ -134,9 +134,8 @@ def load_pretrained(model: nn.Module, timm_name: str, new_head: bool = False) ->
     except RuntimeError as error:  # positions that can't be resampled
         raise UserError(f"{path} is of another model: {error}") from None
     own = model.state_dict()
-    for key in {"head.weight", "head.bias"} & own.keys():
-        if new_head:
-            weights[key] = own[key]
+    if new_head:
+        weights |= {key: own[key] for key in ("head.weight", "head.bias") if key in own}
     _load_strictly(model, weights, path)
 
 

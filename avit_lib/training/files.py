@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())  # on the disk before it takes the name: power may fail
         os.replace(temporary, path)
     except OSError as error:
-        if path.parent.is_dir():
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error.strerror}); free some space or name another "

@@ -136,11 +136,10 @@ def fit(
     )
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
     result = average.module if average else model  # what is evaluated and kept
-    left_of_start = (config.ema_decay or 1) ** (config.epochs * updates)
-    if average and left_of_start > 0.1:
+    if average and (left := config.ema_decay ** (config.epochs * updates)) > 0.1:
         print(
-            f"{left_of_start:.0%} of the averaged weights will still be those of the start: lower "
-            f"ema_decay for so few steps",
+            f"{left:.0%} of the averaged weights will still be those of the start: lower ema_decay "
+            f"for so few steps",
             flush=True,
         )
     changing = {"model": model, "optimizer": optimizer, "result": result}
@@ -267,7 +266,7 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
             return None
     try:
         history = pd.read_csv(output / "history.csv")
-    except (pd.errors.EmptyDataError, pd.errors.ParserError):
+    except ValueError:  # no table
         return None
     whole = list(history.get("epoch", [])) == list(range(1, config.epochs + 1))
     return history if whole else None

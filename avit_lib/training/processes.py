@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from avit_lib.errors import UserError
 
+SAID_BY_LAUNCHER = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 def count() -> int:
     """The number of processes that work together."""
@@ -31,17 +33,20 @@ def join_others() -> Iterator[None]:
     """Join the other processes of this launch, if there are any; only the first one prints then.
 
     nccl between GPUs, one to a process; gloo between CPUs. Raises UserError when there are fewer
-    GPUs than processes.
+    GPUs than processes, and when the launcher has not said what they need.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    if lacking := {"LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"} - os.environ.keys():
-        raise UserError(f"WORLD_SIZE is set, not {', '.join(lacking)}: unset it, or use torchrun")
+    if lacking := [name for name in SAID_BY_LAUNCHER if name not in os.environ]:
+        raise UserError(
+            f"WORLD_SIZE is set, but not {', '.join(lacking)}: unset it, or start by torchrun"
+        )
     gpus = torch.cuda.device_count()
     if gpus:
-        if gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise UserError(f"there are {gpus} GPUs for more processes; start one process to a GPU")
+        started = int(os.environ["LOCAL_WORLD_SIZE"])
+        if gpus < started:
+            raise UserError(f"{started} processes share {gpus} GPUs; start at most one to a GPU")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
     with open(os.devnull, "w") as nowhere:

@@ -65,5 +65,5 @@ def test_a_hook_that_would_never_be_called_is_refused(part):
         model(noise(3, 3, 28, 28))
     hook.remove()
     model.model.norm.register_forward_hook(lambda *_: None)
-    with refused("a hook on the model, or on its norm"):
+    with refused("a hook on the model or its norm is not called"):
         model(noise(3, 3, 28, 28))

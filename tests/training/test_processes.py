@@ -18,7 +18,7 @@ NAME = "avit_nano"
 
 def train(folder, batch_size=16):
     """The history of a training, and the weights it ends with."""
-    seed_everything(0)
+    seed_everything(processes.rank())  # all start from the weights of the first
     # Some layers get no token, and no gradient.
     model = timm.create_model(NAME, gamma=1.0, beta=1.0, execution="packed")
     loss = AdaptiveLoss(alpha_distr=1.0, target_depth=2.0, average=processes.mean)
@@ -39,7 +39,7 @@ def join_and_compute(rank, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    with refused("WORLD_SIZE is set, not LOCAL_WORLD_SIZE"), processes.join_others():
+    with refused("WORLD_SIZE is set, but not LOCAL_WORLD_SIZE"), processes.join_others():
         pass
     os.environ["LOCAL_WORLD_SIZE"] = str(PROCESSES)
     with processes.join_others():
