@@ -53,7 +53,7 @@ def test_a_model_is_trained_and_the_same_command_finds_it(run):
 
 def test_a_tilde_is_the_home_folder(run, monkeypatch):
     monkeypatch.setenv("HOME", str(Path("home").resolve()))
-    run("adapt --weights deit/last.safetensors --images images --saved 0.1 --output=~/a.safetensors")
+    run("adapt --weights deit/last.safetensors --images images --output=~/a.safetensors")
     assert Path("home/a.safetensors").is_file() and not Path("~").exists()
 
 
