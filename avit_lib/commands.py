@@ -31,6 +31,7 @@ from avit_lib.study.results import provenance, results_dir, to_markdown
 from avit_lib.study.study import released
 
 CALIBRATION = 512  # images on which thresholds are set, at most
+FEW = 64  # images for them
 CLASSES = 1000  # of ImageNet
 COLUMNS = 6  # images in a row of a picture
 KEY = """Images are cropped to their centre and scaled to what the model sees. Depth is the number
@@ -102,7 +103,8 @@ def find_test_images(
     """
     if not run["classes"]:
         raise UserError(
-            f"{path} was not trained by fit: it has no test images; use a loop of your own"
+            f"{path} was not trained by fit: it has no test images; test it in a loop of your own "
+            f"(docs/elsewhere.md)"
         )
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
@@ -238,6 +240,8 @@ def prepare(
         raise UserError(
             f"{folder} holds {len(files)} images; two or more are needed, better some hundred"
         )
+    if len(files) < FEW and not hasattr(model, "forward_with_trace"):
+        data.tell(f"{folder} holds only {len(files)} images; thresholds want some hundred")
     drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(common.seed))
     chosen = [folder / files[number] for number in drawn[:CALIBRATION].tolist()]
     read, _ = make_reader(model, described.get("run", {}).get("classes", []))
@@ -290,6 +294,7 @@ def benchmark(
         twin = described["model"].replace("avit_", "deit_", 1)
         shape = {"img_size": model.patch_embed.img_size, "num_classes": model.num_classes}
         plain = training.create_model(twin, shape).to(pixels.device).eval()
+    print(f"{len(pixels)} images of {folder}; FLOPs are those of the images in a batch")
     print(to_markdown(benchmark_model(model, plain, pixels)))
 
 

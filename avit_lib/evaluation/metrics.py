@@ -103,9 +103,12 @@ def metrics(predictions: Predictions) -> dict[str, float]:
 def bootstrap_intervals(predictions: Predictions) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals, over images, of accuracy, accuracy_macro and f1_macro.
 
-    NaN for a single image.
+    NaN for a single image, and where all draws agree, as when all answers are right: how far the
+    rate may be from that, they do not say.
     """
-    return {name: _find_ends(rate[1:]) for name, rate in predictions.rates.items()}
+    ends = {name: _find_ends(rate[1:]) for name, rate in predictions.rates.items()}
+    unknown = np.nan, np.nan
+    return {name: (low, high) if low < high else unknown for name, (low, high) in ends.items()}
 
 
 def paired_difference(

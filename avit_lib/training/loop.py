@@ -257,7 +257,8 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
     found = read_json(output / described[0]) if described else {}
     if there and found.get("run") != run:
         raise UserError(
-            f"{output} holds another run; name another folder, or delete it to start again"
+            f"{output} holds another run, of other settings or images; name another folder, or "
+            f"delete it to start again"
         )
     if not {*WRITTEN} <= {*there} or found["epoch"] != config.epochs:
         return None

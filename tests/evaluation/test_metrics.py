@@ -89,6 +89,11 @@ def test_bootstrap_intervals_have_the_width_of_the_normal_approximation():
     assert high - low == pytest.approx(normal, rel=0.12)  # 95 %: at 90 % it would be 16 % less
 
 
+def test_where_all_answers_are_right_no_interval_is_known():
+    found = bootstrap_intervals(predictions([0, 1, 2], [0, 1, 2]))
+    assert all(isnan(end) for ends in found.values() for end in ends)
+
+
 def test_paired_difference_is_antisymmetric_and_wants_the_same_images():
     first, second = random_predictions(0, accuracy=0.9), random_predictions(1, accuracy=0.6)
     difference, low, high = paired_difference(first, second)

@@ -179,7 +179,7 @@ def test_a_finished_run_with_half_a_history_is_trained_again(tmp_path, lines):
 @pytest.mark.parametrize("name", ["best.safetensors", "last.safetensors", "history.csv"])
 def test_a_file_of_somebody_else_is_not_overwritten(tmp_path, name):
     (tmp_path / name).write_bytes(b"foreign")
-    with refused("holds another run; name another folder"):
+    with refused("holds another run, of other settings or images; name another folder"):
         train(tmp_path)
     assert read_files(tmp_path) == {tmp_path / name: b"foreign"}
 
