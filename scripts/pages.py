@@ -174,7 +174,7 @@ def name_origin(name: str, result: str, source: str) -> str:
     """A line that says by which command, commit and machine the table of a result was made."""
     last: dict[str, Any] = read_json(results_dir(name) / "provenance" / f"{source}.json")
     facts = find_origin(last, f"tables/{result}.csv")
-    if not facts:
+    if "date" not in facts:
         return "Made by a run of which nothing is known."
     target = "reproduce" if re.match(r"\d\d_", source) else source
     target = TARGETS.get(source, target)

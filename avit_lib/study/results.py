@@ -125,7 +125,10 @@ def find_origin(facts: dict[str, Any], place: str) -> dict[str, Any]:
 
     A run that failed has written some of them alone; what it has not is of an unknown run before.
     """
-    return facts["files"].get(place, {}) if "files" in facts else facts
+    if "files" not in facts:
+        return facts
+    own = facts["files"].get(place, {})
+    return facts | own if own.get("commit") == facts["commit"] else own
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:
