@@ -240,8 +240,6 @@ def prepare(
         raise UserError(
             f"{folder} holds {len(files)} images; two or more are needed, better some hundred"
         )
-    if len(files) < FEW and not hasattr(model, "forward_with_trace"):
-        data.tell(f"{folder} holds only {len(files)} images; thresholds want some hundred")
     drawn = torch.randperm(len(files), generator=torch.Generator().manual_seed(common.seed))
     chosen = [folder / files[number] for number in drawn[:CALIBRATION].tolist()]
     read, _ = make_reader(model, described.get("run", {}).get("classes", []))
@@ -263,6 +261,8 @@ def adapt(
     with torch.inference_mode():
         answers = [torch.cat([one(part) for part in pixels.split(64)]) for one in (model, adapted)]
     check_answers(torch.cat(answers))
+    if len(pixels) < FEW:
+        data.tell(f"{images} holds only {len(pixels)} images; thresholds want some hundred")
     if model.num_classes > 1:
         same = (answers[0].argmax(dim=1) == answers[1].argmax(dim=1)).double().mean()
         print(f"answers as before on {same:.1%} of these {len(pixels)} images")
