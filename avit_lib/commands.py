@@ -80,9 +80,7 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
     if common.seed not in (0, found["seed"]):
         raise UserError(f"{path} was trained with seed {found['seed']}; leave out --seed")
     settings = found.get("settings", {})
-    epochs = settings.get("training", {}).get("epochs", 0)
-    if description.get("epoch", epochs) < epochs:
-        data.tell(f"{path} is of epoch {description['epoch']} of {epochs}")
+    tell_unfinished(path, description)
     if not common.ckpt and settings != to_builtins(study.profile.run(run)):
         data.tell(f"{path} was trained by other settings than profile {study.profile.name} has now")
     trained_as = settings.get("name", run)
@@ -91,6 +89,14 @@ def load_trained(common) -> tuple[nn.Module, dict[str, Any], Path]:
             f"{path} was trained as {trained_as}, not {run}; correct --model or leave it out"
         )
     return model, found, path
+
+
+def tell_unfinished(path: Path, description: dict[str, Any]) -> None:
+    """Tell on stderr of which epoch a checkpoint is, unless it is of the last."""
+    settings = description.get("run", {}).get("settings", {})
+    epochs = settings.get("training", {}).get("epochs", 0)
+    if description.get("epoch", epochs) < epochs:
+        data.tell(f"{path} is of epoch {description['epoch']} of {epochs}")
 
 
 def find_test_images(
@@ -106,6 +112,8 @@ def find_test_images(
             f"{path} was not trained by fit: it has no test images; test it in a loop of your own "
             f"(docs/elsewhere.md)"
         )
+    if len(run["classes"]) != model.num_classes:
+        raise UserError(f"{path} has {model.num_classes} classes, its .json {len(run['classes'])}")
     profile, folder, seed = get_profile(common.profile), common.data_dir, run["seed"]
     wanted = structs.replace(profile.data, image_size=model.patch_embed.img_size[0])
     about: dict[str, Any] = {"profile": profile.name}
@@ -186,6 +194,7 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
                 f"{weights} is of model {described['model']}, not {name}; correct --model or leave "
                 f"it out"
             )
+        tell_unfinished(weights, described)
         return model, described
     name = name or "deit_tiny_patch16_224"
     head = training.read_weights(weights).get("head.weight") if weights else None
@@ -274,7 +283,8 @@ def adapt(
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]
     try:
-        training.save_checkpoint(output, adapted, *about, run=run, adapted=facts)
+        last = {name: described[name] for name in ("epoch",) if name in described}
+        training.save_checkpoint(output, adapted, *about, run=run, adapted=facts, **last)
     except (UserError, KeyboardInterrupt):
         output.with_suffix(".json").unlink(missing_ok=True)  # or the same command would refuse
         raise

@@ -265,15 +265,18 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
 
 def _read_orientation(image: ImageFile.ImageFile) -> None:
     """Let ``image`` know from its metadata how it is turned, where Pillow finds nothing."""
-    exif = image.getexif()
-    # Old programs write EXIF into a PNG under this name: three lines, then it in hexadecimal.
-    raw = "".join(image.info.get("Raw profile type APP1", "").split("\n")[3:])
-    if raw.startswith(b"Exif".hex()):
-        exif.load(bytes.fromhex(raw))
-    if ExifTags.Base.Orientation in exif:
+    exif, xmp = image.getexif(), image.info.get("xmp", b"")
+    # Old programs write both into a PNG under these names: three lines, then it in hexadecimal.
+    for name in ("APP1", "xmp"):
+        digits = "".join(image.info.get(f"Raw profile type {name}", "").split("\n")[3:])
+        raw = bytes.fromhex(digits) if re.fullmatch("([0-9a-f]{2})*", digits) else b""
+        if raw.startswith(b"Exif"):
+            exif.load(raw)
+        xmp = xmp or raw.partition(b"http://ns.adobe.com/xap/1.0/\0")[2] or raw
+    if exif.get(ExifTags.Base.Orientation) in range(1, 9):
         return
     try:
-        elements = [*ElementTree.fromstring(image.info.get("xmp", b"").rstrip(b"\0")).iter()]
+        elements = [*ElementTree.fromstring(xmp.rstrip(b"\0")).iter()]
     except ElementTree.ParseError:  # there is none, or none that is whole
         return
     for element in elements:
@@ -305,6 +308,9 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
         raise ValueError("its colours lie in planes and are read wrongly; save them together")
     if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
+    part = image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size)
+    if part and "transparency" not in image.info:
+        raise ValueError("its first frame covers only a part of it; save it anew")
     if tags and PHOTOMETRIC not in tags and image.info.get("compression") != "tiff_jpeg":
         raise ValueError("it does not say whether 0 is black or white; save it again")
     if image.mode == "CMYK" and image.format in ("JPEG", "MPO") and "adobe" not in image.info:

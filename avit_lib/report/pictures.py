@@ -51,7 +51,8 @@ def mosaic(rows: list[Row], layers: int = 0, columns: int = 0) -> Figure:
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
-            words = _wrap(legible(title.replace("_", " ")), max(8, 100 // columns))
+            name = title if "/" in title else title.replace("_", " ")  # of a file, or of a class
+            words = _wrap(legible(name), max(8, 100 // columns))
             axis.set_title(words, fontsize=size, parse_math=False)
     if layers:
         _depth_key(figure, axes, layers)
@@ -83,13 +84,12 @@ def depth_maps(
 ) -> Figure:
     """In four rows: images, depth maps, images veiled by depth, what the last layer sees.
 
-    A token is veiled the more the earlier it halted; veils span the depths shown but for the outer
-    2 percent at either end. More than ``columns`` images go on in four further rows. ``grid`` is
-    (R, K); default: that of square patches.
+    A token is veiled the more the earlier it halted: not at all after the last layer. More than
+    ``columns`` images go on in four further rows. ``grid`` is (R, K); default: that of square
+    patches.
     """
     grid = grids(depth, grid or np.shape(images)[2:])
-    shallowest, deepest = np.percentile(grid, (2, 98))
-    veil = ((deepest - grid) / max(deepest - shallowest, 1)).clip(0, 1)
+    veil = (layers - grid) / max(layers - 1, 1)
     rows = [
         ("image", rgb(images), titles),
         ("depth", coloured(grid, layers), []),

@@ -55,6 +55,12 @@ def bmp_of_two_colours():
     return encode(image, "BMP")
 
 
+def gif_with_a_small_frame():
+    """A GIF whose canvas is larger than its first frame."""
+    whole = encode(new("L", 9), "GIF")
+    return whole[:6] + struct.pack("<HH", 30, 30) + whole[10:]
+
+
 def without_tag(tag):
     """A grey TIFF without a tag: it has another number."""
     whole = encode(new("L", 9), "TIFF")
@@ -107,6 +113,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (without_tag(262), "whether 0 is black or white"),
         (encode(new("CMYK", 9), "JPEG").replace(b"Adobe", b"other"), "colours are inverted"),
         (bmp_of_two_colours(), "two colours are read wrongly"),
+        (gif_with_a_small_frame(), "covers only a part"),
         (clear_bmp(), "all of it is transparent"),
         (encode(new("RGBA", (9, 9, 9, 0)), "PNG"), "all of it is transparent"),
         (encode(new("L", 9), "PNG", transparency=9), "all of it is transparent"),
@@ -198,12 +205,28 @@ def test_xmp_says_how_an_image_is_turned_where_exif_does_not(tmp_path, namespace
         assert decode(path, 36)[:, :2].max() < 3  # dark above
 
 
-def test_exif_that_old_programs_wrote_into_a_png_counts(tmp_path):
+def exif_turned():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    content = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    return b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+TURNED_XMP = XMP.format(TIFF, "><rdf:Description tiff:Orientation='6'/>").encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("APP1", exif_turned()),
+        ("APP1", b"http://ns.adobe.com/xap/1.0/\0" + TURNED_XMP),
+        ("xmp", TURNED_XMP),
+    ],
+)
+def test_what_old_programs_wrote_into_a_png_counts(tmp_path, name, content):
     text = PngInfo()
-    text.add_text("Raw profile type APP1", f"\ngeneric profile\n{len(content)}\n{content.hex()}\n")
+    text.add_text("Raw profile type exif", "no number")
+    words = f"\ngeneric profile\n{len(content)}\n{content.hex()}\n"
+    text.add_text(f"Raw profile type {name}", words)
     path = tmp_path / "image.png"
     half_white().transpose(Image.Transpose.ROTATE_90).save(path, pnginfo=text)
     assert_upright(path)

@@ -40,6 +40,8 @@ def test_maps_show_patches_in_reading_order_without_the_class_token_also_if_not_
     figure = pictures.depth_maps(images, depth, 128)
     expected = pictures.coloured(np.arange(1, 129).reshape(8, 16), 128)
     np.testing.assert_array_equal(show(figure, "depth"), expected)
+    by_depth = show(figure, "veiled\nby depth")[2::4, 2::4, 0].ravel()
+    assert (np.diff(by_depth) > 0).all() and by_depth[-1] == 1  # by layers, whatever is shown
     unveiled = (show(figure, "in the\nlast layer") == 1).all(axis=-1)
     assert unveiled[28:, 60:].all()  # the last patch, of 4 x 4 pixels
     assert unveiled.sum() == 16
@@ -86,5 +88,5 @@ def test_veils_are_the_thicker_the_earlier_a_token_halted():
     assert (np.diff(by_depth[:, 0]) > 0).all()
     last = show(figure, "in the\nlast layer")[CORNERS]
     np.testing.assert_allclose(last, [thickest] * 3 + [[1, 1, 1]])
-    alike = pictures.depth_maps(WHITE, np.full((1, 5), 3), layers=4)
-    assert (show(alike, "veiled\nby depth") == 1).all()  # no spread, no veil
+    alike = pictures.depth_maps(WHITE, np.full((1, 5), 1), layers=4)
+    np.testing.assert_allclose(show(alike, "veiled\nby depth")[CORNERS], [thickest] * 4)
