@@ -325,12 +325,13 @@ def visualize(common, images: list[Path], output: Path) -> None:
     read, statistics = make_reader(model, run["classes"])
     files = [Path(os.path.abspath(path)) for path in images]  # a link keeps its own name
     pixels = torch.stack(data.read_all(read, files))
-    names = [f"{file.parent.name}/{file.name}" for file in files]
+    names = [f"{file.parent.name}/\n{file.name}" for file in files]
     with torch.inference_mode():
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
     check_answers(logits)
     classes = run["classes"] or name_classes(model.num_classes, run["pretrained"])
     predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
+    predicted = [name.replace("_", " ") for name in predicted]
     # An image ends with its class token, where that halts.
     depth = executed_depth(trace.depth) if isinstance(model, AViT) else trace.depth
     depths = depth.float().mean(dim=1)

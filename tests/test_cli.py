@@ -106,8 +106,8 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
         run(f"{draw} {options}")
         assert Path(options.split()[0]).read_bytes().startswith(begins)
     drawn = [[title.split("\n") for title in call.args[3]] for call in spy.call_args_list]
-    assert drawn[0][1][1] in ("predicted: bright", "predicted: dark")
-    assert [[title[0] for title in titles] for titles in drawn] == [
+    assert drawn[0][1][2] in ("predicted: bright", "predicted: dark")
+    assert [["".join(title[:2]) for title in titles] for titles in drawn] == [
         [f"{tmp_path.name}/0.jpg", "dark/1.jpg"],
         [f"{tmp_path.name}/0.jpg"],
         [f"{tmp_path.name}/0.jpg"],
@@ -147,7 +147,7 @@ def test_what_a_model_of_timm_s_predicts(classes, pretrained, predicted, kept, r
     spy = Mock(wraps=commands.pictures.depth_maps)
     monkeypatch.setattr(commands.pictures, "depth_maps", spy)
     run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg --output a.png")
-    assert spy.call_args.args[3] == [f"dark/0.jpg\npredicted: {predicted}\nmean depth 4.0"]
+    assert spy.call_args.args[3] == [f"dark/\n0.jpg\npredicted: {predicted}\nmean depth 4.0"]
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):
