@@ -32,7 +32,6 @@ from avit_lib.study.study import released
 
 CALIBRATION = 512  # images on which thresholds are set, at most
 FEW = 64  # images for them
-CLASSES = 1000  # of ImageNet
 COLUMNS = 6  # images in a row of a picture
 KEY = """Images are cropped to their centre and scaled to what the model sees. Depth is the number
 of layers that compute a token. Blue covers tokens that left the computation: the earlier, the
@@ -282,9 +281,9 @@ def adapt(
     facts["pretrained"] = described.get("pretrained", "")
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]
+    epoch = {"epoch": described["epoch"]} if "epoch" in described else {}
     try:
-        last = {name: described[name] for name in ("epoch",) if name in described}
-        training.save_checkpoint(output, adapted, *about, run=run, adapted=facts, **last)
+        training.save_checkpoint(output, adapted, *about, run=run, adapted=facts, **epoch)
     except (UserError, KeyboardInterrupt):
         output.with_suffix(".json").unlink(missing_ok=True)  # or the same command would refuse
         raise
@@ -330,8 +329,8 @@ def visualize(common, images: list[Path], output: Path) -> None:
         logits, trace = model.forward_with_trace(pixels.to(training.pick_device(common.device)))
     check_answers(logits)
     classes = run["classes"] or name_classes(model.num_classes, run["pretrained"])
+    classes = [name.replace("_", " ") for name in classes]
     predicted = [classes[best] if classes else "nothing" for best in logits.argmax(dim=1)]
-    predicted = [name.replace("_", " ") for name in predicted]
     # An image ends with its class token, where that halts.
     depth = executed_depth(trace.depth) if isinstance(model, AViT) else trace.depth
     depths = depth.float().mean(dim=1)
@@ -357,7 +356,7 @@ def visualize(common, images: list[Path], output: Path) -> None:
 
 def name_classes(count: int, pretrained: str) -> list[str]:
     """The names of ImageNet's classes for timm's ``pretrained`` weights, or else numbers."""
-    if count != CLASSES or not pretrained:
+    if count != data.IMAGENET_CLASSES or not pretrained:
         return [f"class {index}" for index in range(count)]
     known = ImageNetInfo()
     return [known.index_to_description(index).split(",")[0] for index in range(count)]

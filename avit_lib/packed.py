@@ -13,6 +13,7 @@ are those of masked execution (``model.run_masked``).
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -59,9 +60,7 @@ def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> 
     """
     ragged = layout.lengths[0] != layout.lengths[-1]
     half = qkv.dtype in (torch.float16, torch.bfloat16)
-    # Flash attention knows no older GPUs.
-    flash = qkv.is_cuda and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
-    if flash and ragged and half and not dropout:
+    if qkv.is_cuda and ragged and half and not dropout and knows_flash_attention(qkv.device):
         return attend_varlen(qkv, layout, bias)
     if qkv.device.type == "cpu" and half and (ragged or qkv.requires_grad):
         # In half precision a CPU makes a kernel for each length; and backward it is slow.
@@ -77,6 +76,12 @@ def attend(qkv: Tensor, layout: Layout, dropout: float, bias: Tensor | None) -> 
         output = F.scaled_dot_product_attention(query, key, value, mask, dropout)
         outputs.append(output.transpose(1, 2).flatten(2))
     return to_packed(outputs)
+
+
+@cache
+def knows_flash_attention(device: torch.device) -> bool:
+    """Whether a CUDA device is new enough for the kernel of ``attend_varlen``."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_varlen(qkv: Tensor, layout: Layout, bias: Tensor | None) -> Tensor:

@@ -18,8 +18,8 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize
 
-from avit_lib.commands import CALIBRATION, CLASSES, find_model
-from avit_lib.data import Images, to_pixels
+from avit_lib.commands import CALIBRATION, find_model
+from avit_lib.data import IMAGENET_CLASSES, Images, to_pixels
 from avit_lib.data.datasets import imagenet_images
 from avit_lib.data.images import CROP_FRACTION
 from avit_lib.errors import UserError
@@ -55,10 +55,10 @@ def compare(
     """
     val, train = folder / "val", folder / "train"
     tested = open_folder(model, val if val.is_dir() else folder)
-    if not len(tested.classes) == model.num_classes == CLASSES:
+    if not len(tested.classes) == model.num_classes == IMAGENET_CLASSES:
         raise UserError(
             f"{folder} has {len(tested.classes)} classes, the model {model.num_classes}; "
-            f"ImageNet has {CLASSES:,}, one folder each"
+            f"ImageNet has {IMAGENET_CLASSES:,}, one folder each"
         )
     if hasattr(model, "forward_with_trace"):
         models = {"as in the file": model}

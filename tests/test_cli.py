@@ -252,7 +252,7 @@ def test_on_imagenet_it_stands_beside_tome_at_equal_flops(run):
         with refused(message):
             compare(model, Path(place), *arguments)
     profile = replace(get_profile("smoke"), peers={"ToMe": (1, 2)}, adapted=(0.05, 0.1))
-    compare.__globals__.update(CLASSES=2, get_profile=lambda _: profile)
+    compare.__globals__.update(IMAGENET_CLASSES=2, get_profile=lambda _: profile)
     table = compare(model, folder, *arguments).set_index("model")
     assert table["images"].tolist()[:5] == [8] * 5 and table["images"][5:].isna().all()
     gflops = table["gflops"].to_numpy()

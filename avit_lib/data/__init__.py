@@ -5,7 +5,7 @@ May import the method's errors; no other room. The others import what is named h
 modules.
 """
 
-from avit_lib.data.datasets import Data, are_imagenets
+from avit_lib.data.datasets import IMAGENET_CLASSES, Data, are_imagenets
 from avit_lib.data.files import find_images, read_all, tell
 from avit_lib.data.images import STATISTICS, Images, loader, read_image, to_pixels
 from avit_lib.data.splits import (

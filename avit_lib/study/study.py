@@ -134,8 +134,8 @@ class Study:
             training.load_weights(model, start or self.checkpoint(run.start))
         else:
             check_statistics(run.pretrained)
-            known = timm.get_pretrained_cfg(run.pretrained)
-            same = are_imagenets(self.data.train.classes) and known and known.num_classes == 1000
+            known, classes = timm.get_pretrained_cfg(run.pretrained), self.data.train.classes
+            same = are_imagenets(classes) and known and known.num_classes == len(classes)
             training.load_pretrained(model, run.pretrained, new_head=not same)
         model.to(self.device)
         halting = run.halting
