@@ -36,13 +36,19 @@ def read_number(kind: type, tokens: Sequence[Token]) -> float:
         raise ValueError(f"{word!r} is no {'whole ' * (kind is int)}number") from None
 
 
+def read_path(_: type, tokens: Sequence[Token]) -> Path:
+    """A path to write, its home folder in place of ~, which shells leave after ``=``."""
+    return Path(os.path.expanduser(tokens[0].value))
+
+
 Real = Annotated[float, Parameter(converter=read_number)]
 Whole = Annotated[int, Parameter(converter=read_number)]
 Seed = Annotated[Whole, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 Count = Annotated[Whole, Parameter(validator=validators.Number(gte=1, lt=2**31))]
-Weights = Annotated[Path, Parameter(validator=validators.Path(ext="safetensors"))]
+Written = Annotated[Path, Parameter(converter=read_path)]
+Weights = Annotated[Written, Parameter(validator=validators.Path(ext="safetensors"))]
 Picture = Annotated[
-    Path, Parameter(validator=validators.Path(ext=("png", "jpg", "jpeg", "webp", "pdf", "svg")))
+    Written, Parameter(validator=validators.Path(ext=("png", "jpg", "jpeg", "webp", "pdf", "svg")))
 ]
 
 
@@ -144,16 +150,11 @@ def main(arguments: Sequence[str]) -> int:
         return 130
 
 
-def expand(path: Path | None) -> Path | None:
-    """``path`` with the home folder in place of ~, which shells leave after ``=``."""
-    return path and Path(os.path.expanduser(path))
-
-
 @app.command
 def fit(
     *,
     common: Fed = Fed(),
-    output: Path | None = None,
+    output: Written | None = None,
     teacher: ExistingFile | None = None,
     epochs: Whole | None = None,
     batch_size: Whole | None = None,
@@ -172,7 +173,7 @@ def fit(
     """
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": lr}
     changes = {name: value for name, value in given.items() if value is not None}
-    return "fit", common, expand(output), teacher, changes
+    return "fit", common, output, teacher, changes
 
 
 @app.command
@@ -198,7 +199,7 @@ def visualize(
         images: Image files.
         output: The .png, .jpg, .webp, .pdf or .svg to write.
     """
-    return "visualize", common, images, expand(output)
+    return "visualize", common, images, output
 
 
 @app.command
@@ -225,7 +226,7 @@ def adapt(
             Default: timm's pretrained ones.
         saved: The share of FLOPs to save, 0 to 0.8.
     """
-    return "adapt", common, images, expand(output), model, weights, saved
+    return "adapt", common, images, output, model, weights, saved
 
 
 @app.command
