@@ -51,8 +51,7 @@ def mosaic(rows: list[Row], layers: int = 0, columns: int = 0) -> Figure:
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture)
         for axis, title in zip(row, titles, strict=False):
-            name = title if "/" in title else title.replace("_", " ")  # of a file, or of a class
-            words = _wrap(legible(name), max(8, 100 // columns))
+            words = _wrap(legible(title), max(8, 100 // columns))
             axis.set_title(words, fontsize=size, parse_math=False)
     if layers:
         _depth_key(figure, axes, layers)
