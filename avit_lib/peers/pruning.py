@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.errors import UserError
-from avit_lib.peers.reduction import TokenReduction
+from avit_lib.flops import block_flops
+from avit_lib.peers.reduction import TokenReduction, attend_all
 
 
 def attend_to_patches(qkv: Tensor) -> Tensor:
@@ -33,8 +34,8 @@ def draw_worth(qkv: Tensor) -> Tensor:
 def keep_best(
     rate: Callable[[Tensor], Tensor],
     fuse: bool,
+    block: nn.Module,
     tokens: Tensor,
-    qkv: Tensor,
     size: None,
     left: int,
 ) -> tuple[Tensor, None, Tensor, Tensor]:
@@ -43,6 +44,7 @@ def keep_best(
     With ``fuse`` one of those left is the sum of all others, each weighted by its rate (equation
     3). The rest is as ``reduce`` of ``TokenReduction``.
     """
+    tokens, qkv = attend_all(block, tokens, size)
     worth = F.pad(rate(qkv), (1, 0), value=torch.inf)  # the class token stays, and is first
     ranked = worth.argsort(dim=1, descending=True)
     stay, gone = ranked[:, : left - fuse], ranked[:, left - fuse :]
@@ -57,6 +59,11 @@ def keep_best(
 def rate_flops(block: nn.Module, count: float | Tensor) -> float | Tensor:
     """FLOPs of ``attend_to_patches``: the class token's query with all keys."""
     return count * block.attn.num_heads * block.attn.head_dim
+
+
+def prune_flops(block: nn.Module, count: int, left: int) -> float:
+    """FLOPs of a layer in which patches are rated and leave."""
+    return block_flops(block, count, left) + rate_flops(block, count)
 
 
 def prune(
@@ -75,4 +82,4 @@ def prune(
         left = 1 + math.ceil(keep * (count - 1)) + fuse
         return min(left, count) if layer in quarters else count
 
-    return TokenReduction(model, count_left, partial(keep_best, rate, fuse), rate_flops)
+    return TokenReduction(model, count_left, partial(keep_best, rate, fuse), prune_flops)

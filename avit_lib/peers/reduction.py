@@ -1,7 +1,7 @@
 """A trained VisionTransformer of which tokens leave in some layers: what the peers have in common.
 
-They leave between attention and MLP. Where equally many leave in every image, a peer is three
-functions: how many are left, which, and what it costs to choose them.
+They leave before the MLP. Where equally many leave in every image, a peer is three functions: how
+many are left, what attends and who leaves, and what a layer costs in which some leave.
 """
 
 from collections.abc import Callable
@@ -59,15 +59,28 @@ class Peer(nn.Module):
         return model.forward_head(model.norm(tokens)), MergingTrace(depth)
 
 
+def attend_all(block: nn.Module, tokens: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Tokens [B, N, D] of sizes [B, N, 1] (None: one each) after the attention of a block.
+
+    Returns also queries, keys and values [B, N, 3, heads, d].
+    """
+    images, count, _ = tokens.shape
+    layout = whole_layout(images, count, tokens.device)
+    bias = None if size is None else size.log().flatten()
+    tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
+    return tokens.unflatten(0, (images, count)), qkv.unflatten(0, (images, count))
+
+
 class TokenReduction(Peer):
     """A peer in which equally many tokens leave in every image.
 
     ``count_left`` of a layer, 1..L, and its number of tokens: how many are left.
-    ``reduce`` of tokens [B, N, D] after attention, queries, keys and values [B, N, 3, heads, d],
-    sizes [B, N, 1] (how many tokens each stands for; None: one each), and how many shall be left:
-    the new tokens and sizes, the places of those that stay, in their new order (N for one that is
-    made of others), and of those that leave.
-    ``choice_flops`` of a block and its number of tokens: what choosing them costs.
+    ``reduce`` of a block, the tokens [B, N, D] that enter it, sizes [B, N, 1] (how many tokens each
+    stands for; None: one each), and how many shall be left: the new tokens after attention, their
+    sizes, the places of those that stay, in their new order (N for one that is made of others), and
+    of those that leave.
+    ``reducing_flops`` of a block, its number of tokens, and how many are left: what all that and
+    the MLP cost.
     """
 
     def __init__(
@@ -75,11 +88,11 @@ class TokenReduction(Peer):
         model: VisionTransformer,
         count_left: Callable[[int, int], int],
         reduce: Callable,
-        choice_flops: Callable[[nn.Module, int], float],
+        reducing_flops: Callable[[nn.Module, int, int], float],
     ):
         """Raises UserError as ``Peer``."""
         super().__init__(model)
-        self.count_left, self.reduce, self.choice_flops = count_left, reduce, choice_flops
+        self.count_left, self.reduce, self.reducing_flops = count_left, reduce, reducing_flops
 
     def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """All layers on embedded tokens [B, N, D]."""
@@ -90,18 +103,15 @@ class TokenReduction(Peer):
         depth = F.pad(torch.full_like(first, len(self.blocks)), (0, 1))
         for layer, block in enumerate(self.blocks, start=1):
             count = tokens.shape[1]
-            layout = whole_layout(images, count, tokens.device)
-            bias = None if size is None else size.log().flatten()
-            tokens, qkv = packed_attention(block, tokens.flatten(0, 1), layout, bias)
             left = self.count_left(layer, count)
             if left < count:
-                tokens, qkv = (values.unflatten(0, (-1, count)) for values in (tokens, qkv))
-                tokens, size, stay, gone = self.reduce(tokens, qkv, size, left)
-                tokens = tokens.flatten(0, 1)
-                layout = whole_layout(images, left, tokens.device)
+                tokens, size, stay, gone = self.reduce(block, tokens, size, left)
                 depth.scatter_(1, first.gather(1, gone), layer)
                 first = F.pad(first, (0, 1), value=whole).gather(1, stay)
-            tokens = packed_mlp(block, tokens, layout).unflatten(0, (images, -1))
+            else:
+                tokens, _ = attend_all(block, tokens, size)
+            layout = whole_layout(images, left, tokens.device)
+            tokens = packed_mlp(block, tokens.flatten(0, 1), layout).unflatten(0, (images, -1))
         return tokens, depth[:, :whole]
 
     def flops_of(self, trace: MergingTrace) -> Tensor:
@@ -110,8 +120,6 @@ class TokenReduction(Peer):
         done = fixed_flops(self.model, count)
         for layer, block in enumerate(self.blocks, start=1):
             left = self.count_left(layer, count)
-            done += block_flops(block, count, left)
-            if left < count:
-                done += self.choice_flops(block, count)
+            done += (self.reducing_flops if left < count else block_flops)(block, count, left)
             count = left
         return torch.full((len(trace.depth),), done, dtype=torch.float64)

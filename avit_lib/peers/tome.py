@@ -1,12 +1,26 @@
 """Token merging (ToMe; Bolya et al., ICLR 2023, arXiv 2210.09461)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from avit_lib.errors import UserError
-from avit_lib.peers.reduction import TokenReduction
+from avit_lib.flops import block_flops
+from avit_lib.peers.reduction import TokenReduction, attend_all
+
+
+def ask(similarity: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One edge from each row of ``similarity`` [B, n, m] to its best column: ``r`` rows go by it.
+
+    Returns these rows [B, r], their columns [B, r], and the rows that stay, [B, n - r], best first.
+    """
+    best, partner = similarity.max(dim=2)
+    ranked = best.argsort(dim=1, descending=True)
+    gone = ranked[:, :r]
+    return gone, partner.gather(1, gone), ranked[:, r:]
 
 
 def match(keys: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,12 +34,10 @@ def match(keys: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     first, second = keys[:, ::2], keys[:, 1::2]  # alternate tokens: sets A and B
     similarity = first @ second.transpose(1, 2)  # cosine, [B, |A|, |B|]
     similarity[:, 0] = -torch.inf  # the class token is in A: it asks nobody, and is never asked
-    best, partner = similarity.max(dim=2)  # one edge from each token of A
-    ranked = best.argsort(dim=1, descending=True)
-    gone = ranked[:, :r]
-    left = ranked[:, r:].sort(dim=1).values  # of A; they come first, then all of B
+    gone, joined, left = ask(similarity, r)
+    left = left.sort(dim=1).values  # of A; they come first, then all of B
     asked = torch.arange(1, keys.shape[1], 2, device=keys.device).expand(len(keys), -1)
-    return torch.cat([2 * left, asked], dim=1), 2 * gone, left.shape[1] + partner.gather(1, gone)
+    return torch.cat([2 * left, asked], dim=1), 2 * gone, left.shape[1] + joined
 
 
 def merge(values: Tensor, stay: Tensor, gone: Tensor, target: Tensor) -> Tensor:
@@ -39,9 +51,10 @@ def merge(values: Tensor, stay: Tensor, gone: Tensor, target: Tensor) -> Tensor:
 
 
 def merge_pairs(
-    tokens: Tensor, qkv: Tensor, size: Tensor | None, left: int
+    block: nn.Module, tokens: Tensor, size: Tensor | None, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge the most similar pairs, of set A into set B (``reduce`` of ``TokenReduction``)."""
+    tokens, qkv = attend_all(block, tokens, size)
     size = torch.ones_like(tokens[..., :1]) if size is None else size
     places = match(qkv[:, :, 1].mean(dim=2), tokens.shape[1] - left)
     sums = merge(tokens * size, *places)
@@ -50,22 +63,31 @@ def merge_pairs(
     return sums / size, size, stay, gone
 
 
-def match_flops(block: nn.Module, count: int) -> float:
-    """FLOPs of ``match``: each key of A with each of B, averaged over heads."""
-    return (count - count // 2) * (count // 2) * block.attn.head_dim
+def merge_flops(block: nn.Module, count: int, left: int) -> float:
+    """FLOPs of a layer that merges; ``match`` has each key of A with each of B, mean over heads."""
+    matched = (count - count // 2) * (count // 2) * block.attn.head_dim
+    return block_flops(block, count, left) + matched
 
 
-def merge_tokens(model: VisionTransformer, r: int, step: int = 1) -> TokenReduction:
-    """A trained ``model`` that merges the ``r`` most similar pairs in each layer.
+def merge_tokens(
+    model: VisionTransformer,
+    r: int,
+    step: int = 1,
+    first: int = 1,
+    reduce: Callable = merge_pairs,
+    reducing_flops: Callable = merge_flops,
+) -> TokenReduction:
+    """A trained ``model`` that merges the ``r`` most similar pairs in each layer from ``first`` on.
 
     At most half of the patches merge in a layer. With ``step`` 2 it merges in every second layer
-    alone, which the paper doesn't try. Raises UserError for r < 0, and as ``TokenReduction``.
+    alone, which the paper doesn't try. Another ``reduce`` and what it costs make another method of
+    it. Raises UserError for r < 0, and as ``TokenReduction``.
     """
     if r < 0 or r % 1 or step < 1 or step % 1:
         raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")
 
     def count_left(layer: int, count: int) -> int:
         most = (count - 1) // 2  # all of A but the class token
-        return count if layer % step else count - min(r, most)
+        return count if layer < first or layer % step else count - min(r, most)
 
-    return TokenReduction(model, count_left, merge_pairs, match_flops)
+    return TokenReduction(model, count_left, reduce, reducing_flops)
