@@ -48,7 +48,7 @@ def test_of_linear_layers_of_somebody_else_s():
     assert linear_flops(nn.Sequential(foreign, nn.Linear(2, 3), adapted)) == 15 + 6 + 24
 
 
-@pytest.mark.parametrize("peer", [{"ToMe": [100]}, {"EViT": [0.6]}])
+@pytest.mark.parametrize("peer", [{"ToMe": [100]}, {"EViT": [0.6]}, {"MCTF": [5]}])
 def test_of_peers(peer):
     [model] = make_peers(timm.create_model("deit_nano"), peer).values()
     images = torch.randn(2, 3, 28, 28)

@@ -10,6 +10,7 @@ from functools import partial
 from torch import nn
 
 from avit_lib.peers.ats import TokenSampling
+from avit_lib.peers.mctf import fuse_tokens
 from avit_lib.peers.pruning import draw_worth, prune
 from avit_lib.peers.tome import merge_tokens
 
@@ -21,6 +22,7 @@ PEERS = {
     "Top-k attention": (partial(prune, fuse=False), "kept"),
     "Random patches": (partial(prune, rate=draw_worth, fuse=False), "kept"),
     "ATS": (TokenSampling, "K"),
+    "MCTF": (fuse_tokens, "r"),
 }
 
 

@@ -36,7 +36,7 @@ AVIT_COLOURS = {  # by a word of the label; "C3" is PALETTE[3]
     "paper's settings": "C2",
 }
 # In the order of the registry, then again.
-PEER_COLOURS = ("C4", "#6a3d9a", "#806000", "C8", "C6", "#66a61e")
+PEER_COLOURS = ("C4", "#6a3d9a", "#806000", "C8", "C6", "#66a61e", "#e7298a")
 OTHER_COLOURS = {
     "merging trained": INK,
     "Adaptive": "C7",
