@@ -76,7 +76,7 @@ def test_more_images_go_on_in_further_rows_with_their_titles():
     rows = [("image", grey, ["an_ant\n1.0", "bee", "cat"]), ("depth", grey, [])]
     found = show_rows(pictures.mosaic(rows, columns=2))
     assert [row for row, *_ in found] == ["image", "depth"] * 2
-    assert [words for *_, words in found[::2]] == [["an ant\n1.0", "bee"], ["cat"]]
+    assert [words for *_, words in found[::2]] == [["an_ant\n1.0", "bee"], ["cat"]]
     assert found[2][1][0].max() == 1  # the third image
 
 
