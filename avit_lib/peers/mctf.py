@@ -7,14 +7,14 @@ authors fuse the attention map; here what it reads is fused, which gives the sam
 FLOPs. They train with token-reduction consistency; here all peers are trained by one recipe.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from avit_lib.flops import block_flops, linear_flops
+from avit_lib.peers.reduction import TokenReduction
 from avit_lib.peers.tome import ask, merge_tokens
 
 # Temperatures of informativeness and size; that of similarity is 1.
@@ -88,5 +88,9 @@ def fuse_flops(block: nn.Module, count: int, left: int) -> float:
     return block_flops(block, count, left) - (count - left) * never + matched
 
 
-# A trained model in which r tokens fuse into others in each layer but the first.
-fuse_tokens = partial(merge_tokens, first=2, reduce=fuse, reducing_flops=fuse_flops)
+def fuse_tokens(model: VisionTransformer, r: int) -> TokenReduction:
+    """A trained ``model`` in which ``r`` tokens fuse into others in each layer but the first.
+
+    Raises UserError as ``merge_tokens``.
+    """
+    return merge_tokens(model, r, first=2, reduce=fuse, reducing_flops=fuse_flops)

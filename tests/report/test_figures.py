@@ -4,6 +4,7 @@ import pandas as pd
 from conftest import assert_on_the_page
 from IPython.core.formatters import DisplayFormatter
 
+from avit_lib.peers import PEERS
 from avit_lib.report import figures
 
 
@@ -27,6 +28,10 @@ def test_differences_stand_with_their_intervals_and_models_of_a_kind_on_a_curve(
 def test_a_notebook_shows_a_figure_as_png_without_pyplot():
     shown, _ = DisplayFormatter().format(figures.subplots()[0], include={"image/png"})
     assert shown["image/png"].startswith(b"\x89PNG")
+
+
+def test_each_peer_has_a_colour_of_its_own():
+    assert len({figures.model_colour(name) for name in PEERS}) == len(PEERS)
 
 
 def test_a_model_of_one_s_own_has_no_colour_of_another():
