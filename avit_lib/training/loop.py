@@ -5,6 +5,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -110,7 +111,6 @@ def fit(
     when memory does not suffice and when the loss is no longer finite: then the checkpoints of the
     last finished epoch stay.
     """
-    device = torch.device(device)
     run = description | {"seed": seed}
     history = finished_history(output, run, config)
     if history is not None:
@@ -118,14 +118,65 @@ def fit(
     _check_trainable(train, config)
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()  # fails now rather than after the first epoch
+    job = _prepare(model, train, loss, config, torch.device(device))
+    if adjust:
+        adjust(job.optimizer)
+    records = _resume(job, output, run)
+    processes.share(model)
+    processes.barrier()  # until here all processes only read
+    if processes.rank() == 0:
+        _tell_unusual(job, len(train))
+    for epoch in range(len(records) + 1, config.epochs + 1):
+        started = time.perf_counter()
+        record = {"epoch": epoch} | _train_epoch(job, train, epoch, seed)
+        records.append(record)
+        if processes.rank() == 0:  # alone: validation images are few
+            record |= {f"val_{name}": value for name, value in validate(job.result).items()}
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            _write_results(output, run, job.result, records)
+            if epoch < config.epochs:
+                state = {name: part.state_dict() for name, part in job.changing.items()}
+                write_state(output / RESUME, state | {"records": records, "run": run})
+            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
+            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
+    if processes.rank() == 0:
+        (output / RESUME).unlink(missing_ok=True)
+    processes.barrier()  # whoever goes on finds what the first process wrote
+    return pd.DataFrame(records)
 
+
+@dataclass(frozen=True)
+class _Job:
+    """What a training works with, from its first step to its last."""
+
+    model: nn.Module
+    loss: Loss
+    config: Training
+    device: torch.device
+    optimizer: torch.optim.Optimizer
+    schedule: CosineLRScheduler
+    average: ModelEmaV3 | None
+    updates: int  # of an epoch
+
+    @property
+    def result(self) -> nn.Module:
+        """The model that is evaluated and kept."""
+        return self.average.module if self.average else self.model
+
+    @property
+    def changing(self) -> dict[str, nn.Module | torch.optim.Optimizer]:
+        """What a resumed training needs as it was."""
+        return {"model": self.model, "optimizer": self.optimizer, "result": self.result}
+
+
+def _prepare(
+    model: nn.Module, train: Images, loss: Loss, config: Training, device: torch.device
+) -> _Job:
+    """Optimizer, schedule and averaged weights of a training; ``model`` goes to ``device``."""
     model.to(device)
-    parameters = list(model.parameters())
     optimizer = create_optimizer_v2(
         model, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    if adjust:
-        adjust(optimizer)
     updates = count_updates(train, config)
     schedule = CosineLRScheduler(
         optimizer,
@@ -135,100 +186,104 @@ def fit(
         t_in_epochs=False,
     )
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    result = average.module if average else model  # what is evaluated and kept
-    if average and (left := config.ema_decay ** (config.epochs * updates)) > 0.1:
-        print(
-            f"{left:.0%} of the averaged weights will still be those of the start: lower ema_decay "
-            f"for so few steps",
-            flush=True,
-        )
-    changing = {"model": model, "optimizer": optimizer, "result": result}
-    records = []
-    if (output / RESUME).is_file() and (output / "last.json").is_file():  # which says whose it is
-        state = read_state(output / RESUME, device)
-        if state.get("run", run) != run:
-            raise UserError(f"{output / RESUME} is of another run; delete it to start again")
-        records = state["records"]
-        for name, part in changing.items():
-            part.load_state_dict(state[name])
-        print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
-    elif (output / "last.json").is_file():
-        print(f"files of the run in {output} are missing or changed: it starts again", flush=True)
-    processes.share(model)
-    processes.barrier()  # until here all processes only read
-    rank, left = processes.rank(), len(train) - updates * config.batch_size
-    if rank == 0 and left > 0:
-        print(
-            f"each epoch leaves out {left} of {len(train)} training images, drawn anew: they fill "
-            f"no batch of {config.batch_size}",
-            flush=True,
-        )
-    # The loss smooths; what alpha is 0 is left out.
-    mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes))
-    half = uses_bfloat16(config, device)
-    if half and device.type == "cpu":
+    if device.type == "cpu" and uses_bfloat16(config, device):
         for part in model.modules():
             if isinstance(part, Attention):
                 part.fused_attn = False  # backward, the fused kernel takes three times as long
+    return _Job(model, loss, config, device, optimizer, schedule, average, updates)
 
-    for epoch in range(len(records) + 1, config.epochs + 1):
-        started = time.perf_counter()
-        parts = []
-        # Of everything random in this epoch, so that resuming needs no stored random state.
-        epoch_seed = seed * 10_007 + epoch
-        seed_everything(epoch_seed + 1_000_003 * rank)
-        batches = loader(train, config.batch_size, epoch_seed, share=(rank, processes.count()))
-        model.train()
-        for step, (images, labels) in enumerate(
-            tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=None)
-        ):
-            update = (epoch - 1) * updates + step
-            schedule.step_update(update)
-            images, labels = images.to(device), labels.to(device)
-            if config.mixup or config.cutmix:
-                images, labels = mix(images, labels)
-            for parameter in parameters:
-                # Not None: packed execution leaves out a layer to which no token comes.
-                parameter.grad = torch.zeros_like(parameter)
-            with fitting_memory(
-                config.batch_size, "lower batch_size (--batch-size), or train on more devices"
-            ):
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    losses = loss(model, images, labels, update / (config.epochs * updates))
-                losses.total.backward()
-            processes.average_gradients(parameters)
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
-            total = losses.total.item()
-            if not math.isfinite(total + norm):
-                raise UserError(
-                    f"loss {total:g}, gradient {norm:g} in epoch {epoch}, batch {step + 1}; lower "
-                    f"the learning rate and train into another folder, by --output (the "
-                    f"checkpoints of the last finished epoch are kept)"
-                )
-            optimizer.step()
-            if average:
-                average.update(model)
-            parts.append({"loss": total} | {name: x.item() for name, x in losses.parts.items()})
 
-        record = {"epoch": epoch, "learning_rate": optimizer.param_groups[0]["lr"]}
-        for name, value in pd.DataFrame(parts).mean().items():
-            own = torch.tensor(value, dtype=torch.float64)
-            record[f"train_{name}"] = processes.mean(own).item()
-        records.append(record)
-        if rank == 0:  # alone: validation images are few
-            record |= {f"val_{name}": value for name, value in validate(result).items()}
-            record["seconds"] = round(time.perf_counter() - started, 1)
-            _write_results(output, run, result, records)
-            if epoch < config.epochs:
-                state = {name: part.state_dict() for name, part in changing.items()}
-                write_state(output / RESUME, state | {"records": records, "run": run})
-            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
-            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
+def _resume(job: _Job, output: Path, run: dict) -> list[dict]:
+    """Take up the run in ``output``, if one was interrupted there; its records, one an epoch."""
+    if not (output / "last.json").is_file():  # which says whose it is
+        return []
+    if not (output / RESUME).is_file():
+        print(f"files of the run in {output} are missing or changed: it starts again", flush=True)
+        return []
+    state = read_state(output / RESUME, job.device)
+    if state.get("run", run) != run:
+        raise UserError(f"{output / RESUME} is of another run; delete it to start again")
+    for name, part in job.changing.items():
+        part.load_state_dict(state[name])
+    records = state["records"]
+    print(f"going on after epoch {len(records)} of the run in {output}", flush=True)
+    return records
 
-    if rank == 0:
-        (output / RESUME).unlink(missing_ok=True)
-    processes.barrier()  # whoever goes on finds what the first process wrote
-    return pd.DataFrame(records)
+
+def _tell_unusual(job: _Job, images: int) -> None:
+    """Say where averaged weights hardly move, and how many training ``images`` are left out."""
+    config = job.config
+    old = config.ema_decay ** (config.epochs * job.updates)
+    if old > 0.1:
+        print(
+            f"{old:.0%} of the averaged weights will still be those of the start: lower ema_decay "
+            f"for so few steps",
+            flush=True,
+        )
+    left = images - job.updates * config.batch_size
+    if left > 0:
+        print(
+            f"each epoch leaves out {left} of {images} training images, drawn anew: they fill "
+            f"no batch of {config.batch_size}",
+            flush=True,
+        )
+
+
+def _train_epoch(job: _Job, train: Images, epoch: int, seed: int) -> dict[str, float]:
+    """One pass over the training images; the means of what was lost, and the learning rate."""
+    config, rank = job.config, processes.rank()
+    # Of everything random in this epoch, so that resuming needs no stored random state.
+    epoch_seed = seed * 10_007 + epoch
+    seed_everything(epoch_seed + 1_000_003 * rank)
+    batches = loader(train, config.batch_size, epoch_seed, share=(rank, processes.count()))
+    # The loss smooths; what alpha is 0 is left out.
+    mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=len(train.classes))
+    job.model.train()
+    lost = []
+    bar = tqdm(batches, f"epoch {epoch}/{config.epochs}", leave=False, disable=None)
+    for step, (images, labels) in enumerate(bar):
+        images, labels = images.to(job.device), labels.to(job.device)
+        if config.mixup or config.cutmix:
+            images, labels = mix(images, labels)
+        losses, norm = _train_batch(job, images, labels, (epoch - 1) * job.updates + step)
+        if not math.isfinite(losses["loss"] + norm):
+            raise UserError(
+                f"loss {losses['loss']:g}, gradient {norm:g} in epoch {epoch}, batch {step + 1}; "
+                f"lower the learning rate and train into another folder, by --output (the "
+                f"checkpoints of the last finished epoch are kept)"
+            )
+        job.optimizer.step()
+        if job.average:
+            job.average.update(job.model)
+        lost.append(losses)
+    record = {"learning_rate": job.optimizer.param_groups[0]["lr"]}
+    for name, value in pd.DataFrame(lost).mean().items():
+        own = torch.tensor(value, dtype=torch.float64)
+        record[f"train_{name}"] = processes.mean(own).item()
+    return record
+
+
+def _train_batch(
+    job: _Job, images: torch.Tensor, labels: torch.Tensor, update: int
+) -> tuple[dict[str, float], float]:
+    """The losses of a batch, and the norm of their gradients, which are left for the optimizer."""
+    config = job.config
+    job.schedule.step_update(update)
+    parameters = list(job.model.parameters())
+    for parameter in parameters:
+        # Not None: packed execution leaves out a layer to which no token comes.
+        parameter.grad = torch.zeros_like(parameter)
+    half = uses_bfloat16(config, job.device)
+    with fitting_memory(
+        config.batch_size, "lower batch_size (--batch-size), or train on more devices"
+    ):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+            losses = job.loss(job.model, images, labels, update / (config.epochs * job.updates))
+        losses.total.backward()
+    processes.average_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm).item()
+    parts = {name: part.item() for name, part in losses.parts.items()}
+    return {"loss": losses.total.item()} | parts, norm
 
 
 def count_updates(train: Images, config: Training) -> int:
