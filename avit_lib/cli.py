@@ -177,7 +177,7 @@ def fit(
 
 
 @app.command
-def test(*, common: Fed = Fed(), batch_size: Count = 250) -> tuple:
+def test(*, common: Fed = Fed(), batch_size: Count = 100) -> tuple:
     """Print accuracy, F1, depth and GFLOPs of a checkpoint on the test images, as JSON.
 
     Args:

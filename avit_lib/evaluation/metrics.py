@@ -62,7 +62,7 @@ def check_answers(logits: Tensor) -> None:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, data: Images, batch_size: int = 250, device: str | torch.device = "cpu"
+    model: nn.Module, data: Images, batch_size: int = 100, device: str | torch.device = "cpu"
 ) -> Predictions:
     """Run ``model`` in evaluation mode over ``data``.
 

@@ -1,8 +1,10 @@
 """The study as the notebooks see it: one profile and seed, its data, its models, its results."""
 
 import os
+import re
 import shutil
 import time
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import msgspec
 import pandas as pd
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from avit_lib import evaluation, training
 from avit_lib.adaptive import adapt
@@ -27,6 +30,7 @@ from avit_lib.errors import UserError
 from avit_lib.losses import AdaptiveLoss, TaskLoss, target_distribution
 from avit_lib.places import digest_file, list_embedded, weights_path
 from avit_lib.starts import fit_start, scale_channel_rate
+from avit_lib.study.kept import digest_images, digest_model, keep, read_kept
 from avit_lib.study.results import Results, results_dir
 from avit_lib.study.settings import Profile, Run, get_profile
 from avit_lib.training import processes, read_json
@@ -206,6 +210,31 @@ class Study:
     def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
         """What ``model`` says of ``data``."""
         return evaluation.predict(model, data, device=self.device)
+
+    def predict_test(self, label: str, model: nn.Module) -> evaluation.Predictions:
+        """What ``model`` says of the test images, without halting scores: computed only once.
+
+        Kept beside the checkpoints, and read back while ``label``, weights, images and the library
+        are the same.
+        """
+        if not isinstance(self.test.images, Tensor):  # files, which may change
+            return self._predict_test(model)
+        of = f"{label}, {self.device.type}: {self._test_digest} {digest_model(model)}"
+        folder = self.results.folder / "checkpoints" / self.checkpoints / "predictions"
+        words = re.sub(r"\W+", "_", label)
+        path = folder / f"{words}.safetensors"
+        found = read_kept(path, of)
+        if found is None:
+            found = self._predict_test(model)
+            keep(path, found, of)
+        return found
+
+    def _predict_test(self, model: nn.Module) -> evaluation.Predictions:
+        return replace(self.predict(model, self.test), halting_scores=torch.empty(0))
+
+    @cached_property
+    def _test_digest(self) -> str:
+        return digest_images(self.test)
 
     def checkpoint(self, name: str) -> Path:
         """The weights of a run after its last epoch.

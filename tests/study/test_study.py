@@ -68,6 +68,36 @@ def test_a_training_is_kept_until_its_settings_or_images_change(open_study, caps
         study.checkpoint("deit")  # of two epochs: it was interrupted
 
 
+def test_predictions_are_kept_until_weights_images_or_label_change(open_study, monkeypatch):
+    def open_it(images=32):
+        study = open_study()
+        study.test = random_images(images, seed=2)
+        return study
+
+    def predict(study, label="mine"):
+        asked.clear()
+        found = study.predict_test(label, model)
+        return len(asked), found
+
+    asked, plain = [], Study.predict
+    monkeypatch.setattr(Study, "predict", lambda *given: asked.append(given) or plain(*given))
+    model = timm.create_model("avit_nano", num_classes=4)
+    count, first = predict(open_it())
+    assert count == 1 and first.depth.max() <= first.layers == len(model.blocks)
+    count, again = predict(open_it())
+    assert count == 0 and all(
+        torch.equal(getattr(first, name), getattr(again, name))
+        for name in ("logits", "labels", "depth", "flops", "means", "predicted", "mean_depth")
+    )
+    assert [predict(open_it(16))[0], predict(open_it(), "another")[0]] == [1, 1]
+    model.beta = 10.0  # all halt at once
+    count, later = predict(open_it())
+    assert count == 1 and not torch.equal(later.depth, first.depth)
+    for path in (open_it().folder("deit").parent / "predictions").iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert predict(open_it())[0] == 1
+
+
 def test_a_fitted_channel_is_held_or_trained(open_study):
     study = open_study()
     for name, held in (("avit_held", True), ("avit_finetuned", False)):
