@@ -256,14 +256,19 @@ def prepare(
     return model.to(device), described, pixels.to(device)
 
 
+def refuse_existing(weights: Path) -> None:
+    """Raise UserError where a checkpoint, or its JSON, is there already."""
+    for path in (weights, weights.with_suffix(".json")):
+        if path.exists():
+            raise UserError(f"{path} is there already; delete it, or name another --output")
+
+
 def adapt(
     common, images: Path, output: Path, name: str | None, weights: Path | None, saved: float
 ) -> None:
     """Write a model to ``output`` that saves a share of its FLOPs."""
     output = output.with_suffix(".safetensors")
-    for path in (output, output.with_suffix(".json")):
-        if path.exists():
-            raise UserError(f"{path} is there already; delete it, or name another --output")
+    refuse_existing(output)
     model, described, pixels = prepare(common, name, weights, images)
     adapted = make_adaptive(model, pixels, saved)
     with torch.inference_mode():
@@ -282,6 +287,7 @@ def adapt(
     run = {"seed": common.seed, "classes": []} | described.get("run", {})
     about = described["model"], described["arguments"]
     epoch = {"epoch": described["epoch"]} if "epoch" in described else {}
+    refuse_existing(output)  # another process may have written it meanwhile
     try:
         training.save_checkpoint(output, adapted, *about, run=run, adapted=facts, **epoch)
     except (UserError, KeyboardInterrupt):

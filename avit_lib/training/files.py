@@ -4,13 +4,27 @@ import hashlib
 import io
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from avit_lib.errors import UserError
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into ``folder``; raises UserError where one does."""
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another process trains into {folder}; wait for it, or name another folder"
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

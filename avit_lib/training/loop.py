@@ -5,6 +5,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +28,13 @@ from avit_lib.losses import Losses
 from avit_lib.places import digest_file
 from avit_lib.training import processes
 from avit_lib.training.checkpoints import save_checkpoint
-from avit_lib.training.files import read_json, read_state, write_atomically, write_state
+from avit_lib.training.files import (
+    only_one,
+    read_json,
+    read_state,
+    write_atomically,
+    write_state,
+)
 
 RESUME = "resume.pt"  # the state after the last finished epoch
 # Of what is written after each epoch, best.json is the first and last.safetensors the last.
@@ -121,27 +128,8 @@ def fit(
     job = _prepare(model, train, loss, config, torch.device(device))
     if adjust:
         adjust(job.optimizer)
-    records = _resume(job, output, run)
-    processes.share(model)
-    processes.barrier()  # until here all processes only read
-    if processes.rank() == 0:
-        _tell_unusual(job, len(train))
-    for epoch in range(len(records) + 1, config.epochs + 1):
-        started = time.perf_counter()
-        record = {"epoch": epoch} | _train_epoch(job, train, epoch, seed)
-        records.append(record)
-        if processes.rank() == 0:  # alone: validation images are few
-            record |= {f"val_{name}": value for name, value in validate(job.result).items()}
-            record["seconds"] = round(time.perf_counter() - started, 1)
-            _write_results(output, run, job.result, records)
-            if epoch < config.epochs:
-                state = {name: part.state_dict() for name, part in job.changing.items()}
-                write_state(output / RESUME, state | {"records": records, "run": run})
-            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
-            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
-    if processes.rank() == 0:
-        (output / RESUME).unlink(missing_ok=True)
-    processes.barrier()  # whoever goes on finds what the first process wrote
+    with only_one(output) if processes.rank() == 0 else nullcontext():
+        records = _train(job, train, output, run, validate)
     return pd.DataFrame(records)
 
 
@@ -191,6 +179,39 @@ def _prepare(
             if isinstance(part, Attention):
                 part.fused_attn = False  # backward, the fused kernel takes three times as long
     return _Job(model, loss, config, device, optimizer, schedule, average, updates)
+
+
+def _train(
+    job: _Job,
+    train: Images,
+    output: Path,
+    run: dict,
+    validate: Callable[[nn.Module], dict[str, float]],
+) -> list[dict]:
+    """The epochs that are left of a run in ``output``; its records, one an epoch."""
+    config, seed = job.config, run["seed"]
+    records = _resume(job, output, run)
+    processes.share(job.model)
+    processes.barrier()  # until here all processes only read
+    if processes.rank() == 0:
+        _tell_unusual(job, len(train))
+    for epoch in range(len(records) + 1, config.epochs + 1):
+        started = time.perf_counter()
+        record = {"epoch": epoch} | _train_epoch(job, train, epoch, seed)
+        records.append(record)
+        if processes.rank() == 0:  # alone: validation images are few
+            record |= {f"val_{name}": value for name, value in validate(job.result).items()}
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            _write_results(output, run, job.result, records)
+            if epoch < config.epochs:
+                state = {name: part.state_dict() for name, part in job.changing.items()}
+                write_state(output / RESUME, state | {"records": records, "run": run})
+            told = f"loss {record['train_loss']:.4g}, accuracy {record['val_accuracy']:.4g}"
+            print(f"{output.name}, epoch {epoch}/{config.epochs}: {told}", flush=True)
+    if processes.rank() == 0:
+        (output / RESUME).unlink(missing_ok=True)
+    processes.barrier()  # whoever goes on finds what the first process wrote
+    return records
 
 
 def _resume(job: _Job, output: Path, run: dict) -> list[dict]:
@@ -318,7 +339,8 @@ def finished_history(output: Path, run: dict, config: Training) -> pd.DataFrame 
     if not {*WRITTEN} <= {*there} or found["epoch"] != config.epochs:
         return None
     for weights in (output / "best.safetensors", output / "last.safetensors"):
-        if digest_file(weights) != read_json(weights.with_suffix(".json"))["sha256"]:
+        beside = read_json(weights.with_suffix(".json"))
+        if beside.get("run") != run or digest_file(weights) != beside["sha256"]:
             return None
     try:
         history = pd.read_csv(output / "history.csv")

@@ -167,6 +167,28 @@ def test_a_finished_run_with_damaged_weights_is_trained_again(tmp_path, name, ca
     assert content(tmp_path) == whole
 
 
+def test_a_best_checkpoint_of_another_run_is_not_kept(tmp_path):
+    train(tmp_path / "own")
+    whole = content(tmp_path / "own")
+    train(tmp_path / "other", seed=1)
+    for path in (tmp_path / "other").glob("best.*"):
+        shutil.copy(path, tmp_path / "own")
+    train(tmp_path / "own")
+    assert content(tmp_path / "own") == whole
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    def intrude(*batch):
+        with refused("another process trains into"):
+            train(tmp_path)
+        intruded.append(batch)
+        return LOSS(*batch)
+
+    intruded = []
+    train(tmp_path, intrude)
+    assert intruded
+
+
 @pytest.mark.parametrize("lines", [0, 1, 2])
 def test_a_finished_run_with_half_a_history_is_trained_again(tmp_path, lines):
     train(tmp_path)
