@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from avit_lib.data.files import find_images, tell
 from avit_lib.data.images import ImageFiles, Images, batch_transform
 from avit_lib.errors import UserError, name_some
-from avit_lib.places import check_embedded, data_dir
+from avit_lib.places import check_embedded, data_dir, list_embedded, project_root
 
 # Data sets without an official test set, from which all three parts are drawn: their folder under
 # data_dir(), how many classes are in it, one a folder, and the folders that are none of them.
@@ -134,6 +134,14 @@ def _pool_images(data: Data) -> Images:
         )
     unused = there - set(data.classes or there)
     images = folder_images(folder, data.image_size, leave_out=others | unused)
+    whole = project_root() / "data" / inside
+    listed = {name.removeprefix(f"{inside}/") for _, name in list_embedded(whole)}
+    known = {name for name in listed if name.partition("/")[0] in data.classes}
+    if known and (others := known ^ {*images.images.names.tolist()}):
+        tell(
+            f"{folder} lacks or adds {len(others)} images of these classes: "
+            f"{name_some(sorted(others))}; its split is another one"
+        )
     if not data.classes and len(images) != PUBLISHED[data.dataset]:
         tell(
             f"{folder} has {len(images)} images, and {data.dataset} as published "

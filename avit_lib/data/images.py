@@ -36,6 +36,7 @@ MEMORY_LIMIT = 4 * 2**30
 # Tags of a TIFF, and values of three of them.
 SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339
 OLD_SUBFILE_TYPE, FILL_ORDER, PLANAR_CONFIGURATION = 255, 266, 284
+STRIP_OFFSETS, TILE_OFFSETS, EXTRA_SAMPLES = 273, 324, 338
 YCBCR, LOW_BITS_FIRST, IN_PLANES = 6, 2, 2
 ORIENTATION, TURNED = "{http://ns.adobe.com/tiff/1.0/}Orientation", [*"12345678"]  # of XMP
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
@@ -246,6 +247,8 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             _refuse_misread(image)
+            if image.format == "PNG":
+                image.load()  # metadata may stand behind the pixels
             _read_orientation(image)
             upright = ImageOps.exif_transpose(image)
             most = WIDEST * min(upright.size)
@@ -304,8 +307,13 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     planes, reversed_bits = tags.get(PLANAR_CONFIGURATION) == IN_PLANES, tags.get(FILL_ORDER, 1)
     raw = image.info.get("compression") == "raw"
     mixed_up = image.mode in ("LA", "La", "PA", "LAB") or (raw and tags.get(PHOTOMETRIC) == 0)
+    mixed_up = mixed_up or np.min(tags.get(BITS_PER_SAMPLE, 8)) < 8
     if planes and (reversed_bits == LOW_BITS_FIRST or mixed_up):
         raise ValueError("its colours lie in planes and are read wrongly; save them together")
+    if raw and 0 in (*tags.get(STRIP_OFFSETS, ()), *tags.get(TILE_OFFSETS, ())):
+        raise ValueError("parts of it are missing; save it whole")
+    if image.mode in ("RGBA", "RGBX") and EXTRA_SAMPLES not in tags and tags:
+        raise ValueError("it does not say what its fourth channel is; save it with three")
     if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
         raise ValueError("its first page is a thumbnail; save the photograph alone")
     part = image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size)

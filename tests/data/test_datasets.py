@@ -13,6 +13,8 @@ from avit_lib.data import Data, check_embedded, datasets
 from avit_lib.errors import UserError
 from avit_lib.places import digest_file, project_root
 
+ANTS = "caltech101/101_ObjectCategories"
+
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
@@ -115,16 +117,34 @@ def test_what_is_embedded_is_as_published():
     check_embedded(embedded)
 
 
-@pytest.mark.parametrize("content", [None, b"other"])
-def test_an_embedded_file_that_is_not_as_published_is_named(content, tmp_path, monkeypatch):
-    embedded = tmp_path / "data"
-    write_images(embedded / "caltech101" / "101_ObjectCategories", {"ant": 3})
-    files = sorted(embedded.rglob("*.png"))
-    sums = [f"{digest_file(path)}  {path.relative_to(embedded)}\n" for path in files]
-    (embedded / "SHA256SUMS").write_text("".join(sums))
+@pytest.fixture
+def embedded(tmp_path, monkeypatch):
+    """The data/ of a checkout in which we are, with twelve ants."""
+    folder = tmp_path / "data"
+    write_images(folder / ANTS, {"ant": 12})
+    files = sorted(folder.rglob("*.png"))
+    sums = [f"{digest_file(path)}  {path.relative_to(folder)}\n" for path in files]
+    (folder / "SHA256SUMS").write_text("".join(sums))
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "avit_lib").mkdir()
     monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_another_folder_with_other_images_than_the_embedded_is_told(embedded, tmp_path, capsys):
+    write_images(tmp_path / ANTS, {"ant": 13, "bee": 12})
+    for classes in (("ant",), ("bee",)):
+        data.training_data(replace(COLOUR, classes=classes), 0)
+    assert capsys.readouterr().err.count("lacks or adds 1 images of these classes: ant/") == 1
+    (tmp_path / ANTS / "ant" / "image_0012.png").unlink()
+    data.training_data(replace(COLOUR, classes=("ant",)), 0)
+    assert "lacks" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"other"])
+def test_an_embedded_file_that_is_not_as_published_is_named(
+    content, embedded, tmp_path, monkeypatch
+):
     monkeypatch.delenv("AVIT_DATA")
     check_embedded(embedded)
     name = "caltech101/101_ObjectCategories/ant/image_0001.png"

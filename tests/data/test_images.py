@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -61,10 +62,17 @@ def gif_with_a_small_frame():
     return whole[:6] + struct.pack("<HH", 30, 30) + whole[10:]
 
 
-def without_tag(tag):
-    """A grey TIFF without a tag: it has another number."""
-    whole = encode(new("L", 9), "TIFF")
+def without_tag(tag, mode="L", colour=9):
+    """A TIFF without a tag: it has another number."""
+    whole = encode(new(mode, colour), "TIFF")
     return whole.replace(struct.pack("<HH", tag, 3), struct.pack("<HH", 65000, 3))
+
+
+def without_its_pixels():
+    """A TIFF whose only strip lies nowhere: its writer left out what is empty."""
+    whole = encode(new("RGB", 9), "TIFF")
+    place = whole.index(struct.pack("<HHI", 273, 4, 1)) + 8
+    return whole[:place] + bytes(4) + whole[place + 4 :]
 
 
 def small_palette():
@@ -106,6 +114,9 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (encode(new("RGB", 9), "TIFF", tiffinfo={255: 2}), "first page is a thumbnail"),
         (encode(new("RGB", 9), "TIFF", tiffinfo={266: 2, 284: 2}), "colours lie in planes"),
         (encode(new("LA", 9), "TIFF", tiffinfo={284: 2}), "colours lie in planes"),
+        (encode(new("1", 1), "TIFF", tiffinfo={258: 4, 284: 2}) + bytes(999), "lie in planes"),
+        (without_its_pixels(), "parts of it are missing"),
+        (without_tag(338, "RGBA", 1), "what its fourth channel is"),
         (small_palette(), "its palette is of 8 bits"),
         (encode(new("YCbCr", 9), "TIFF"), "YCbCr without compression"),
         (encode(new("LAB", 9), "TIFF", tiffinfo={284: 2}), "colours lie in planes"),
@@ -212,6 +223,17 @@ def exif_turned():
 
 
 TURNED_XMP = XMP.format(TIFF, "><rdf:Description tiff:Orientation='6'/>").encode()
+
+
+def test_what_stands_behind_the_pixels_of_a_png_counts(tmp_path):
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[ExifTags.Base.Make] = "camera"
+    half_white().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    text = b"iTXtXML:com.adobe.xmp" + bytes(5) + TURNED_XMP
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    whole, end = path.read_bytes(), 12  # bytes of the last chunk
+    path.write_bytes(whole[:-end] + chunk + whole[-end:])
+    assert_upright(path)
 
 
 @pytest.mark.parametrize(
