@@ -3,6 +3,7 @@
 It has no parameter more than a DeiT or ViT.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,7 @@ class AViT(TokensLeave):
         self.execution = execution
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.added and not torch.as_tensor(value).isfinite():
+        if name in self.added and not math.isfinite(value):
             raise UserError(f"{name} must be a finite number, not {value}")
         if name == "eps" and not 0 < value < 1:
             raise UserError(f"eps must lie between 0 and 1, not {value}")

@@ -103,3 +103,9 @@ def test_timm_finds_and_configures_it():
         model = timm.create_model(f"avit_{size}_patch16_224", depth=1, gamma=3.0, eps=0.25)
         assert isinstance(model, AViT) and model.embed_dim == width
         assert (model.gamma, model.beta, model.eps) == (3.0, -10.0, 0.25)
+
+
+def test_it_is_made_without_memory_for_its_weights():
+    with torch.device("meta"):
+        model = timm.create_model("avit_nano", beta=-3.0)
+    assert model.pos_embed.is_meta and model.to_empty(device="cpu").beta == -3
