@@ -52,7 +52,7 @@ def animate(profile: str, seed: int) -> None:
             trace = model.forward_with_trace(images.to(study.device))[1]
         grids[name] = pictures.grids(trace.depth.cpu())
     layers, pixels = len(model.blocks), to_pixels(images)
-    titles = [study.test.classes[label] for label in labels]
+    titles = [study.test.classes[label].replace("_", " ") for label in labels]
     frames = [draw_frame(pixels, grids, titles, layer) for layer in range(layers)]
     durations = [DURATION] * (layers - 1) + [HELD]
     moving = io.BytesIO()
