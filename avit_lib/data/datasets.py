@@ -137,10 +137,10 @@ def _pool_images(data: Data) -> Images:
     whole = project_root() / "data" / inside
     listed = {name.removeprefix(f"{inside}/") for _, name in list_embedded(whole)}
     known = {name for name in listed if name.partition("/")[0] in data.classes}
-    if known and (others := known ^ {*images.images.names.tolist()}):
+    if known and (differing := known ^ {*images.images.names.tolist()}):
         tell(
-            f"{folder} lacks or adds {len(others)} images of these classes: "
-            f"{name_some(sorted(others))}; its split is another one"
+            f"{folder} lacks or adds images of these classes ({len(differing)}): "
+            f"{name_some(sorted(differing))}; its split is another one"
         )
     if not data.classes and len(images) != PUBLISHED[data.dataset]:
         tell(

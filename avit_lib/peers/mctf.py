@@ -13,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from avit_lib.errors import UserError
 from avit_lib.flops import block_flops, linear_flops
 from avit_lib.peers.reduction import TokenReduction
 from avit_lib.peers.tome import ask, merge_tokens
@@ -21,6 +22,7 @@ from avit_lib.peers.tome import ask, merge_tokens
 TAU_INFO, TAU_SIZE = 20, 40
 
 
+@torch.no_grad()
 def match(tokens: Tensor, ease: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bidirectional bipartite soft matching: who of N tokens fuses into whom.
 
@@ -62,7 +64,8 @@ def fuse(
     block: nn.Module, tokens: Tensor, size: Tensor | None, left: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Fuse the tokens that attract each other most (``reduce`` of ``TokenReduction``)."""
-    attn, split = block.attn, 2 * block.attn.attn_dim
+    attn = block.attn
+    split = 2 * attn.num_heads * attn.head_dim
     size = torch.ones_like(tokens[..., :1]) if size is None else size
     query, key = project(attn, block.norm1(tokens), slice(split))
     logits = attn.q_norm(query) @ attn.k_norm(key).transpose(2, 3) * attn.scale
@@ -91,6 +94,9 @@ def fuse_flops(block: nn.Module, count: int, left: int) -> float:
 def fuse_tokens(model: VisionTransformer, r: int) -> TokenReduction:
     """A trained ``model`` in which ``r`` tokens fuse into others in each layer but the first.
 
-    Raises UserError as ``merge_tokens``.
+    Raises UserError as ``merge_tokens``, and for queries, keys and values that an adapter makes.
     """
-    return merge_tokens(model, r, first=2, reduce=fuse, reducing_flops=fuse_flops)
+    fused = merge_tokens(model, r, first=2, reduce=fuse, reducing_flops=fuse_flops)
+    if any(type(block.attn.qkv) is not nn.Linear for block in model.blocks):
+        raise UserError("MCTF computes values apart from keys; merge the adapter of qkv first")
+    return fused

@@ -13,7 +13,9 @@ from avit_lib.data import Images
 from avit_lib.evaluation import Predictions
 from avit_lib.training.files import write_atomically
 
-LIBRARY = Path(__file__).resolve().parents[1]
+LIBRARY = hashlib.sha256()  # as imported: its files may change while a notebook runs
+for file in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
+    LIBRARY.update(file.read_bytes())
 FIELDS = ("logits", "labels", "depth", "flops", "means")  # halting scores would take ten times this
 
 
@@ -28,8 +30,7 @@ def digest_images(data: Images) -> str:
 def digest_model(model: nn.Module) -> str:
     """The checksum of what computes: weights, this library, and the two that it stands on."""
     digest = hashlib.sha256(" ".join(map(version, ("torch", "timm"))).encode())
-    for path in sorted(LIBRARY.rglob("*.py")):
-        digest.update(path.read_bytes())
+    digest.update(LIBRARY.digest())
     for name, weights in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weights.cpu().contiguous().numpy())

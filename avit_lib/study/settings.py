@@ -167,6 +167,8 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"focus and sweep name runs; there is no run {name!r}")
         for name in {*self.peers, *self.sweep_peers} - {*PEERS}:
             raise ValueError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
+        if any(len(numbers) != len(self.adapted) for numbers in self.peers.values()):
+            raise ValueError("peers need as many numbers each as adapted: 07 pairs them")
         if len(set(self.sweep_seeds)) < len(self.sweep_seeds):
             raise ValueError("sweep_seeds names a seed twice")
 

@@ -214,8 +214,9 @@ class Study:
     def predict_test(self, label: str, model: nn.Module) -> evaluation.Predictions:
         """What ``model`` says of the test images, without halting scores: computed only once.
 
-        Kept beside the checkpoints, and read back while ``label``, weights, images and the library
-        are the same.
+        Kept beside the checkpoints, unless images are decoded when they are needed; read back while
+        ``label``, weights, images, device and library are the same. ``label`` has to say what no
+        weight does, such as r.
         """
         if not isinstance(self.test.images, Tensor):  # files, which may change
             return self._predict_test(model)
@@ -283,7 +284,8 @@ def clear_other(folder: Path, wanted: dict[str, Any]) -> None:
     known = folder / "last.json"
     if processes.rank() == 0 and known.is_file() and read_json(known).get("run") != wanted:
         print(f"{folder.name}: its settings or images changed; training again", flush=True)
-        shutil.rmtree(folder)
+        with training.only_one(folder):
+            shutil.rmtree(folder)
     processes.barrier()  # the others see the folder as the first one left it
 
 

@@ -13,7 +13,7 @@ from avit_lib.training.checkpoints import (
     read_weights,
     save_checkpoint,
 )
-from avit_lib.training.files import read_json, write_atomically, write_json
+from avit_lib.training.files import only_one, read_json, write_atomically, write_json
 from avit_lib.training.loop import (
     Training,
     count_updates,

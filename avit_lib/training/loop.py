@@ -114,9 +114,9 @@ def fit(
     best.safetensors (best by validation accuracy), history.csv and the resume state; an interrupted
     run resumes from there, a finished one returns at once. ``description`` (model, arguments, ...)
     goes into the JSON of each checkpoint. ``adjust`` gets the optimizer before the first step.
-    Raises UserError when another description lies in ``output``, when nothing can be written there,
-    when memory does not suffice and when the loss is no longer finite: then the checkpoints of the
-    last finished epoch stay.
+    Raises UserError when another description lies in ``output``, when nothing can be written there
+    or another process trains there, when memory does not suffice and when the loss is no longer
+    finite: then the checkpoints of the last finished epoch stay.
     """
     run = description | {"seed": seed}
     history = finished_history(output, run, config)
@@ -125,10 +125,9 @@ def fit(
     _check_trainable(train, config)
     output.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=output).close()  # fails now rather than after the first epoch
-    job = _prepare(model, train, loss, config, torch.device(device))
-    if adjust:
-        adjust(job.optimizer)
+    job = _prepare(model, train, loss, config, torch.device(device), adjust)
     with only_one(output) if processes.rank() == 0 else nullcontext():
+        finished_history(output, run, config)  # another process may have ended another run
         records = _train(job, train, output, run, validate)
     return pd.DataFrame(records)
 
@@ -158,13 +157,23 @@ class _Job:
 
 
 def _prepare(
-    model: nn.Module, train: Images, loss: Loss, config: Training, device: torch.device
+    model: nn.Module,
+    train: Images,
+    loss: Loss,
+    config: Training,
+    device: torch.device,
+    adjust: Callable[[torch.optim.Optimizer], None] | None,
 ) -> _Job:
-    """Optimizer, schedule and averaged weights of a training; ``model`` goes to ``device``."""
+    """Optimizer, schedule and averaged weights of a training.
+
+    ``model`` goes to ``device``; in bfloat16 on CPUs its attention is the plain formula.
+    """
     model.to(device)
     optimizer = create_optimizer_v2(
         model, "adamw", lr=config.learning_rate, weight_decay=config.weight_decay
     )
+    if adjust:
+        adjust(optimizer)
     updates = count_updates(train, config)
     schedule = CosineLRScheduler(
         optimizer,

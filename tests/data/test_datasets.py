@@ -135,7 +135,7 @@ def test_another_folder_with_other_images_than_the_embedded_is_told(embedded, tm
     write_images(tmp_path / ANTS, {"ant": 13, "bee": 12})
     for classes in (("ant",), ("bee",)):
         data.training_data(replace(COLOUR, classes=classes), 0)
-    assert capsys.readouterr().err.count("lacks or adds 1 images of these classes: ant/") == 1
+    assert capsys.readouterr().err.count("lacks or adds images of these classes (1): ant/") == 1
     (tmp_path / ANTS / "ant" / "image_0012.png").unlink()
     data.training_data(replace(COLOUR, classes=("ant",)), 0)
     assert "lacks" not in capsys.readouterr().err

@@ -89,6 +89,13 @@ def test_the_class_token_is_alone_and_first_even_among_equals():
     assert into[0, 0] == 0 and into[0, 1:].min() > 0
 
 
+def test_an_adapter_in_the_attention_is_refused():
+    model = timm.create_model("deit_nano")
+    model.blocks[1].attn.qkv = torch.nn.Sequential(model.blocks[1].attn.qkv)
+    with refused("merge the adapter of qkv first"):
+        mctf.fuse_tokens(model, 1)
+
+
 @pytest.mark.parametrize("r", [-1, 2.5])
 def test_what_cannot_fuse_is_refused(r):
     with refused("whole numbers"):

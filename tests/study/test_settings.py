@@ -120,6 +120,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("budgets.nobody = [0.2]", r"budgets\.nobody: there is no run 'nobody'"),
         ("recalibrated.deit = [2.0]", "run deit: recalibrated is of runs that halt"),
         ("runs.avit_published.halting.channel_rate = 0.5", r"channel_rate is of a channel 0 that"),
+        ("adapted = [0.1, 0.2]", "need as many numbers each as adapted"),
         ("runs.avit.init = 'deit'", r"runs\.avit: pretrained is for init = .*; init is 'deit'"),
     ],
 )

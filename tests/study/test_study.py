@@ -90,6 +90,7 @@ def test_predictions_are_kept_until_weights_images_or_label_change(open_study, m
         for name in ("logits", "labels", "depth", "flops", "means", "predicted", "mean_depth")
     )
     assert [predict(open_it(16))[0], predict(open_it(), "another")[0]] == [1, 1]
+    assert [predict(open_it())[0], predict(open_it())[0]] == [1, 0]  # the smaller set was last
     model.beta = 10.0  # all halt at once
     count, later = predict(open_it())
     assert count == 1 and not torch.equal(later.depth, first.depth)
