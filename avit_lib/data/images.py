@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, TiffTags, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -33,11 +33,12 @@ CROP_FRACTION = 0.9  # of the shorter side, seen in evaluation: DeiT's in timm (
 CROP_AREA = (0.5, 1.0)
 # Bytes of a decoded set; a larger one is decoded when it is needed, in every epoch again.
 MEMORY_LIMIT = 4 * 2**30
-# Tags of a TIFF, and values of three of them.
-SUBFILE_TYPE, BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, SAMPLE_FORMAT = 254, 258, 262, 320, 339
-OLD_SUBFILE_TYPE, FILL_ORDER, PLANAR_CONFIGURATION = 255, 266, 284
-STRIP_OFFSETS, TILE_OFFSETS, EXTRA_SAMPLES = 273, 324, 338
-YCBCR, LOW_BITS_FIRST, IN_PLANES = 6, 2, 2
+# Tags of a TIFF, and a value of the second.
+BITS_PER_SAMPLE, PHOTOMETRIC, COLOUR_MAP, EXTRA_SAMPLES = 258, 262, 320, 338
+STRIP_OFFSETS, TILE_OFFSETS, YCBCR = 273, 324, 6
+# Other tags, and the values that Pillow reads right whatever else a TIFF says: no thumbnails, no
+# bits in reverse, colours together and not in planes, without a sign.
+PLAIN_TIFF = {254: (0, 2), 255: (1, 3), 266: (1,), 284: (1,), 339: (1,)}
 ORIENTATION, TURNED = "{http://ns.adobe.com/tiff/1.0/}Orientation", [*"12345678"]  # of XMP
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
@@ -296,26 +297,20 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     highest = re.search(r"'ppm.*, (\d+)\)", layout)  # value of a PPM
     if deep or (highest and int(highest[1]) > 255) or np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8:
         raise ValueError("it has more than 8 bits a colour; save it with 8")
-    if tags.get(PHOTOMETRIC) == YCBCR and image.info.get("compression") == "raw":
-        raise ValueError("its colours are YCbCr without compression; save it as RGB")
-    if np.max(tags.get(SAMPLE_FORMAT, 1)) > 1:
-        raise ValueError("its colours have a sign; save it with 8 bits")
-    if "transparency" in image.info and re.search("'L;[24]'", layout):
-        raise ValueError("its transparent grey is read wrongly; save it with 8 bits")
-    if np.max(tags.get(COLOUR_MAP, 256)) < 256:
-        raise ValueError("its palette is of 8 bits in place of 16; save it again")
-    planes, reversed_bits = tags.get(PLANAR_CONFIGURATION) == IN_PLANES, tags.get(FILL_ORDER, 1)
+    for tag, plain in PLAIN_TIFF.items():
+        if tag in tags and not {*np.ravel(tags[tag])} <= {*plain}:
+            raise ValueError(f"its {TiffTags.lookup(tag).name} is {tags[tag]}; save it as PNG")
     raw = image.info.get("compression") == "raw"
-    mixed_up = image.mode in ("LA", "La", "PA", "LAB") or (raw and tags.get(PHOTOMETRIC) == 0)
-    mixed_up = mixed_up or np.min(tags.get(BITS_PER_SAMPLE, 8)) < 8
-    if planes and (reversed_bits == LOW_BITS_FIRST or mixed_up):
-        raise ValueError("its colours lie in planes and are read wrongly; save them together")
+    if raw and tags.get(PHOTOMETRIC) == YCBCR:
+        raise ValueError("its colours are YCbCr without compression; save it as RGB")
     if raw and 0 in (*tags.get(STRIP_OFFSETS, ()), *tags.get(TILE_OFFSETS, ())):
         raise ValueError("parts of it are missing; save it whole")
-    if image.mode in ("RGBA", "RGBX") and EXTRA_SAMPLES not in tags and tags:
+    if tags and image.mode in ("RGBA", "RGBX") and EXTRA_SAMPLES not in tags:
         raise ValueError("it does not say what its fourth channel is; save it with three")
-    if tags.get(SUBFILE_TYPE, 0) & 1 or tags.get(OLD_SUBFILE_TYPE) == 2:
-        raise ValueError("its first page is a thumbnail; save the photograph alone")
+    if np.max(tags.get(COLOUR_MAP, 256)) < 256:
+        raise ValueError("its palette is of 8 bits in place of 16; save it again")
+    if "transparency" in image.info and re.search("'L;[24]'", layout):
+        raise ValueError("its transparent grey is read wrongly; save it with 8 bits")
     part = image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size)
     if part and "transparency" not in image.info:
         raise ValueError("its first frame covers only a part of it; save it anew")
