@@ -61,13 +61,14 @@ def _time(step: Step, calls: int = 1) -> float:
 def infer(model: nn.Module, images: Tensor, execution: str = "packed") -> Step:
     """A step of plain inference; ``execution`` is that of a model whose tokens halt.
 
-    The model stays in evaluation mode and with this execution.
+    The model stays in evaluation mode; between steps it has its own execution.
     """
 
     def step() -> None:
+        own, model.execution = getattr(model, "execution", execution), execution
         with torch.inference_mode():
-            model.execution = execution
             model(images)
+        model.execution = own
 
     model.eval()
     return step

@@ -10,6 +10,7 @@ import timm
 import torch
 from conftest import random_images, varied_model
 
+from avit_lib import AViT
 from avit_lib.evaluation import predict, speed
 
 
@@ -53,6 +54,15 @@ def test_speed_is_the_median_with_quartiles_and_compared_with_the_first(clock):
     assert table["images_per_second"].tolist() == [2, 2]
     found = table.loc[1, "images_per_second_low":"speedup"].tolist()
     assert found == pytest.approx([8 / 5, 8 / 2, 1.0])  # of 1, 2, 4, 5, 5 seconds
+
+
+def test_a_step_runs_as_told_and_leaves_the_model_as_it_was(monkeypatch):
+    seen, images = [], random_images(2)[:][0]
+    monkeypatch.setattr(AViT, "forward", lambda model, _: seen.append(model.execution))
+    model = timm.create_model("avit_nano", execution="auto")
+    for execution in ("masked", "packed"):
+        speed.infer(model, images, execution)()
+    assert seen == ["masked", "packed"] and model.execution == "auto"
 
 
 @pytest.mark.usefixtures("short_timings")
