@@ -121,14 +121,11 @@ class Results:
 
 
 def find_origin(facts: dict[str, Any], place: str) -> dict[str, Any]:
-    """Of the ``facts`` on a notebook's last run those of one of its files.
+    """Where a file comes from: its own facts; of a run that wrote none for each file, those of it.
 
-    A run that failed has written some of them alone; what it has not is of an unknown run before.
+    Empty for a file that the run did not write.
     """
-    if "files" not in facts:
-        return facts
-    own = facts["files"].get(place, {})
-    return facts | own if own.get("commit") == facts["commit"] else own
+    return facts.get("files", {place: facts}).get(place, {})
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:
