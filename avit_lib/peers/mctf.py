@@ -16,7 +16,7 @@ from torch.func import functional_call
 from avit_lib.errors import UserError
 from avit_lib.flops import block_flops, linear_flops
 from avit_lib.peers.reduction import TokenReduction
-from avit_lib.peers.tome import ask, merge_tokens
+from avit_lib.peers.tome import ask, leave_by_number
 
 # Temperatures of informativeness and size; that of similarity is 1.
 TAU_INFO, TAU_SIZE = 20, 40
@@ -94,9 +94,9 @@ def fuse_flops(block: nn.Module, count: int, left: int) -> float:
 def fuse_tokens(model: VisionTransformer, r: int) -> TokenReduction:
     """A trained ``model`` in which ``r`` tokens fuse into others in each layer but the first.
 
-    Raises UserError as ``merge_tokens``, and for queries, keys and values that an adapter makes.
+    Raises UserError as ToMe's ``merge_tokens``, and for queries, keys and values that an adapter makes.
     """
-    fused = merge_tokens(model, r, first=2, reduce=fuse, reducing_flops=fuse_flops)
+    fused = TokenReduction(model, leave_by_number(r, first=2), fuse, fuse_flops)
     if any(type(block.attn.qkv) is not nn.Linear for block in model.blocks):
         raise UserError("MCTF computes values apart from keys; merge the adapter of qkv first")
     return fused

@@ -69,19 +69,11 @@ def merge_flops(block: nn.Module, count: int, left: int) -> float:
     return block_flops(block, count, left) + matched
 
 
-def merge_tokens(
-    model: VisionTransformer,
-    r: int,
-    step: int = 1,
-    first: int = 1,
-    reduce: Callable = merge_pairs,
-    reducing_flops: Callable = merge_flops,
-) -> TokenReduction:
-    """A trained ``model`` that merges the ``r`` most similar pairs in each layer from ``first`` on.
+def leave_by_number(r: int, step: int = 1, first: int = 1) -> Callable[[int, int], int]:
+    """``count_left`` of ``TokenReduction`` where ``r`` tokens leave in layers from ``first`` on.
 
-    At most half of the patches merge in a layer. With ``step`` 2 it merges in every second layer
-    alone, which the paper doesn't try. Another ``reduce`` and what it costs make another method of
-    it. Raises UserError for r < 0, and as ``TokenReduction``.
+    At most half of the patches leave in a layer; with ``step`` 2, in every second layer alone.
+    Raises UserError for r < 0.
     """
     if r < 0 or r % 1 or step < 1 or step % 1:
         raise UserError(f"{r} tokens in every {step}th layer cannot merge; take whole numbers")
@@ -90,4 +82,13 @@ def merge_tokens(
         most = (count - 1) // 2  # all of A but the class token
         return count if layer < first or layer % step else count - min(r, most)
 
-    return TokenReduction(model, count_left, reduce, reducing_flops)
+    return count_left
+
+
+def merge_tokens(model: VisionTransformer, r: int, step: int = 1) -> TokenReduction:
+    """A trained ``model`` that merges the ``r`` most similar pairs in each layer.
+
+    With ``step`` 2 it merges in every second layer alone, which the paper doesn't try. Raises
+    UserError as ``leave_by_number`` and ``TokenReduction``.
+    """
+    return TokenReduction(model, leave_by_number(r, step), merge_pairs, merge_flops)
