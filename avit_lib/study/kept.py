@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from avit_lib.data import Images
 from avit_lib.evaluation import Predictions
+from avit_lib.places import digest_file
 from avit_lib.training.files import write_atomically
 
-LIBRARY = hashlib.sha256()  # as imported: its files may change while a notebook runs
-for file in sorted(Path(__file__).resolve().parents[1].rglob("*.py")):
-    LIBRARY.update(file.read_bytes())
+# As imported: its files may change while a notebook runs.
+LIBRARY = "".join(map(digest_file, sorted(Path(__file__).resolve().parents[1].rglob("*.py"))))
 FIELDS = ("logits", "labels", "depth", "flops", "means")  # halting scores would take ten times this
 
 
@@ -29,12 +29,9 @@ def digest_images(data: Images) -> str:
 
 def digest_model(model: nn.Module) -> str:
     """The checksum of what computes: weights, this library, and the two that it stands on."""
-    digest = hashlib.sha256(" ".join(map(version, ("torch", "timm"))).encode())
-    digest.update(LIBRARY.digest())
-    for name, weights in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weights.cpu().contiguous().numpy())
-    return digest.hexdigest()
+    known = " ".join([version("torch"), version("timm"), LIBRARY])
+    weights = save({name: value.contiguous() for name, value in model.state_dict().items()})
+    return hashlib.sha256(known.encode() + weights).hexdigest()
 
 
 def keep(path: Path, predictions: Predictions, of: str) -> None:

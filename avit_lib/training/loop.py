@@ -144,6 +144,7 @@ class _Job:
     schedule: CosineLRScheduler
     average: ModelEmaV3 | None
     updates: int  # of an epoch
+    half: bool  # whether it runs in bfloat16
 
     @property
     def result(self) -> nn.Module:
@@ -183,11 +184,12 @@ def _prepare(
         t_in_epochs=False,
     )
     average = ModelEmaV3(model, config.ema_decay) if config.ema_decay else None
-    if device.type == "cpu" and uses_bfloat16(config, device):
+    half = uses_bfloat16(config, device)
+    if half and device.type == "cpu":
         for part in model.modules():
             if isinstance(part, Attention):
                 part.fused_attn = False  # backward, the fused kernel takes three times as long
-    return _Job(model, loss, config, device, optimizer, schedule, average, updates)
+    return _Job(model, loss, config, device, optimizer, schedule, average, updates, half)
 
 
 def _train(
@@ -303,11 +305,10 @@ def _train_batch(
     for parameter in parameters:
         # Not None: packed execution leaves out a layer to which no token comes.
         parameter.grad = torch.zeros_like(parameter)
-    half = uses_bfloat16(config, job.device)
     with fitting_memory(
         config.batch_size, "lower batch_size (--batch-size), or train on more devices"
     ):
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.half):
             losses = job.loss(job.model, images, labels, update / (config.epochs * job.updates))
         losses.total.backward()
     processes.average_gradients(parameters)
