@@ -94,7 +94,7 @@ def fuse_flops(block: nn.Module, count: int, left: int) -> float:
 def fuse_tokens(model: VisionTransformer, r: int) -> TokenReduction:
     """A trained ``model`` in which ``r`` tokens fuse into others in each layer but the first.
 
-    Raises UserError as ToMe's ``merge_tokens``, and for queries, keys and values that an adapter makes.
+    Raises UserError as ``merge_tokens``, and where an adapter makes queries, keys and values.
     """
     fused = TokenReduction(model, leave_by_number(r, first=2), fuse, fuse_flops)
     if any(type(block.attn.qkv) is not nn.Linear for block in model.blocks):
