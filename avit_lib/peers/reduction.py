@@ -34,7 +34,12 @@ class Peer(nn.Module):
                 "a peer takes a plain vision transformer that answers by its one class token, with "
                 "timm's own forward and without hooks: a DeiT or ViT"
             )
-        self.model, self.blocks = model, model.blocks
+        self.model = model
+
+    @property
+    def blocks(self) -> nn.Module:
+        """The layers of the model; not registered again, or a state dict had each weight twice."""
+        return self.model.blocks
 
     def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """All layers on embedded tokens [B, N, D]."""

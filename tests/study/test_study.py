@@ -17,6 +17,7 @@ from avit_lib import load
 from avit_lib.adaptive import NEVER
 from avit_lib.data import STATISTICS, TrainingData
 from avit_lib.data.images import CROP_FRACTION
+from avit_lib.peers.tome import merge_tokens
 from avit_lib.places import digest_file, weights_file
 from avit_lib.study import Sentence, Study, get_profile
 from avit_lib.study.results import Results, to_markdown
@@ -94,6 +95,8 @@ def test_predictions_are_kept_until_weights_images_or_label_change(open_study, m
     model.beta = 10.0  # all halt at once
     count, later = predict(open_it())
     assert count == 1 and not torch.equal(later.depth, first.depth)
+    model = merge_tokens(timm.create_model("deit_nano", num_classes=4), 2)
+    assert [predict(open_it())[0], predict(open_it())[0]] == [1, 0]
     for path in (open_it().folder("deit").parent / "predictions").iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     assert predict(open_it())[0] == 1
