@@ -115,7 +115,7 @@ $(STAMPS)/%: notebooks/%.ipynb $$(call dependencies,$$*) $(STAMPS)/seed | $(STAM
 		--log-level WARNING --no-progress-bar 2> $(STAMPS)/$*.log \
 	&& $(BIN)/python scripts/tidy.py $(COPIES)/$*.running.ipynb 2>> $(STAMPS)/$*.log \
 	|| { mv -f $(COPIES)/$*.running.ipynb $(COPIES)/$*.failed.ipynb 2>/dev/null; \
-		echo "error: notebook $* failed: $$(grep . $(STAMPS)/$*.log | tail -n 1); see $(COPIES)/$*.failed.ipynb" >&2; exit 1; }
+		echo "error: notebook $* failed: $$(grep '[^ ]' $(STAMPS)/$*.log | tail -n 1); see $(COPIES)/$*.failed.ipynb" >&2; exit 1; }
 	@mv -f $(COPIES)/$*.running.ipynb $(COPIES)/$*.ipynb
 	@rm -f $(COPIES)/$*.failed.ipynb $(STAMPS)/$*.log
 	@touch -r $@.started $(COPIES)/$*.ipynb && mv -f $@.started $@
