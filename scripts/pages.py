@@ -27,7 +27,8 @@ PAGES = ("README.md", "results/README.md", "notebooks/README.md")
 MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->", re.DOTALL)
 CLONE = re.compile(r"(git clone .*--depth 1 )\S+( avit\b)")
 COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")
-TARGETS = {"08_seeds": "seeds", "09_paper": "paper"}  # of make; others belong to reproduce
+# Of make; other notebooks belong to reproduce.
+TARGETS = {"08_seeds": "seeds", "09_paper": "paper", "10_verdicts": "seeds"}
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
     "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
@@ -69,7 +70,7 @@ def describe_page(name: str) -> Page:
         return Page(name, purpose, "make benchmark", BENCHMARK_NOTES)
     profile = get_profile(name)
     more = [target for source, target in TARGETS.items() if has_run(profile.name, source)]
-    command = f"{' '.join(['make reproduce', *more])} PROFILE={name}"
+    command = f"{' '.join(['make reproduce', *dict.fromkeys(more)])} PROFILE={name}"
     return Page(profile.name, profile.purpose, command, profile.notes)
 
 

@@ -56,6 +56,19 @@ def is_peer(label: str) -> bool:
     return label.split(", ")[0] in PEERS
 
 
+def name_trainings(profile: Profile) -> dict[str, tuple[str, float]]:
+    """Of each trained peer, what it is called: its method and the number that it is trained at.
+
+    All are trained at their last number but one; those of ``peers`` once more, at their last.
+    """
+    trainings = {}
+    for name, numbers in (profile.peers | profile.sweep_peers).items():
+        trainings[f"{name} trained"] = name, numbers[-2:][0]
+        if name in profile.peers:
+            trainings[f"{name} trained at {PEERS[name][1]} = {numbers[-1]}"] = name, numbers[-1]
+    return trainings
+
+
 def recalibrated_models(study: Study, name: str) -> dict[str, nn.Module]:
     """The model of a run at the other depths or budgets that the profile names, by label.
 
