@@ -104,7 +104,7 @@ $(STAMPS)/06_efficiency: $(STAMPS)/04_evaluation
 $(STAMPS)/07_adapt: $(STAMPS)/06_efficiency
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 $(STAMPS)/09_paper: $(STAMPS)/02_finetune_deit
-$(STAMPS)/10_verdicts: $(STAMPS)/08_seeds
+$(STAMPS)/10_verdicts: $(STAMPS)/07_adapt $(STAMPS)/08_seeds
 
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
 # newer. The executed copy is replaced by a good one only.
