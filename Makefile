@@ -90,9 +90,9 @@ $(foreach name,$(NAMES),$(if $(shell cd $(COPIES) 2>/dev/null && find . -name $(
 .PHONY: other-copy
 endif
 
-reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds 09_paper 10_verdicts,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
+reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds 09_paper 10_verdicts 11_ablations,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
 seeds: $(STAMPS)/10_verdicts  ## Run 08, 10 and what they read: models and peers, trained alike from several seeds
-paper: $(STAMPS)/09_paper  ## Run 09, and what it reads: the paper's own settings, for many epochs
+paper: $(STAMPS)/09_paper $(STAMPS)/11_ablations  ## Run 09, 11 and what they read: the paper's own settings for many epochs, its objective part by part
 reproduce seeds paper:
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 
@@ -105,6 +105,7 @@ $(STAMPS)/07_adapt: $(STAMPS)/06_efficiency
 $(STAMPS)/08_seeds: $(STAMPS)/04_evaluation
 $(STAMPS)/09_paper: $(STAMPS)/02_finetune_deit
 $(STAMPS)/10_verdicts: $(STAMPS)/07_adapt $(STAMPS)/08_seeds
+$(STAMPS)/11_ablations: $(STAMPS)/02_finetune_deit
 
 # A stamp bears the time at which the last good run started, so that what changed meanwhile counts as
 # newer. The executed copy is replaced by a good one only.

@@ -28,7 +28,12 @@ MARKED = re.compile(r"<!-- begin (\w+)/(\w+) -->\n(?:.*?\n)??<!-- end \1/\2 -->"
 CLONE = re.compile(r"(git clone .*--depth 1 )\S+( avit\b)")
 COLAB = re.compile(r"(<!-- begin colab -->).*(<!-- end colab -->)")
 # Of make; other notebooks belong to reproduce.
-TARGETS = {"08_seeds": "seeds", "09_paper": "paper", "10_verdicts": "seeds"}
+TARGETS = {
+    "08_seeds": "seeds",
+    "09_paper": "paper",
+    "10_verdicts": "seeds",
+    "11_ablations": "paper",
+}
 KINDS = {"findings": ".md", "tables": ".md", "figures": ".png"}
 BENCHMARK_NOTES = (
     "All methods save about the same share of DeiT's FLOPs on embedded photographs: A-ViT's "
