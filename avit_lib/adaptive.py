@@ -124,6 +124,11 @@ class Adaptive(TokensLeave):
                 "an adapted model merges other tokens in each image, which no exporter can follow; "
                 "export the plain model, or an A-ViT"
             )
+        if len(self.thresholds) != len(self.blocks):
+            raise UserError(
+                f"{len(self.thresholds)} thresholds do not fit {len(self.blocks)} layers; take "
+                f"layers out by prune_intermediate_layers, or before adapt"
+            )
         return len(images) > 0 and any(self.merging_layers())
 
     # The compiler has nothing to gain on lengths that differ in every batch.

@@ -125,7 +125,12 @@ class AdaptiveLoss:
     ) -> Losses:
         """``progress`` is the fraction of training done, 0..1."""
         # By a call of the model itself: that is what wrappers see (DDP, autocast, compile).
-        logits, trace = model(images, with_trace=True)
+        try:
+            logits, trace = model(images, with_trace=True)
+        except TypeError as error:  # a plain model knows no such argument
+            if "with_trace" not in str(error):
+                raise
+            trace = None
         if not isinstance(trace, HaltingTrace):
             raise UserError("AdaptiveLoss needs the halting scores of an A-ViT; use TaskLoss")
         layers = trace.halting_scores.shape[1]

@@ -113,8 +113,9 @@ def test_autocast_around_forward_reaches_the_blocks_and_the_terms_are_float32():
 
 def test_a_model_without_halting_scores_is_refused():
     plain, images = timm.create_model("deit_nano"), bright_and_dark().float()
-    with refused("needs the halting scores of an A-ViT"):
-        AdaptiveLoss()(avit_lib.adapt(plain, images, saved=0.2), images, LABELS)
+    for model in (plain, avit_lib.adapt(plain, images, saved=0.2)):
+        with refused("needs the halting scores of an A-ViT"):
+            AdaptiveLoss()(model, images, LABELS)
 
 
 # --- at the extremes ------------------------------------------------------------------------------

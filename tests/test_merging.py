@@ -134,7 +134,7 @@ def test_what_decides_who_merges_is_single_precision_and_nobody_else_s():
 def test_thresholds_are_one_for_each_layer():
     adaptive = adapted(make())
     adaptive.thresholds = adaptive.thresholds[:3]
-    with pytest.raises(ValueError, match="shorter"):
+    with refused("3 thresholds do not fit 4 layers"):
         adaptive(photographs(adaptive))
 
 

@@ -40,6 +40,7 @@ STRIP_OFFSETS, TILE_OFFSETS, YCBCR = 273, 324, 6
 # bits in reverse, colours together and not in planes, without a sign.
 PLAIN_TIFF = {254: (0, 2), 255: (1, 3), 266: (1,), 284: (1,), 339: (1,)}
 ORIENTATION, TURNED = "{http://ns.adobe.com/tiff/1.0/}Orientation", [*"12345678"]  # of XMP
+CLEAN_APERTURE = b"\0\0\0(clap"  # the head of this box in an AVIF, by which Pillow does not crop
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
 BAD_IMAGE = (
@@ -248,6 +249,8 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             _refuse_misread(image)
+            if image.format == "AVIF" and CLEAN_APERTURE in Path(path).read_bytes():
+                raise ValueError("it says that only a part of it is to be seen; save that part")
             if image.format == "PNG":
                 image.load()  # metadata may stand behind the pixels
             _read_orientation(image)
@@ -277,7 +280,10 @@ def _read_orientation(image: ImageFile.ImageFile) -> None:
         if raw.startswith(b"Exif"):
             exif.load(raw)
         xmp = xmp or raw.partition(b"http://ns.adobe.com/xap/1.0/\0")[2] or raw
-    if exif.get(ExifTags.Base.Orientation) in range(1, 9):
+    found = exif.get(ExifTags.Base.Orientation)
+    if isinstance(found, bytes):  # the number of a byte, where others write a short one
+        found = exif[ExifTags.Base.Orientation] = int.from_bytes(found, "little")
+    if found in range(1, 9):
         return
     try:
         elements = [*ElementTree.fromstring(xmp.rstrip(b"\0")).iter()]

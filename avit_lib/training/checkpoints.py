@@ -99,7 +99,9 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         known = convert(description, Described)
     except ValidationError as error:
-        raise UserError(f"{beside} does not describe a model ({error}); train it again") from None
+        raise UserError(
+            f"{beside} does not describe a model ({error}); move it, or train again"
+        ) from None
     if digest_file(path) != known.sha256:
         raise UserError(
             f"{path} does not match the checksum beside it: it is damaged or foreign; "
@@ -161,10 +163,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except BAD_WEIGHTS:
         raise UserError(
             f"{path} is not a whole safetensors file, nor a state dict that torch saved; train or "
-            f"download it again, or save the state_dict() of its model"
+            f"download it again, or save the state_dict() of its model alone"
         ) from None
     if others:
-        raise UserError(f"{path} has weights that are no real numbers: {name_some(others)}")
+        raise UserError(f"{path} has weights that are no real numbers; delete {name_some(others)}")
     return weights
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import struct
 import zlib
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -83,6 +84,16 @@ def small_palette():
     return encode(image, "TIFF").replace(right, right[1:] + b"\0")
 
 
+# By `avifenc --clap 4,1,4,1,0,1,0,1` of 8 x 8 red pixels: the 4 x 4 in the middle are to be seen.
+AVIF_WITH_CLEAN_APERTURE = b64decode("""
+AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAAEbbWV0YQAAAAAAAAAoaGRscgAAAAAAAAAAcGljdAAAAAAAAAAA
+AAAAAGxpYmF2aWYAAAAADnBpdG0AAAAAAAEAAAAeaWxvYwAAAABEAAABAAEAAAABAAABQwAAACAAAAAoaWluZgAAAAAAAQAA
+ABppbmZlAgAAAAABAABhdjAxQ29sb3IAAAAAk2lwcnAAAABzaXBjbwAAABRpc3BlAAAAAAAAAAgAAAAIAAAAEHBpeGkAAAAA
+AwgICAAAAAxhdjFDgSAAAAAAABNjb2xybmNseAABAA0ABoAAAAAoY2xhcAAAAAQAAAABAAAABAAAAAEAAAAAAAAAAQAAAAAA
+AAABAAAAGGlwbWEAAAAAAAAAAQABBQECgwSFAAAAKG1kYXQSAAoIOAi/YQENBpAyEhZABhhhhAAAeUzcPVMfYxBeqA==
+""")
+
+
 @pytest.mark.parametrize(
     ("content", "colour"),
     [
@@ -122,6 +133,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (encode(new("CMYK", 9), "JPEG").replace(b"Adobe", b"other"), "colours are inverted"),
         (bmp_of_two_colours(), "two colours are read wrongly"),
         (gif_with_a_small_frame(), "covers only a part"),
+        (AVIF_WITH_CLEAN_APERTURE, "only a part of it is to be seen"),
         (clear_bmp(), "all of it is transparent"),
         (encode(new("RGBA", (9, 9, 9, 0)), "PNG"), "all of it is transparent"),
         (encode(new("L", 9), "PNG", transparency=9), "all of it is transparent"),
@@ -183,6 +195,14 @@ def test_an_image_that_is_stored_turned_is_upright(tmp_path, ending):
     stored = half_white().transpose(Image.Transpose.ROTATE_90)
     path = tmp_path / f"image.{ending}"
     stored.save(path, exif=exif)
+    assert_upright(path)
+
+
+def test_how_an_image_is_turned_may_be_a_byte(tmp_path):
+    tag = struct.pack("<HHHIHHI", 1, ExifTags.Base.Orientation, 1, 1, 6, 0, 0)  # one, a byte: 6
+    path = tmp_path / "image.jpg"
+    stored = half_white().transpose(Image.Transpose.ROTATE_90)
+    stored.save(path, exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tag)
     assert_upright(path)
 
 
