@@ -249,8 +249,6 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
             if draft:
                 image.draft(None, (1, 1))
             _refuse_misread(image)
-            if image.format == "AVIF" and CLEAN_APERTURE in Path(path).read_bytes():
-                raise ValueError("it says that only a part of it is to be seen; save that part")
             if image.format == "PNG":
                 image.load()  # metadata may stand behind the pixels
             _read_orientation(image)
@@ -317,6 +315,10 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
         raise ValueError("its palette is of 8 bits in place of 16; save it again")
     if "transparency" in image.info and re.search("'L;[24]'", layout):
         raise ValueError("its transparent grey is read wrongly; save it with 8 bits")
+    if image.format == "AVIF":  # whose pixels are decoded from bytes that Pillow has read
+        image.fp.seek(0)
+        if CLEAN_APERTURE in image.fp.read():
+            raise ValueError("it says that only a part of it is to be seen; save that part")
     part = image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size)
     if part and "transparency" not in image.info:
         raise ValueError("its first frame covers only a part of it; save it anew")
@@ -327,3 +329,8 @@ def _refuse_misread(image: ImageFile.ImageFile) -> None:
     one_bit = ("1", (image.width + 31) // 32 * 4)  # how such lines are read, and how long they are
     if image.format == "BMP" and image.mode == "1" and image.tile[0][3][:2] != one_bit:
         raise ValueError("its two colours are read wrongly; save it with 24 bits")
+    if image.format == "BMP" and "BGR;15" in layout:
+        image.fp.seek(14)
+        header = image.fp.read(56)
+        if header[0] >= 56 and any(header[52:56]):  # long enough to have a mask of alpha
+            raise ValueError("its one bit of transparency is not read; save it with 32 bits")

@@ -50,6 +50,13 @@ def bmp_of_16_bits():
     return b"BM" + struct.pack("<IHHI", 866, 0, 0, 66) + head + masks + b"\x1f\x00" * 400
 
 
+def bmp_of_one_clear_bit():
+    """A BMP of 5 bits a colour and 1 bit of transparency."""
+    masks = struct.pack("<4I", 0x7C00, 0x03E0, 0x001F, 0x8000)
+    head = struct.pack("<IiiHHIIiiII", 108, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0) + masks + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 130, 0, 0, 122) + head + b"\x1f\x00" * 4
+
+
 def bmp_of_two_colours():
     """A BMP of 8 bits a pixel, whose palette has two colours: Pillow reads 1 bit."""
     image = new("P", 1)
@@ -132,6 +139,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, content, colour):
         (without_tag(262), "whether 0 is black or white"),
         (encode(new("CMYK", 9), "JPEG").replace(b"Adobe", b"other"), "colours are inverted"),
         (bmp_of_two_colours(), "two colours are read wrongly"),
+        (bmp_of_one_clear_bit(), "one bit of transparency"),
         (gif_with_a_small_frame(), "covers only a part"),
         (AVIF_WITH_CLEAN_APERTURE, "only a part of it is to be seen"),
         (clear_bmp(), "all of it is transparent"),
