@@ -1,6 +1,7 @@
 """Time of models, measured side by side: interleaved, warmed up, repeated; median and spread."""
 
 import gc
+import random
 import time
 from collections.abc import Callable
 
@@ -22,11 +23,13 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds a call of each of ``steps``, in turns, so that a drift of the machine hits all alike.
 
-    A sample is the mean of as many calls as fill ``minimum`` seconds.
+    Every round has another order, by chance: it may matter what ran before. A sample is the mean of
+    as many calls as fill ``minimum`` seconds.
     """
     gc.collect()
     gc.freeze()  # or a collection, by chance in a step, would look at all objects of the process
     calls, samples = {}, {name: [] for name in steps}
+    chance = random.Random(0)
     try:
         for name, step in steps.items():
             seconds = _time(step)
@@ -34,8 +37,8 @@ def interleave(
                 seconds = _time(step)
             calls[name] = max(1, round(minimum / seconds))
         for _ in tqdm(range(repeats), desc="timing", unit="round", leave=False, disable=None):
-            for name, step in steps.items():
-                samples[name].append(_time(step, calls[name]))
+            for name in chance.sample([*steps], len(steps)):
+                samples[name].append(_time(steps[name], calls[name]))
                 # Where only the first call was slow, the next samples take more.
                 calls[name] = max(calls[name], round(minimum / samples[name][-1]))
     finally:
