@@ -1,6 +1,5 @@
 """What several tests share: small data and models, slow references, no network."""
 
-import gc
 import shutil
 from functools import partial
 from pathlib import Path
@@ -93,6 +92,24 @@ def channels(model):
     return [parameter[index].detach().clone() for parameter, index in channel_parameters(model)]
 
 
+def embed_slowly(model, image):
+    """The tokens [N, D] of an image [C, H, W], and the depth [N] of those that never leave."""
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    return tokens, torch.full((len(tokens),), len(model.blocks))
+
+
+def attend_slowly(block, tokens, size):
+    """Attention [heads, M, M] of tokens [M, D] that stand for ``size`` [M] each, in a block.
+
+    Returns also keys and values, [M, heads, d].
+    """
+    attn = block.attn
+    q, k, v = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
+    return logits.softmax(dim=-1), k, v
+
+
 def merge_slowly(model, image, choose):
     """Token merging by loops over lists of places: logits [K] and depth [N] of an image [C, H, W].
 
@@ -100,19 +117,13 @@ def merge_slowly(model, image, choose):
     class token takes from each [M], which row joins which other, and the rows that stay, in their
     new order.
     """
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    tokens, depth = embed_slowly(model, image)
     groups = [[place] for place in range(len(tokens))]  # the first of each is what it still is
-    depth = torch.full((len(tokens),), len(model.blocks))
     for layer, block in enumerate(model.blocks):
         size = torch.tensor([len(group) for group in groups]).double()
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1))
-        q, k, v = qkv.unbind(1)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        logits = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5 + size.log()
-        attention = logits.softmax(dim=-1)
+        attention, k, v = attend_slowly(block, tokens, size)
         taken = torch.einsum("hqk,khd->qhd", attention, v).flatten(1)
-        tokens = tokens + block.ls1(attn.proj(attn.norm(taken)))
+        tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(taken)))
         worth = (attention[:, 0].T * v.norm(dim=-1)).mean(dim=1)
         joins, kept = choose(layer, F.normalize(k.mean(dim=1), dim=-1), worth)
         shares = size.diag()
@@ -136,13 +147,10 @@ def leave_slowly(model, image, choose):
     [heads, M] and of the values [M, heads, d], which rows stay, and the weights of a row that is
     made of others, by row, if one is.
     """
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
-    depth = torch.full((len(tokens),), len(model.blocks))
+    tokens, depth = embed_slowly(model, image)
     places = [*range(len(tokens))]  # of each token in the image; None: it was made
     for layer, block in enumerate(model.blocks):
-        qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.attn.num_heads, -1))
-        q, k, v = qkv.unbind(1)
-        attention = (torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        attention, _, v = attend_slowly(block, tokens, torch.ones(len(tokens)))
         tokens = tokens + block.attn.proj(torch.einsum("hqk,khd->qhd", attention, v).flatten(1))
         stay, weights = choose(layer, attention[:, 0], v)
         for row in {*range(len(tokens))} - {*stay}:
@@ -253,6 +261,3 @@ def assert_on_the_page(figure):
 def short_timings(monkeypatch):
     """Timings are short."""
     monkeypatch.setattr(speed, "interleave", partial(speed.interleave, minimum=0.01))
-    gc.freeze()  # what is there need not be looked through before each timing
-    yield
-    gc.unfreeze()

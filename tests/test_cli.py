@@ -43,6 +43,14 @@ def run(workplace, capsys):
     return run
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """What is passed on to be drawn: the arguments of each picture."""
+    spy = Mock(wraps=commands.pictures.depth_maps)
+    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+    return spy
+
+
 def test_a_model_is_trained_and_the_same_command_finds_it(run):
     before = AVIT.read_bytes()
     command = f"fit {OWN} --model AViT --seed 3 --output avit --epochs 1"
@@ -93,9 +101,7 @@ def test_a_model_is_tested_beside_the_images_that_trained_it(run):
     assert tested == {"folder": str(Path("other").resolve())}
 
 
-def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
-    spy = Mock(wraps=commands.pictures.depth_maps)
-    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+def test_images_are_drawn_and_named(run, tmp_path, drawn):
     draw = f"visualize --ckpt {AVIT} --output"
     shutil.copy("images/test/dark/0.jpg", "0.jpg")
     for options, begins in (
@@ -105,26 +111,24 @@ def test_images_are_drawn_and_named(run, tmp_path, monkeypatch):
     ):
         run(f"{draw} {options}")
         assert Path(options.split()[0]).read_bytes().startswith(begins)
-    drawn = [[title.split("\n") for title in call.args[3]] for call in spy.call_args_list]
-    assert drawn[0][1][2] in ("predicted: bright", "predicted: dark")
-    assert [["".join(title[:2]) for title in titles] for titles in drawn] == [
+    told = [[title.split("\n") for title in call.args[3]] for call in drawn.call_args_list]
+    assert told[0][1][2] in ("predicted: bright", "predicted: dark")
+    assert [["".join(title[:2]) for title in titles] for titles in told] == [
         [f"{tmp_path.name}/0.jpg", "dark/1.jpg"],
         [f"{tmp_path.name}/0.jpg"],
         [f"{tmp_path.name}/0.jpg"],
     ]
 
 
-def test_an_image_ends_with_its_class_token(run, monkeypatch):
-    spy = Mock(wraps=commands.pictures.depth_maps)
-    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
+def test_an_image_ends_with_its_class_token(run, drawn):
     model, described = load_checkpoint(AVIT)
     with torch.no_grad():
         model.cls_token[..., 0] = model.pos_embed[:, 0, 0] = 9.0  # it halts in layer 1
     about = described["model"], described["arguments"]
     save_checkpoint(Path("early.safetensors"), model, *about, run=described["run"])
     run("visualize --ckpt early.safetensors --images images/test/dark/0.jpg --output a.png")
-    assert spy.call_args.args[1][:, 1:].unique().tolist() == [1]
-    assert "mean depth 1.0" in spy.call_args.args[3][0]
+    assert drawn.call_args.args[1][:, 1:].unique().tolist() == [1]
+    assert "mean depth 1.0" in drawn.call_args.args[3][0]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +140,9 @@ def test_an_image_ends_with_its_class_token(run, monkeypatch):
         (1000, "deit_tiny_patch16_224.fb_in1k", "tiger shark", "answers as before on "),
     ],
 )
-def test_what_a_model_of_timm_s_predicts(classes, pretrained, predicted, kept, run, monkeypatch):
+def test_what_a_model_of_timm_s_predicts(
+    classes, pretrained, predicted, kept, run, drawn, monkeypatch
+):
     model, arguments = timm.create_model("deit_nano", num_classes=classes), {"num_classes": classes}
     if classes:
         nn.init.zeros_(model.head.weight)
@@ -144,10 +150,8 @@ def test_what_a_model_of_timm_s_predicts(classes, pretrained, predicted, kept, r
     found = model, {"model": "deit_nano", "arguments": arguments, "pretrained": pretrained}
     monkeypatch.setattr(commands, "find_model", lambda *_: found)
     assert kept in run(f"adapt --saved 0 {TO_A}").out  # no token merges
-    spy = Mock(wraps=commands.pictures.depth_maps)
-    monkeypatch.setattr(commands.pictures, "depth_maps", spy)
     run("visualize --ckpt a.safetensors --images images/test/dark/0.jpg --output a.png")
-    assert spy.call_args.args[3] == [f"dark/\n0.jpg\npredicted: {predicted}\nmean depth 4.0"]
+    assert drawn.call_args.args[3] == [f"dark/\n0.jpg\npredicted: {predicted}\nmean depth 4.0"]
 
 
 def test_without_a_checkpoint_the_profile_s_or_the_committed_one_is_taken(run):

@@ -159,7 +159,6 @@ def mixing():
 BAD_MODELS = {
     "it has hooks": hooked,
     "a Softmax of its blocks is not timm's plain one": mixing,
-    "ResNet cannot be adapted: it is no plain": lambda: timm.create_model("resnet10t"),
     "AViT cannot be adapted: it is no plain": lambda: timm.create_model("avit_nano"),
     "half precision": lambda: make().bfloat16(),
     "weights that are no numbers": with_nan,

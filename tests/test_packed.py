@@ -26,7 +26,6 @@ def assert_same(model, images):
     masked, packed = run(model, images, "masked"), run(model, images, "packed")
     assert_close(packed, masked, rtol=1e-10, atol=1e-10)
     assert_close(model(images), masked[0])
-    return masked[1]["depth"]
 
 
 @settings(max_examples=30, deadline=None)
@@ -50,11 +49,6 @@ def test_random_models_and_thresholds(
     images = bright_and_dark(seed)[:batch]
     images[-1] += image
     assert_same(model, images)
-
-
-def test_images_of_different_lengths():
-    depth = assert_same(varied_model(0.5), bright_and_dark())
-    assert len(depth.unique()) >= 4 and len(depth.sum(dim=1).unique()) >= 4
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-3)])

@@ -183,34 +183,37 @@ def test_evaluation_sees_what_timm_shows(tmp_path):
     torch.testing.assert_close(read_image(str(path), 224), standard(Image.open(path)))
 
 
-def half_white():
-    """An image whose left half is light."""
+def turned():
+    """An image whose left half is light, stored turned."""
     upright = Image.new("L", (60, 40))
     upright.paste(200, (0, 0, 30, 40))
-    return upright
+    return upright.transpose(Image.Transpose.ROTATE_90)
+
+
+def exif_turned():
+    """That it is stored so."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return exif
 
 
 def assert_upright(path):
-    """Of a ``half_white`` image stored in ``path``."""
+    """Of an image ``turned`` that is stored in ``path``."""
     found = decode(path, 36)
     assert found[:, :, :18].min() > 197 and found[:, :, 22:].max() < 3
 
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
 def test_an_image_that_is_stored_turned_is_upright(tmp_path, ending):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    stored = half_white().transpose(Image.Transpose.ROTATE_90)
     path = tmp_path / f"image.{ending}"
-    stored.save(path, exif=exif)
+    turned().save(path, exif=exif_turned())
     assert_upright(path)
 
 
 def test_how_an_image_is_turned_may_be_a_byte(tmp_path):
     tag = struct.pack("<HHHIHHI", 1, ExifTags.Base.Orientation, 1, 1, 6, 0, 0)  # one, a byte: 6
     path = tmp_path / "image.jpg"
-    stored = half_white().transpose(Image.Transpose.ROTATE_90)
-    stored.save(path, exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tag)
+    turned().save(path, exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + tag)
     assert_upright(path)
 
 
@@ -221,7 +224,7 @@ TIFF = "http://ns.adobe.com/tiff/1.0/"
 
 
 @pytest.mark.parametrize(
-    ("namespace", "turned", "upright"),
+    ("namespace", "said", "upright"),
     [
         (TIFF, "><rdf:Description tiff:Orientation='6'/>", True),
         (TIFF, '><rdf:Description tiff:Orientation = "6"/>', True),
@@ -231,20 +234,13 @@ TIFF = "http://ns.adobe.com/tiff/1.0/"
         (TIFF, "><rdf:Description tiff:Orientation='6'>", False),  # no whole XML
     ],
 )
-def test_xmp_says_how_an_image_is_turned_where_exif_does_not(tmp_path, namespace, turned, upright):
+def test_xmp_says_how_an_image_is_turned_where_exif_does_not(tmp_path, namespace, said, upright):
     path = tmp_path / "image.jpg"
-    stored = half_white().transpose(Image.Transpose.ROTATE_90)
-    stored.save(path, xmp=XMP.format(namespace, turned).encode() + b"\0")
+    turned().save(path, xmp=XMP.format(namespace, said).encode() + b"\0")
     if upright:
         assert_upright(path)
     else:
         assert decode(path, 36)[:, :2].max() < 3  # dark above
-
-
-def exif_turned():
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    return b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
 
 
 TURNED_XMP = XMP.format(TIFF, "><rdf:Description tiff:Orientation='6'/>").encode()
@@ -253,7 +249,7 @@ TURNED_XMP = XMP.format(TIFF, "><rdf:Description tiff:Orientation='6'/>").encode
 def test_what_stands_behind_the_pixels_of_a_png_counts(tmp_path):
     path, exif = tmp_path / "image.png", Image.Exif()
     exif[ExifTags.Base.Make] = "camera"
-    half_white().transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    turned().save(path, exif=exif)
     text = b"iTXtXML:com.adobe.xmp" + bytes(5) + TURNED_XMP
     chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
     whole, end = path.read_bytes(), 12  # bytes of the last chunk
@@ -264,7 +260,7 @@ def test_what_stands_behind_the_pixels_of_a_png_counts(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("APP1", exif_turned()),
+        ("APP1", exif_turned().tobytes()),
         ("APP1", b"http://ns.adobe.com/xap/1.0/\0" + TURNED_XMP),
         ("xmp", TURNED_XMP),
     ],
@@ -275,7 +271,7 @@ def test_what_old_programs_wrote_into_a_png_counts(tmp_path, name, content):
     words = f"\ngeneric profile\n{len(content)}\n{content.hex()}\n"
     text.add_text(f"Raw profile type {name}", words)
     path = tmp_path / "image.png"
-    half_white().transpose(Image.Transpose.ROTATE_90).save(path, pnginfo=text)
+    turned().save(path, pnginfo=text)
     assert_upright(path)
 
 

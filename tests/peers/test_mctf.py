@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import noise, refused, scatter
+from conftest import attend_slowly, embed_slowly, noise, refused, scatter
 
 from avit_lib.flops import trace_model
 from avit_lib.peers import mctf
@@ -32,14 +32,11 @@ def choose_slowly(tokens, worth, size, number):
 
 def fuse_slowly(model, image, r):
     """Logits [K] and depth [N] of an image [C, H, W]."""
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(image[None])))[0]
+    tokens, depth = embed_slowly(model, image)
     groups = [[place] for place in range(len(tokens))]  # the first of each is what it still is
-    depth = torch.full((len(tokens),), len(model.blocks))
     for layer, block in enumerate(model.blocks):
         attn, size = block.attn, torch.tensor([len(group) for group in groups]).double()
-        q, k, _ = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1)).unbind(1)
-        logits = torch.einsum("qhd,khd->hqk", attn.q_norm(q), attn.k_norm(k)) / q.shape[-1] ** 0.5
-        attention = (logits + size.log()).softmax(dim=-1)
+        attention, _, _ = attend_slowly(block, tokens, size)
         worth = attention.mean(dim=(0, 1)).detach()
         joins, stay = {}, [*range(len(tokens))]
         if layer and r:
@@ -94,9 +91,3 @@ def test_an_adapter_in_the_attention_is_refused():
     model.blocks[1].attn.qkv = torch.nn.Sequential(model.blocks[1].attn.qkv)
     with refused("merge the adapter of qkv first"):
         mctf.fuse_tokens(model, 1)
-
-
-@pytest.mark.parametrize("r", [-1, 2.5])
-def test_what_cannot_fuse_is_refused(r):
-    with refused("whole numbers"):
-        mctf.fuse_tokens(timm.create_model("deit_nano"), r)
