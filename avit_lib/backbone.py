@@ -24,10 +24,6 @@ def call(function: Callable, *arguments: Any) -> Any:
     return function(*arguments)
 
 
-TOKENWISE = (Mlp, GluMlp, SwiGLU)  # MLPs in which no token sees another
-DROPPED = (nn.Identity, nn.Dropout, DropPath)  # parts that do nothing in evaluation
-
-
 class TokensLeave(VisionTransformer):
     """A VisionTransformer of timm's whose tokens leave the computation.
 
@@ -231,20 +227,24 @@ def why_not_plain(model: VisionTransformer) -> str:
         if kind.forward.__module__ != kind.__module__ or hasattr(kind.forward, "__wrapped__"):
             return f"the forward of timm's {kind.__name__} was replaced"
     for block in model.blocks:
-        plain = {block: (Block,)}
-        if type(block) is Block:
-            plain |= {block.attn: (Attention,), block.mlp: TOKENWISE}
-            plain |= dict.fromkeys((block.ls1, block.ls2), (LayerScale, nn.Identity))
-            drops = block.drop_path1, block.drop_path2, getattr(block.attn, "attn_drop", None)
-            plain |= {part: DROPPED for part in drops if part is not None}
-            # Of any class, but a forward of their own would be passed by.
-            norms = [getattr(block.attn, name, None) for name in ("q_norm", "k_norm")]
-            plain |= {one: (type(one),) for one in norms if one is not None}
-        for part, kinds in plain.items():
+        for part, kinds in _list_parts(block):
             if type(part) not in kinds or "forward" in vars(part):
                 return f"a {type(part).__name__} of its blocks is not timm's plain one"
         if getattr(block.attn, "gate", None) is not None:
             return "its attention is gated"
-        if type(block) is Block and block.attn.scale != block.attn.head_dim**-0.5:
+        if block.attn.scale != block.attn.head_dim**-0.5:
             return "its attention has a scale of its own"
     return ""
+
+
+def _list_parts(block: nn.Module) -> Iterator[tuple[nn.Module, tuple[type, ...]]]:
+    """A block and its parts, each with the classes it may have; another block may lack some."""
+    yield block, (Block,)
+    yield block.attn, (Attention,)
+    yield block.mlp, (Mlp, GluMlp, SwiGLU)  # in which no token sees another
+    for scale in (block.ls1, block.ls2):
+        yield scale, (LayerScale, nn.Identity)
+    for drop in (block.drop_path1, block.drop_path2, block.attn.attn_drop):
+        yield drop, (nn.Identity, nn.Dropout, DropPath)  # which do nothing in evaluation
+    for norm in (block.attn.q_norm, block.attn.k_norm):
+        yield norm, (type(norm),)  # any, but a forward of its own would be passed by

@@ -203,12 +203,11 @@ def find_model(name: str | None, weights: Path | None) -> tuple[nn.Module, dict[
     if weights:
         training.load_weights(model, weights)
     else:
-        known_weights = timm.get_pretrained_cfg(name)
-        tag = known_weights.tag if known_weights else ""
-        timm_name = name if "." in name or not tag else f"{name}.{tag}"
+        known = timm.get_pretrained_cfg(name)
+        timm_name = f"{known.architecture}.{known.tag}" if known and known.tag else name
         training.load_pretrained(model, timm_name)
-    known = {"model": name, "arguments": arguments}
-    return model.eval(), known if weights else known | {"pretrained": timm_name}
+    about = {"model": name, "arguments": arguments}
+    return model.eval(), about if weights else about | {"pretrained": timm_name}
 
 
 def make_reader(model: nn.Module, classes: list[str]) -> tuple[Callable[[Path], Tensor], tuple]:
@@ -364,5 +363,4 @@ def name_classes(count: int, pretrained: str) -> list[str]:
     """The names of ImageNet's classes for timm's ``pretrained`` weights, or else numbers."""
     if count != data.IMAGENET_CLASSES or not pretrained:
         return [f"class {index}" for index in range(count)]
-    known = ImageNetInfo()
-    return [known.index_to_description(index).split(",")[0] for index in range(count)]
+    return [words.split(",")[0] for words in ImageNetInfo().label_descriptions()]

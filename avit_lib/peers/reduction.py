@@ -41,10 +41,6 @@ class Peer(nn.Module):
         """The layers of the model; not registered again, or a state dict had each weight twice."""
         return self.model.blocks
 
-    def compute(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """All layers on embedded tokens [B, N, D]."""
-        raise NotImplementedError
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""
         return self.forward_with_trace(images)[0]
