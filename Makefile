@@ -90,9 +90,11 @@ $(foreach name,$(NAMES),$(if $(shell cd $(COPIES) 2>/dev/null && find . -name $(
 .PHONY: other-copy
 endif
 
-reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out 08_seeds 09_paper 10_verdicts 11_ablations,$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
-seeds: $(STAMPS)/10_verdicts  ## Run 08, 10 and what they read: models and peers, trained alike from several seeds
-paper: $(STAMPS)/09_paper $(STAMPS)/11_ablations  ## Run 09, 11 and what they read: the paper's own settings for many epochs, its objective part by part
+SEEDS := 08_seeds 10_verdicts
+PAPER := 09_paper 11_ablations
+reproduce: $(patsubst %,$(STAMPS)/%,$(filter-out $(SEEDS) $(PAPER),$(NAMES)))  ## Train and run what is out of date in PROFILE: in a fresh clone, 01 to 07
+seeds: $(SEEDS:%=$(STAMPS)/%)  ## Run 08, 10 and what they read: models and peers, trained alike from several seeds
+paper: $(PAPER:%=$(STAMPS)/%)  ## Run 09, 11 and what they read: the paper's own settings for many epochs, its objective part by part from several seeds
 reproduce seeds paper:
 	@$(BIN)/python scripts/pages.py --profile "$(PROFILE)"
 

@@ -20,7 +20,13 @@ from PIL import Image
 
 from avit_lib.places import project_root
 from avit_lib.study import get_profile
-from avit_lib.study.results import MADE_BY, find_origin, results_dir, to_markdown
+from avit_lib.study.results import (
+    MADE_BY,
+    describe_origin,
+    find_origin,
+    results_dir,
+    to_markdown,
+)
 from avit_lib.training import read_json, write_atomically
 
 PAGES = ("README.md", "results/README.md", "notebooks/README.md")
@@ -187,8 +193,7 @@ def name_origin(name: str, result: str, source: str) -> str:
     command = f"make {target} PROFILE={name} SEED={facts['seed']}"
     if name == "benchmark":
         command = "make benchmark" if source.startswith(name) else f"python scripts/{source}.py"
-    commit = facts["commit"][:10] + (" with changes" if facts["dirty"] else "")
-    return f"Made by `{command}`, commit {commit}, {facts['date']}, on {facts['hardware']}."
+    return f"Made by `{command}`, {describe_origin(facts)}."
 
 
 def fill_marker(name: str, result: str, shown: str) -> str:

@@ -1,5 +1,6 @@
 """Accuracy, F1, depth and FLOPs of trained models, with bootstrap confidence intervals."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -106,7 +107,7 @@ def bootstrap_intervals(predictions: Predictions) -> dict[str, tuple[float, floa
     NaN for a single image, and where all draws agree, as when all answers are right: how far the
     rate may be from that, they do not say.
     """
-    ends = {name: _find_ends(rate[1:]) for name, rate in predictions.rates.items()}
+    ends = {name: find_interval(rate)[1:] for name, rate in predictions.rates.items()}
     unknown = np.nan, np.nan
     return {name: (low, high) if low < high else unknown for name, (low, high) in ends.items()}
 
@@ -121,8 +122,7 @@ def paired_difference(
     """
     _check_same(first, second)
     name = "accuracy_macro" if per_class else "accuracy"
-    gains = first.rates[name] - second.rates[name]
-    return gains[0].item(), *_find_ends(gains[1:])
+    return find_interval(first.rates[name] - second.rates[name])
 
 
 def divergence(first: Predictions, second: Predictions) -> Tensor:
@@ -130,6 +130,15 @@ def divergence(first: Predictions, second: Predictions) -> Tensor:
     _check_same(first, second)
     logs = [F.log_softmax(one.logits, dim=1) for one in (first, second)]
     return F.kl_div(*logs, reduction="none", log_target=True).sum(dim=1)
+
+
+def mean_ratio(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
+    """The mean of ``first`` [n] divided by that of ``second`` [n]: ratio, low and high end (95 %).
+
+    Paired: both are of the same images, which are drawn for both.
+    """
+    counts = draw_again(len(first))
+    return find_interval((counts @ first) / (counts @ second))
 
 
 @cache
@@ -142,6 +151,25 @@ def draw_again(images: int) -> np.ndarray:
     counts = np.stack([np.bincount(row, minlength=images) for row in drawn])
     counts = counts if images > 1 else np.full_like(counts, np.nan, dtype=float)
     return np.concatenate([np.ones((1, images)), counts])
+
+
+def draw_over_seeds(
+    pairs: Sequence[tuple[Predictions, Predictions]], names: Sequence[Sequence]
+) -> np.ndarray:
+    """A model from several seeds: mean per-class accuracy and KL of each draw, [2, 1001].
+
+    Of each seed: its predictions and those of the plain model, and the ``names`` of its test
+    images. A photograph that seeds share is drawn for all of them at once, as ``draw_again`` draws;
+    then comes the mean over the seeds.
+    """
+    place = {name: number for number, name in enumerate(sorted(set().union(*names)))}
+    counts = draw_again(len(place))
+    values = []
+    for (found, plain), own in zip(pairs, names, strict=True):
+        drawn = counts[:, [place[name] for name in own]]
+        kl = drawn @ divergence(found, plain).numpy() / drawn.sum(axis=1)
+        values.append([rate_draws(found, drawn)["accuracy_macro"], kl])
+    return np.mean(values, axis=0)
 
 
 def rate_draws(predictions: Predictions, drawn: np.ndarray) -> dict[str, np.ndarray]:
@@ -167,7 +195,7 @@ def _check_same(first: Predictions, second: Predictions) -> None:
         raise ValueError("the two models were evaluated on different images")
 
 
-def _find_ends(values: np.ndarray) -> tuple[float, float]:
-    """The ends of the middle 95 % of ``values``."""
-    low, high = np.percentile(values, (2.5, 97.5)).tolist()
-    return low, high
+def find_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """The first of ``values`` [1001], and the ends of the middle 95 % of the others, its draws."""
+    low, high = np.percentile(values[1:], (2.5, 97.5)).tolist()
+    return values[0].item(), low, high

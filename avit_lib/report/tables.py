@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from avit_lib.adaptive import adapt
 from avit_lib.data import Images
-from avit_lib.evaluation import Predictions, bootstrap_intervals, metrics
+from avit_lib.evaluation import Predictions, bootstrap_intervals, maps, metrics
 from avit_lib.model import AViT
 from avit_lib.peers import PEERS, make_peers
 from avit_lib.starts import calibrate_beta
@@ -110,6 +110,27 @@ def measure(predictions: Predictions, full: float) -> dict[str, float]:
     for name, (low, high) in bootstrap_intervals(predictions).items():
         row |= {name: values.pop(name), f"{name}_low": low, f"{name}_high": high}
     return row | values | {"flops_saved": 1 - 1e9 * values["gflops_per_image"] / full}
+
+
+def judge(low: float, high: float) -> str:
+    """What the interval of a difference in accuracy says, in words."""
+    if low > 0:
+        return "more accurate"
+    return "less accurate" if high < 0 else "not significantly different"
+
+
+def object_table(depths: dict[str, Tensor], differing: Tensor) -> pd.DataFrame:
+    """The mean AUC of object against background, with its 95 % interval over images, by model.
+
+    ``depths`` [k, P] of patches by label, ``differing`` [k, P] from ``maps.plain_backgrounds``.
+    """
+    rows = []
+    for label, depth in depths.items():
+        auc = pd.Series(maps.object_auc(depth, differing).numpy()).dropna()
+        middle, half = auc.mean(), 1.96 * auc.sem()
+        row = {"model": label, "images": len(auc), "auc": middle}
+        rows.append(row | {"low": middle - half, "high": middle + half})
+    return pd.DataFrame(rows)
 
 
 def percentages(fractions: pd.DataFrame, form: str) -> pd.Series:

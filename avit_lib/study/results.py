@@ -66,10 +66,10 @@ class Results:
         self._write(f"tables/{name}.md", page)
         return frame
 
-    def read(self, name: str) -> pd.DataFrame:
-        """The table that an earlier notebook wrote.
+    def read(self, name: str, here: bool = True) -> pd.DataFrame:
+        """The table that an earlier notebook wrote; if it has times, ``here``, on this machine.
 
-        Raises UserError when there is none, or one of another seed or, if it has times, machine.
+        Raises UserError when there is none, or one of another seed or machine.
         """
         path = self.folder / "tables" / f"{name}.csv"
         remedy = "run the notebooks before this one: `make reproduce`"
@@ -80,7 +80,7 @@ class Results:
         facts = read_json(self.folder / "provenance" / f"{source}.json")
         made = find_origin(facts, f"tables/{name}.csv")
         now = {"seed": self.seed, "hardware": hardware()}
-        timed = {"images_per_second", "change"} & {*table}
+        timed = here and {"images_per_second", "change"} & {*table}
         for what in ("seed", "hardware") if timed else ("seed",):
             known = made.get(what, "unknown")
             if known != now[what]:
@@ -126,6 +126,12 @@ def find_origin(facts: dict[str, Any], place: str) -> dict[str, Any]:
     Empty for a file that the run did not write.
     """
     return facts.get("files", {place: facts}).get(place, {})
+
+
+def describe_origin(made: dict[str, Any]) -> str:
+    """Commit, date and machine of what ``find_origin`` found, in words."""
+    commit = made["commit"][:10] + (" with changes" if made["dirty"] else "")
+    return f"commit {commit}, {made['date']}, on {made['hardware']}"
 
 
 def provenance(profile: str, seed: int) -> dict[str, Any]:

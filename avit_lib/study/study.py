@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -79,18 +80,39 @@ class Study:
         """Test images; for the final evaluation only."""
         return test_data(self.profile.data, self.seed)
 
-    def folder(self, run: str) -> Path:
+    @property
+    def test_names(self) -> Sequence:
+        """The names of the test images; numbers in a data set that has no files."""
+        return self.data.split["files"].get("test", range(len(self.test)))
+
+    def from_seeds(self) -> dict[int, "Study"]:
+        """This study from each seed under ``sweep_seeds``; others than its own in a folder each."""
+        seeds = self.profile.sweep_seeds
+        others = {seed: Study(self.name, seed, checkpoints=f"seed{seed}") for seed in seeds}
+        return others | ({self.seed: self} if self.seed in seeds else {})
+
+    @property
+    def seed_words(self) -> str:
+        """Which seeds ``from_seeds`` has, in words."""
+        seeds = self.profile.sweep_seeds
+        return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+    def find(self, run: str | Run) -> Run:
+        """A run of the profile, by its name; or one that stands beside them, as it is."""
+        return self.profile.run(run) if isinstance(run, str) else run
+
+    def folder(self, run: str | Run) -> Path:
         """Where the checkpoints of a run lie."""
         checkpoints = self.results.folder / "checkpoints" / self.checkpoints
-        return checkpoints / self.profile.run(run).name
+        return checkpoints / self.find(run).name
 
-    def train(self, name: str) -> pd.DataFrame:
+    def train(self, run: str | Run) -> pd.DataFrame:
         """Train a run after those it starts or learns from; returns its history.
 
         An interrupted training goes on, a finished one is kept. What was trained by other settings,
         or on other images, is trained again from scratch.
         """
-        run, folder = self.profile.run(name), self.folder(name)
+        run, folder = self.find(run), self.folder(run)
         for before in (run.start, run.teacher):
             if before:
                 self.train(before)
@@ -203,9 +225,9 @@ class Study:
         """How many steps a training of these settings takes."""
         return config.epochs * training.count_updates(self.data.train, config)
 
-    def load(self, name: str) -> nn.Module:
+    def load(self, run: str | Run) -> nn.Module:
         """The trained model of a run, after its last epoch; UserError when it is missing."""
-        return training.load_checkpoint(self.checkpoint(name), self.device)[0]
+        return training.load_checkpoint(self.checkpoint(run), self.device)[0]
 
     def predict(self, model: nn.Module, data: Images) -> evaluation.Predictions:
         """What ``model`` says of ``data``."""
@@ -237,12 +259,12 @@ class Study:
     def _test_digest(self) -> str:
         return digest_images(self.test)
 
-    def checkpoint(self, name: str) -> Path:
+    def checkpoint(self, run: str | Run) -> Path:
         """The weights of a run after its last epoch.
 
         Raises UserError, naming the command, when they are missing or of other settings or images.
         """
-        run, path = self.profile.run(name), self.folder(name) / "last.safetensors"
+        run, path = self.find(run), self.folder(run) / "last.safetensors"
         fault = "has not been trained to the end"
         if path.is_file():
             found = read_json(path.with_suffix(".json"))
@@ -252,8 +274,8 @@ class Study:
                 return path
         raise UserError(
             f"{run.label} {fault}, in profile {self.profile.name}: run `make reproduce`, or "
-            f"`python -m avit_lib fit --model {name}`, with this profile; or name a checkpoint by "
-            f"--ckpt or --teacher"
+            f"`python -m avit_lib fit --model {run.name}`, with this profile; or name a checkpoint "
+            f"by --ckpt or --teacher"
         )
 
 

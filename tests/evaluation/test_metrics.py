@@ -3,6 +3,7 @@
 from dataclasses import replace
 from math import isnan
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_images, varied_model
@@ -11,6 +12,9 @@ from avit_lib.evaluation import (
     Predictions,
     bootstrap_intervals,
     divergence,
+    draw_over_seeds,
+    find_interval,
+    mean_ratio,
     metrics,
     paired_difference,
     predict,
@@ -57,10 +61,6 @@ def test_a_class_without_images_does_not_count():
     assert all((rate == 1).all() for rate in alone.rates.values())
 
 
-def test_a_single_image_has_no_interval():
-    assert all(isnan(end) for end in bootstrap_intervals(predictions([0], [0]))["accuracy"])
-
-
 def test_predictions_of_a_model_that_halts_are_those_of_its_trace():
     model, data = varied_model(0.5).float().train(), random_images(10)
     found = predict(model, data, batch_size=4)
@@ -89,8 +89,9 @@ def test_bootstrap_intervals_have_the_width_of_the_normal_approximation():
     assert high - low == pytest.approx(normal, rel=0.12)  # 95 %: at 90 % it would be 16 % less
 
 
-def test_where_all_answers_are_right_no_interval_is_known():
-    found = bootstrap_intervals(predictions([0, 1, 2], [0, 1, 2]))
+@pytest.mark.parametrize("answers", [[0], [0, 1, 2]])
+def test_of_one_image_or_where_all_answers_are_right_no_interval_is_known(answers):
+    found = bootstrap_intervals(predictions(answers, answers))
     assert all(isnan(end) for ends in found.values() for end in ends)
 
 
@@ -114,3 +115,25 @@ def test_paired_difference_per_class_weighs_small_classes_like_large_ones():
     difference, low, high = paired_difference(first, second, per_class=True)
     assert difference == pytest.approx(0.25)
     assert 0 <= low <= difference <= high <= 0.5
+
+
+def test_a_ratio_is_of_the_same_images():
+    values = np.random.default_rng(0).random(50) + 0.1
+    assert mean_ratio(2 * values, values) == pytest.approx((2, 2, 2))  # whichever are drawn
+    ratio, low, high = mean_ratio(values, values[::-1])
+    assert low < 1 < high and ratio == pytest.approx(1)
+
+
+def test_draws_over_seeds_are_those_of_one_seed_and_shared_by_photograph():
+    plain, model = random_predictions(0, accuracy=0.9), random_predictions(1)
+    names = range(200)
+    once = draw_over_seeds([(model, plain)], [names])
+    base = draw_over_seeds([(plain, plain)], [names])
+    expected = paired_difference(model, plain, per_class=True)
+    assert find_interval(once[0] - base[0]) == pytest.approx(expected)
+    assert once[1, 0] == pytest.approx(divergence(model, plain).mean().item())
+    # The same photographs again tell nothing new; others, as many, make the interval narrower.
+    again = draw_over_seeds([(model, plain)] * 2, [names] * 2)
+    assert np.allclose(again, once)
+    more = draw_over_seeds([(model, plain)] * 2, [names, range(200, 400)])
+    assert more[0].std() < 0.9 * once[0].std()
