@@ -84,7 +84,7 @@ def test_a_profile_has_the_settings_of_the_one_it_extends_but_for_its_own(
         ("runs.avit.halting.projection = true", "runs.avit.halting: .*unknown field `projection`"),
         ("data.colour = 1", "data: .*unknown field `colour`"),
         ("data.image_size = 50", "image_size 50 is no multiple of the patch of deit_tiny_patch16_"),
-        ("sweep_seeds = [3, 3]", "sweep_seeds names a seed twice"),
+        ("sweep_seeds = [3, 3]", "sweep_seeds names no seed, or one twice"),
         ("sweep_seeds = [-1]", r"sweep_seeds\[.*\]: Expected `int` >= 0"),
         ("runs.avit.halting.gamma = nan", "runs.avit.halting.gamma: Expected `float`"),
         ("runs.avit.halting.eps = 1.0", "runs.avit.halting.eps: .*< 1"),
