@@ -40,6 +40,7 @@ STRIP_OFFSETS, TILE_OFFSETS, YCBCR = 273, 324, 6
 # bits in reverse, colours together and not in planes, without a sign.
 PLAIN_TIFF = {254: (0, 2), 255: (1, 3), 266: (1,), 284: (1,), 339: (1,)}
 ORIENTATION, TURNED = "{http://ns.adobe.com/tiff/1.0/}Orientation", [*"12345678"]  # of XMP
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}RDF"
 CLEAN_APERTURE = b"\0\0\0(clap"  # the head of this box in an AVIF, by which Pillow does not crop
 WIDEST = 8  # aspect ratio to which longer images are cropped before scaling: 1 x 20,000 took 9 GB
 # What Pillow and its decoders raise for files that are damaged, as they stumble.
@@ -270,11 +271,15 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
 
 def _read_orientation(image: ImageFile.ImageFile) -> None:
     """Let ``image`` know from its metadata how it is turned, where Pillow finds nothing."""
-    exif, xmp = image.getexif(), image.info.get("xmp", b"")
+    # Pillow would take the first orientation in XMP, be it that of a picture placed in this one.
+    xmp = image.info.pop("xmp", b"")
+    image.info.pop("XML:com.adobe.xmp", None)
+    image._exif = None
+    exif = image.getexif()
     # Old programs write both into a PNG under these names: three lines, then it in hexadecimal.
     for name in ("APP1", "xmp"):
         digits = "".join(image.info.get(f"Raw profile type {name}", "").split("\n")[3:])
-        raw = bytes.fromhex(digits) if re.fullmatch("([0-9a-f]{2})*", digits) else b""
+        raw = bytes.fromhex(digits) if re.fullmatch("([0-9a-fA-F]{2})*", digits) else b""
         if raw.startswith(b"Exif"):
             exif.load(raw)
         xmp = xmp or raw.partition(b"http://ns.adobe.com/xap/1.0/\0")[2] or raw
@@ -284,11 +289,11 @@ def _read_orientation(image: ImageFile.ImageFile) -> None:
     if found in range(1, 9):
         return
     try:
-        elements = [*ElementTree.fromstring(xmp.rstrip(b"\0")).iter()]
+        described = [*ElementTree.fromstring(xmp.rstrip(b"\0")).iterfind(f".//{RDF}/*")]
     except ElementTree.ParseError:  # there is none, or none that is whole
         return
-    for element in elements:
-        turned = element.text if element.tag == ORIENTATION else element.get(ORIENTATION)
+    for description in described:
+        turned = description.get(ORIENTATION) or description.findtext(ORIENTATION)
         if turned and turned.strip() in TURNED:
             exif[ExifTags.Base.Orientation] = int(turned)
 

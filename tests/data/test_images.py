@@ -221,6 +221,9 @@ XMP = """<?xpacket begin="" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="a
 <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#" xmlns:tiff="{}" {}
 </rdf:RDF></x:xmpmeta><?xpacket end="w"?>"""
 TIFF = "http://ns.adobe.com/tiff/1.0/"
+ORIENTED = '<tiff:Orientation xml:lang="en">\n{} </tiff:Orientation>'
+PLACED = """<p:Pantry xmlns:p="http://ns.adobe.com/xap/1.0/mm/"><rdf:Bag><rdf:li><rdf:Description>
+<tiff:Orientation>6</tiff:Orientation></rdf:Description></rdf:li></rdf:Bag></p:Pantry>"""
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,10 @@ TIFF = "http://ns.adobe.com/tiff/1.0/"
         (TIFF, "><rdf:Description tiff:Orientation='6'/>", True),
         (TIFF, '><rdf:Description tiff:Orientation = "6"/>', True),
         (TIFF, f'xmlns:t="{TIFF}"><rdf:Description t:Orientation="6"/>', True),
-        (TIFF, '><tiff:Orientation xml:lang="en">\n6 </tiff:Orientation>', True),
+        (TIFF, f"><rdf:Description>{ORIENTED.format(6)}</rdf:Description>", True),
+        # Of a picture that was placed in this one, before or without its own
+        (TIFF, f"><rdf:Description>{PLACED}{ORIENTED.format(1)}</rdf:Description>", False),
+        (TIFF, f"><rdf:Description>{PLACED}</rdf:Description>", False),
         ("other", "><rdf:Description tiff:Orientation='6'/>", False),
         (TIFF, "><rdf:Description tiff:Orientation='6'>", False),  # no whole XML
     ],
