@@ -145,10 +145,14 @@ def test_hooks_on_blocks_are_called_or_refused(kind, part):
     expected = model(images())
     for one in (model, adaptive):
         getattr(one.blocks.get_submodule(part), kind)(lambda *_: seen.append(part))
-    for one in (model, adaptive) if not part else (adaptive,):
-        with refused("hook"):
-            one(images())
-    if part:
+    with refused("hook"):
+        (adaptive if part else model)(images())
+    model.execution = "masked"
+    if not part:
+        with refused("a hook on all blocks at once"):
+            model(images())
+    else:
+        model.execution = "auto"
         found = model(images())
         found.sum().backward()
         assert_close(found, expected)
