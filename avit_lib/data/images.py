@@ -270,7 +270,7 @@ def _read(path: Path | str, draft: bool = False) -> Image.Image:
 
 
 def _read_orientation(image: ImageFile.ImageFile) -> None:
-    """Let ``image`` know from its metadata how it is turned, where Pillow finds nothing."""
+    """Let ``image`` know how it is turned: from EXIF, else from its own XMP."""
     # Pillow would take the first orientation in XMP, be it that of a picture placed in this one.
     xmp = image.info.pop("xmp", b"")
     image.info.pop("XML:com.adobe.xmp", None)

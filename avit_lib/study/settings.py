@@ -169,7 +169,7 @@ class Profile(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"there is no peer {name!r}; choose from {', '.join(PEERS)}")
         if any(len(numbers) != len(self.adapted) for numbers in self.peers.values()):
             raise ValueError("peers need as many numbers each as adapted: 07 pairs them")
-        if not 0 < len(self.sweep_seeds) == len(set(self.sweep_seeds)):
+        if not self.sweep_seeds or len(set(self.sweep_seeds)) < len(self.sweep_seeds):
             raise ValueError("sweep_seeds names no seed, or one twice")
 
     def run(self, name: str) -> Run:
